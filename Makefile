@@ -1,0 +1,37 @@
+# Everything needs Python 3.11 only: each target makes the environment it uses.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+# The data sets of the recipes: unset, they come from the Hugging Face hub.
+export LIGHTNING_DP_DATA
+
+.PHONY: demo test test-slow lint mnist wheel-check clean
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: $(INSTALLED)  ## trains on scikit-learn's digits, in about half a minute
+	$(BIN)/lightning-dp fit --config recipes/digits/dp_sgd.yaml
+
+test: $(INSTALLED)  ## the whole suite, without what is marked slow
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+mnist: $(INSTALLED)  ## the MNIST recipe as shipped, three seeds
+	$(BIN)/python benchmarks/seeds.py recipes/mnist/dp_sgd.yaml --seeds 1 2 3
+
+wheel-check: $(INSTALLED)  ## builds the wheel, installs it into an empty environment, runs the README's snippet
+	$(BIN)/python -m pytest -m wheel tests/test_wheel.py
+
+clean:
+	rm -rf $(VENV) dist runs

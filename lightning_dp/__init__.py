@@ -1,0 +1,30 @@
+"""Differentially private training for PyTorch Lightning: one callback, any LightningModule.
+
+    trainer = L.Trainer(max_epochs=20, callbacks=[DifferentialPrivacy(epsilon=3.0, delta=1e-5)])
+"""
+
+from lightning_dp.accounting import PrivacyLedger, calibrate_noise, epsilon
+from lightning_dp.callbacks import DifferentialPrivacy, PrivacyBudget, PrivacyMonitor
+from lightning_dp.checks import PrivacyConfigurationError
+from lightning_dp.clipping import FlatClipping
+from lightning_dp.noise import GaussianNoise
+from lightning_dp.records import UnsupportedModelError
+from lightning_dp.strategy import PrivateStrategy, register_strategies
+
+register_strategies()
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "DifferentialPrivacy",
+    "FlatClipping",
+    "GaussianNoise",
+    "PrivacyBudget",
+    "PrivacyConfigurationError",
+    "PrivacyLedger",
+    "PrivacyMonitor",
+    "PrivateStrategy",
+    "UnsupportedModelError",
+    "calibrate_noise",
+    "epsilon",
+]

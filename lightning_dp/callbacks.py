@@ -1,0 +1,337 @@
+"""Callbacks: a budget that chooses the noise and stops in time, a monitor that shows ε, and one that does everything.
+
+They only read the ledger; what is released, and what it costs, is decided by the strategy.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_dp.accounting import Accountant, affordable_steps, calibrate_noise
+from lightning_dp.checks import PrivacyConfigurationError, warn_about_delta
+from lightning_dp.clipping import Clipping, FlatClipping
+from lightning_dp.noise import GaussianNoise, Noise
+from lightning_dp.strategy import PrivateMixin, make_private
+
+
+def private_strategy(trainer: pl.Trainer, callback: str) -> PrivateMixin:
+    """The Trainer's strategy, if it is private.
+
+    Raises:
+        PrivacyConfigurationError: It is not.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, PrivateMixin):
+        raise PrivacyConfigurationError(
+            f"{callback} found a Trainer that trains without privacy. Pass strategy=PrivateStrategy(…) to the Trainer, "
+            "or use the callback DifferentialPrivacy(epsilon=…, delta=…) alone."
+        )
+    return strategy
+
+
+def _check_delta(callback: str, delta: float) -> None:
+    if not 0 < delta < 1:
+        raise ValueError(f"{callback}: delta must lie strictly between 0 and 1, got {delta}.")
+
+
+class PrivacyBudget(Callback):
+    """Keeps ε within a target: chooses the noise for the planned steps, and stops before the target would be exceeded.
+
+    Without a noise multiplier, the smallest one is chosen with which all steps that the Trainer plans (``max_epochs``,
+    ``max_steps``) fit. With one, training stops when the next step would exceed the budget. Either way the strategy
+    refuses any step beyond it, whatever ``min_epochs`` and ``min_steps`` say.
+
+    A resumed run keeps the noise of the interrupted one while the plan and the target are the same; when they change,
+    noise is chosen anew for what is left.
+
+    Example::
+
+        trainer = L.Trainer(
+            strategy=PrivateStrategy(FlatClipping(1.0)),
+            callbacks=[PrivacyBudget(epsilon=3.0, delta=1e-5)],
+            max_epochs=20,
+        )
+
+    Args:
+        epsilon: The most that ε may become, for adding or removing one record.
+        delta: The δ at which ε is stated; well below 1/N.
+        accountant: ``"pld"`` or ``"rdp"``.
+    """
+
+    def __init__(self, epsilon: float, delta: float, accountant: Accountant = "pld") -> None:
+        if not epsilon > 0:
+            raise ValueError(f"PrivacyBudget: epsilon must be positive, got {epsilon}.")
+        _check_delta("PrivacyBudget", delta)
+        self.epsilon, self.delta, self.accountant = epsilon, delta, accountant
+        self._chosen: dict[str, float] = {}
+        self._stopped = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            private_strategy(trainer, "PrivacyBudget")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Chooses the noise, and finds the last step that the budget allows."""
+        strategy = private_strategy(trainer, "PrivacyBudget")
+        warn_about_delta(self.delta, strategy.num_records)
+        remaining = self._remaining_steps(trainer)
+        if strategy.noise.multiplier is None:
+            strategy.noise_multiplier = self._choose_noise(strategy, remaining)
+        self._set_limit(trainer, strategy, remaining)
+        self._stopped = False
+        self._stop_if_spent(trainer, strategy)
+
+    def _remaining_steps(self, trainer: pl.Trainer) -> int | None:
+        """Private steps that the Trainer still plans; ``None`` when it plans to train forever."""
+        planned = trainer.estimated_stepping_batches
+        return None if math.isinf(planned) else max(int(planned) - trainer.global_step, 0)
+
+    def _choose_noise(self, strategy: PrivateMixin, remaining: int | None) -> float | None:
+        if remaining is None:
+            raise PrivacyConfigurationError(
+                "PrivacyBudget cannot choose the noise for training without an end (max_epochs=-1). Set max_epochs or "
+                "max_steps, or give GaussianNoise(multiplier=…) and let the budget decide when to stop."
+            )
+        if remaining == 0:
+            return self._chosen.get("noise_multiplier", 0.0)
+        plan = {
+            "epsilon": self.epsilon,
+            "delta": self.delta,
+            "sampling_rate": strategy.sampling_rate,
+            "total_steps": float(len(strategy.ledger) + remaining),
+        }
+        if any(self._chosen.get(key) != value for key, value in plan.items()):
+            rank_zero_info(f"PrivacyBudget: choosing the noise for {remaining} steps …")
+            try:
+                multiplier = calibrate_noise(
+                    epsilon=self.epsilon,
+                    delta=self.delta,
+                    sampling_rate=strategy.sampling_rate,
+                    steps=remaining,
+                    accountant=self.accountant,
+                    spent=strategy.ledger,
+                )
+            except ValueError:
+                return self._chosen.get("noise_multiplier", 0.0)  # all spent: no step will be taken
+            self._chosen = {**plan, "noise_multiplier": multiplier}
+        return self._chosen["noise_multiplier"]
+
+    def _set_limit(self, trainer: pl.Trainer, strategy: PrivateMixin, remaining: int | None) -> None:
+        step, multiplier = strategy.private_step, strategy.noise_multiplier
+        if step is None or multiplier is None:
+            return
+        event = step.event(multiplier, strategy.sampling_rate)
+        allowed = affordable_steps(
+            strategy.ledger,
+            event,
+            epsilon=self.epsilon,
+            delta=self.delta,
+            at_most=10**9 if remaining is None else remaining,
+            accountant=self.accountant,
+        )
+        strategy.step_limit = len(strategy.ledger) + allowed
+        planned = "an unlimited number" if remaining is None else str(remaining)
+        rank_zero_info(
+            f"PrivacyBudget: ε ≤ {self.epsilon:g} at δ = {self.delta:g}; noise multiplier {multiplier:.4g}, sampling "
+            f"rate {strategy.sampling_rate:.4g}, {allowed} of {planned} planned steps are within the budget."
+        )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Asks the Trainer to stop when the next step would exceed the budget."""
+        self._stop_if_spent(trainer, private_strategy(trainer, "PrivacyBudget"))
+
+    def _stop_if_spent(self, trainer: pl.Trainer, strategy: PrivateMixin) -> None:
+        if strategy.step_limit is None or len(strategy.ledger) < strategy.step_limit:
+            return
+        planned = trainer.estimated_stepping_batches
+        if trainer.global_step >= planned or self._stopped:
+            return
+        self._stopped = True
+        spent = strategy.ledger.epsilon(self.delta, self.accountant)
+        rank_zero_info(
+            f"PrivacyBudget: stopping after {len(strategy.ledger)} private steps: ε = {spent:.4g} of {self.epsilon:g} "
+            f"(δ = {self.delta:g}) is spent, and one more step would exceed it."
+        )
+        # The Trainer ignores should_stop while a minimum is not met; a budget admits no minimum.
+        trainer.fit_loop.min_epochs = 0
+        trainer.fit_loop.epoch_loop.min_steps = None
+        trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"chosen": dict(self._chosen)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._chosen = dict(state_dict["chosen"])
+
+
+class PrivacyMonitor(Callback):
+    """Shows what has been spent: to every logger, to the progress bar, and to callbacks that monitor metrics.
+
+    Logged every ``log_every_n_steps`` private steps and at the end of every epoch: ``privacy/epsilon``,
+    ``privacy/delta``, ``privacy/noise_multiplier`` and, when the Trainer has a `PrivacyBudget`,
+    ``privacy/budget_spent`` (the fraction of its ε).
+
+    Args:
+        delta: The δ at which ε is stated.
+        accountant: ``"pld"`` or ``"rdp"``.
+        log_not_private: Also log ``not_private/clipped_fraction`` and the median gradient norm,
+            ``not_private/median_gradient_norm``. **These are computed from the data without noise: whoever sees them
+            learns more than ε says.**
+    """
+
+    def __init__(self, delta: float, accountant: Accountant = "pld", log_not_private: bool = False) -> None:
+        _check_delta("PrivacyMonitor", delta)
+        self.delta, self.accountant, self.log_not_private = delta, accountant, log_not_private
+        #: ε as last computed.
+        self.epsilon = 0.0
+        self._computed_at = -1
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            private_strategy(trainer, "PrivacyMonitor")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        strategy = private_strategy(trainer, "PrivacyMonitor")
+        warn_about_delta(self.delta, strategy.num_records)
+        self._computed_at = -1
+        if strategy.private_step is not None:
+            strategy.private_step.keep_norms = self.log_not_private
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        strategy = private_strategy(trainer, "PrivacyMonitor")
+        due = trainer.global_step % max(trainer.log_every_n_steps, 1) == 0 or trainer.fast_dev_run
+        if not (due or trainer.is_last_batch or trainer.should_stop or self._computed_at < 0):
+            return
+        metrics = self._metrics(trainer, strategy)
+        for name, value in metrics.items():
+            pl_module.log(name, value, on_step=True, on_epoch=False, prog_bar=name == "privacy/epsilon", batch_size=1)
+        if self.log_not_private:
+            self._log_not_private(pl_module, strategy)
+
+    def _metrics(self, trainer: pl.Trainer, strategy: PrivateMixin) -> dict[str, float]:
+        steps = len(strategy.ledger)
+        if steps != self._computed_at:
+            self.epsilon = strategy.ledger.epsilon(self.delta, self.accountant)
+            self._computed_at = steps
+        metrics = {
+            "privacy/epsilon": self.epsilon,
+            "privacy/delta": self.delta,
+            "privacy/noise_multiplier": strategy.noise_multiplier or 0.0,
+        }
+        target = next((target for target in map(_target_epsilon, trainer_callbacks(trainer)) if target), None)
+        if target:
+            metrics["privacy/budget_spent"] = self.epsilon / target
+        return metrics
+
+    def _log_not_private(self, pl_module: pl.LightningModule, strategy: PrivateMixin) -> None:
+        step = strategy.private_step
+        if step is None or not step.norms:
+            return
+        norms = torch.cat(step.norms)
+        clipped = (strategy.clipping.weights(norms) < 1).float().mean()
+        pl_module.log("not_private/clipped_fraction", clipped, on_step=True, on_epoch=False, batch_size=1)
+        pl_module.log("not_private/median_gradient_norm", norms.median(), on_step=True, on_epoch=False, batch_size=1)
+
+
+def trainer_callbacks(trainer: pl.Trainer) -> list[Callback]:
+    """The Trainer's callbacks (an attribute that its type does not declare)."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def _target_epsilon(callback: Callback) -> float | None:
+    if isinstance(callback, PrivacyBudget):
+        return callback.epsilon
+    if isinstance(callback, DifferentialPrivacy) and callback.budget is not None:
+        return callback.budget.epsilon
+    return None
+
+
+class DifferentialPrivacy(Callback):
+    """Makes a plain Trainer train privately: strategy, budget and monitor in one callback.
+
+    Example::
+
+        trainer = L.Trainer(max_epochs=20, callbacks=[DifferentialPrivacy(epsilon=3.0, delta=1e-5)])
+        trainer.fit(AnyLightningModule(), datamodule)
+
+    Args:
+        epsilon: The most that ε may become. ``None``: no limit; ``noise`` must then have a multiplier.
+        delta: The δ at which ε is stated; well below 1/N.
+        clipping, noise, max_physical_batch_size, engine, loss_reduction, self_check, seed: As for `PrivateStrategy`.
+        accountant: ``"pld"`` or ``"rdp"``.
+        log_not_private: As for `PrivacyMonitor`.
+    """
+
+    def __init__(
+        self,
+        epsilon: float | None,
+        delta: float,
+        clipping: Clipping = FlatClipping(1.0),
+        noise: Noise = GaussianNoise(),
+        max_physical_batch_size: int | None = None,
+        engine: str = "bookkeeping",
+        loss_reduction: str = "mean",
+        self_check: bool = True,
+        seed: int | None = None,
+        accountant: Accountant = "pld",
+        log_not_private: bool = False,
+    ) -> None:
+        if epsilon is None and noise.multiplier is None:
+            raise ValueError(
+                "DifferentialPrivacy: give epsilon (the noise is then chosen for it), or noise=GaussianNoise(multiplier=…)."
+            )
+        self.budget = None if epsilon is None else PrivacyBudget(epsilon, delta, accountant)
+        self.monitor = PrivacyMonitor(delta, accountant, log_not_private)
+        self._configuration = {
+            "clipping": clipping,
+            "noise": noise,
+            "max_physical_batch_size": max_physical_batch_size,
+            "engine": engine,
+            "loss_reduction": loss_reduction,
+            "self_check": self_check,
+            "seed": seed,
+        }
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Exchanges the class of the Trainer's strategy before Lightning sets it up."""
+        if stage != "fit":
+            return
+        if isinstance(trainer.strategy, PrivateMixin) and not trainer.strategy.made_private:
+            raise PrivacyConfigurationError(
+                "DifferentialPrivacy configures the strategy itself, and the Trainer has a private strategy already: "
+                "use either DifferentialPrivacy on a plain Trainer, or PrivateStrategy with PrivacyBudget and "
+                "PrivacyMonitor."
+            )
+        make_private(trainer.strategy, **self._configuration)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.budget:
+            self.budget.on_train_start(trainer, pl_module)
+        self.monitor.on_train_start(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.budget:
+            self.budget.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.monitor.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.budget.state_dict() if self.budget else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.budget and state_dict:
+            self.budget.load_state_dict(state_dict)
+
+

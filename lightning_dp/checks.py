@@ -1,0 +1,369 @@
+"""What cannot be trained privately, and why: checks before the first step, each with the way out.
+
+`check_trainer`, `check_model` and `check_optimizers` look at the configuration; `check_examples_are_independent` runs a
+few examples through a shadow of the model and looks at what happens.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_dp.engines import BookKeeping, Engine, set_aside
+from lightning_dp.layers import refusal_for, rule_for, trainable
+from lightning_dp.records import Call, UnsupportedModelError
+
+
+class PrivacyConfigurationError(ValueError):
+    """Something about the Trainer, the data or the optimizer cannot be combined with private training."""
+
+
+_WAY_OUT = "or use engine='per_example', which is slow but takes any layer"
+
+
+def check_trainer(trainer: pl.Trainer) -> None:
+    """Refuses Trainer settings under which a Lightning batch would not be one private step."""
+    module = trainer.lightning_module
+    if not module.automatic_optimization:
+        raise PrivacyConfigurationError(
+            "Manual optimization (automatic_optimization=False) decides by itself when gradients are computed and "
+            "applied, so steps cannot be accounted for. Use automatic optimization."
+        )
+    check_no_accumulation(trainer)
+    if trainer.overfit_batches:
+        raise PrivacyConfigurationError(
+            "overfit_batches repeats the same batches, which are not Poisson samples. To train on few records, pass a "
+            "torch.utils.data.Subset of them; for a quick trial, use fast_dev_run or limit_train_batches."
+        )
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None:
+        raise PrivacyConfigurationError(
+            "precision='16-mixed' scales the loss and skips steps depending on the data, which the accountant cannot "
+            "see. Use precision='bf16-mixed', 'bf16-true' or '32-true'."
+        )
+    if "16-true" == trainer.precision:
+        raise PrivacyConfigurationError(
+            "precision='16-true' overflows in per-example norms and noise. Use 'bf16-mixed', 'bf16-true' or '32-true'."
+        )
+
+
+def check_no_accumulation(trainer: pl.Trainer) -> None:
+    """Refuses gradient accumulation over Lightning batches."""
+    if trainer.accumulate_grad_batches != 1:
+        raise PrivacyConfigurationError(
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches}: a union of Poisson batches is not a Poisson "
+            "batch. Give the DataLoader the whole (logical) batch size, and PrivateStrategy or DifferentialPrivacy "
+            "max_physical_batch_size=… for what fits into memory; the result does not depend on it."
+        )
+
+
+def check_model(module: pl.LightningModule, engine: str) -> None:
+    """Refuses modules whose per-example gradients are not defined, or that the engine has no rule for."""
+    problems = []
+    for name, child in module.named_modules():
+        reason = refusal_for(child)
+        if reason:
+            problems.append(f"layer '{name}' ({type(child).__name__}): {reason}")
+        elif engine == "bookkeeping":
+            problems += _without_rule(name, child)
+    if engine == "bookkeeping":
+        problems += _compiled(module) + _tied(module)
+    if problems:
+        listed = "\n  - ".join(problems)
+        raise UnsupportedModelError(f"This model cannot be trained privately as it is:\n  - {listed}")
+    if not any(p.requires_grad for p in module.parameters()):
+        raise UnsupportedModelError("The model has no parameter that requires a gradient: there is nothing to train.")
+
+
+def _without_rule(name: str, module: nn.Module) -> list[str]:
+    own = trainable(module)
+    if not own:
+        return []
+    where = f"layer '{name}' ({type(module).__name__})" if name else f"the {type(module).__name__} itself"
+    if rule_for(module) is None:
+        listed = ", ".join(f"'{name}.{p}'".replace("'.", "'") for p in own)
+        return [
+            f"{where}: no rule gives the per-example gradients of {listed}; freeze them (requires_grad_(False)), use a "
+            f"layer that has a rule, {_WAY_OUT}"
+        ]
+    unknown = [p for p in own if p not in ("weight", "bias")]
+    if unknown:
+        return [f"{where}: its rule does not know the parameters {unknown} (weight_norm?); remove them, {_WAY_OUT}"]
+    return []
+
+
+def _compiled(module: pl.LightningModule) -> list[str]:
+    names = [
+        name or type(module).__name__
+        for name, child in module.named_modules()
+        if getattr(child, "_compiled_call_impl", None) is not None or type(child).__name__ == "OptimizedModule"
+    ]
+    if getattr(module, "_compiler_ctx", None) is not None:
+        names = [type(module).__name__]
+    if not names:
+        return []
+    return [f"{', '.join(names)}: torch.compile hides the layers from the engine; pass the uncompiled module, {_WAY_OUT}"]
+
+
+def _tied(module: nn.Module) -> list[str]:
+    """Tied parameters are exact when every use is a linear map, a look-up, or of a kind that can be materialised."""
+    uses: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for name, child in module.named_modules():
+        for own in trainable(child):
+            uses.setdefault(id(getattr(child, own)), []).append((name, child, own))
+    problems = []
+    for shared in uses.values():
+        roles = {own for _, _, own in shared}
+        if len(shared) > 1 and len(roles) > 1:
+            layers = ", ".join(f"'{name}.{own}'" for name, _, own in shared)
+            problems.append(f"{layers} are one parameter in different roles, which no rule covers; untie them, {_WAY_OUT}")
+    return problems
+
+
+def check_optimizers(trainer: pl.Trainer, engine: Engine) -> None:
+    """The parameters that are optimized and those that are bounded must be the same objects."""
+    optimizers = trainer.strategy.optimizers
+    if len(optimizers) != 1:
+        raise PrivacyConfigurationError(
+            f"configure_optimizers returned {len(optimizers)} optimizers; one private step feeds exactly one."
+        )
+    [optimizer] = optimizers
+    if isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.LBFGS):
+        raise PrivacyConfigurationError(
+            "LBFGS evaluates the gradient several times per step on one batch, each a further release. Use a "
+            "first-order optimizer (SGD, Adam, …)."
+        )
+    optimized = {id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    bounded = {id(p): name for name, p in engine.parameters.items()}
+    foreign = [tuple(p.shape) for key, p in optimized.items() if key not in bounded]
+    if foreign:
+        raise PrivacyConfigurationError(
+            f"The optimizer holds parameters that are not (or no longer) the module's, of shapes {foreign}: they would "
+            "be trained without privacy or not at all. Create the optimizer in configure_optimizers from "
+            "self.parameters(), after all layers exist (adapters injected later, or layers made anew in "
+            "configure_model, are other objects)."
+        )
+    missing = [name for key, name in bounded.items() if key not in optimized]
+    if missing:
+        raise PrivacyConfigurationError(
+            f"Trainable parameters that the optimizer does not hold: {missing}. They would take a share of the "
+            "clipping norm for nothing. Give them to the optimizer, or freeze them with requires_grad_(False)."
+        )
+
+
+def warn_about_delta(delta: float, num_records: int) -> None:
+    """δ ≥ 1/N allows a mechanism that publishes one record at random."""
+    if delta >= 1 / num_records:
+        rank_zero_warn(
+            f"delta={delta:g} is not below 1/N = {1 / num_records:.3g} for the {num_records} records of the train set: "
+            "at such a δ, publishing a whole record chosen at random would count as private. Choose a smaller one."
+        )
+
+
+def check_examples_are_independent(
+    module: pl.LightningModule,
+    take: Callable[[list[int]], Any],
+    size: int,
+    step_arguments: tuple[Any, ...],
+    context: Callable[[], AbstractContextManager[Any]],
+    loss_reduction: str,
+) -> None:
+    """Runs a few examples through a shadow of the model, and refuses models whose examples influence one another.
+
+    Three properties, each of which the sensitivity rests on:
+
+    1. the engine's gradients add up to autograd's (nothing is trained that the engine does not see);
+    2. exchanging the last example moves no other example's records (no batch statistics, no in-batch losses);
+    3. removing it moves none either, once the loss reduction is undone (no data-dependent normaliser).
+
+    The shadow shares the parameters and copies everything else, so that metrics, buffers and random states of the
+    user's module are untouched. Nothing of this is released.
+
+    Args:
+        module: The user's module.
+        take: Returns the batch that consists of the given examples of the first logical batch.
+        size: How many examples ``take`` can draw from, at least 2.
+        step_arguments: The arguments of ``training_step`` after the batch.
+        context: The precision context of a training step.
+        loss_reduction: ``"mean"`` or ``"sum"``.
+
+    Raises:
+        UnsupportedModelError: With the layer's name.
+    """
+    shadow = _shadow(module)
+    if shadow is None:
+        return
+    runner = _ShadowRun(shadow, step_arguments, context)
+    everyone = list(range(size))
+    exchanged = [*everyone[:-1], 0]
+    with _random_state_kept():
+        first = runner(take(everyone), size, compare_with_autograd=True)
+        second = runner(take(exchanged), size)
+        _compare(
+            first,
+            second,
+            size - 1,
+            "exchanging one example of the batch changed what this layer saw of another. Batch statistics, a loss over "
+            "pairs within the batch, a softmax over dimension 0 or a mean over all tokens of the batch do that; make "
+            "training_step treat every example by itself (average per example first, then over examples)",
+        )
+        shadow.eval()
+        with suppress(RuntimeError):  # some kernels (cuDNN's recurrent layers) have no backward in eval mode
+            whole = runner(take(everyone), size)
+            if runner.was_random:
+                return  # a smaller batch would draw other random numbers
+            without = runner(take(everyone[:-1]), size - 1)
+            factor = size / (size - 1) if loss_reduction == "mean" else 1.0
+            _compare(
+                whole,
+                without,
+                size - 1,
+                f"removing one example of the batch changed another's gradient, which loss_reduction='{loss_reduction}' "
+                "does not explain. If training_step returns a sum over the examples, pass loss_reduction='sum'; if it "
+                "returns a mean, 'mean'; otherwise the loss is normalised by something that depends on the data",
+                factor,
+            )
+
+
+class _ShadowRun:
+    """Passes batches through the shadow, from the same random state every time."""
+
+    def __init__(
+        self,
+        shadow: pl.LightningModule,
+        step_arguments: tuple[Any, ...],
+        context: Callable[[], AbstractContextManager[Any]],
+    ) -> None:
+        self._shadow, self._arguments, self._context = shadow, step_arguments, context
+        self._engine = BookKeeping(shadow)
+        self._state = _random_state()
+        #: Whether the last pass drew random numbers.
+        self.was_random = False
+
+    def __call__(self, batch: Any, size: int, compare_with_autograd: bool = False) -> dict[str, list[Tensor]]:
+        """The inputs and upstream gradients of every layer, in the order of its calls."""
+        recorder, parameters = self._engine.recorder, self._engine.parameters
+        _set_random_state(self._state)
+        with warnings.catch_warnings(), set_aside(parameters.values()):
+            warnings.simplefilter("ignore")
+            with recorder.forward(size, keep_requires_grad=compare_with_autograd), self._context():
+                loss = loss_of(self._shadow.training_step(batch, *self._arguments))
+            with recorder.backward():
+                self._shadow.backward(loss)
+            calls = recorder.take()
+            if compare_with_autograd:
+                self._compare_with_autograd(calls, size)
+        self.was_random = not _same_random_state(_random_state(), self._state)
+        return {
+            name: [t for call in made for t in (call.input, call.grad_output) if t is not None]
+            for name, made in calls.items()
+        }
+
+    def _compare_with_autograd(self, calls: dict[str, list[Call]], size: int) -> None:
+        gradients = self._engine.gradients_of(calls)
+        for name, parameter in self._engine.parameters.items():
+            expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            if not expected.isfinite().all():
+                continue
+            found = torch.zeros_like(parameter)
+            if name in gradients:
+                found = gradients[name].weighted_sum(torch.ones(size, device=parameter.device)).to(parameter.dtype)
+            if not _close(found, expected):
+                raise UnsupportedModelError(
+                    f"Parameter '{name}': its gradient is not explained by its layer's calls. It is used outside the "
+                    "layer's forward (a weight passed to a function, a penalty on weights in the loss: use the "
+                    "optimizer's weight_decay), or the layer is re-run in the backward (activation checkpointing). "
+                    f"Call the layer itself, {_WAY_OUT}."
+                )
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """Equal up to rounding, in Euclidean norm; entries that are not finite on either side do not count."""
+    tolerance = 5e-2 if expected.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    finite = found.isfinite() & expected.isfinite()
+    found, expected = found.double().where(finite, 0), expected.double().where(finite, 0)
+    return bool((found - expected).norm() <= tolerance * expected.norm() + 1e-12)
+
+
+def _compare(
+    first: dict[str, list[Tensor]], second: dict[str, list[Tensor]], count: int, reason: str, factor: float = 1.0
+) -> None:
+    """Compares the records of the first ``count`` examples; ``first``'s upstream gradients are multiplied by ``factor``."""
+    for name, records in first.items():
+        others = second.get(name, [])
+        if len(records) != len(others):
+            raise UnsupportedModelError(f"Layer '{name}': {reason} (it was called another number of times).")
+        for index, (record, other) in enumerate(zip(records, others, strict=True)):
+            if record.shape[1:] != other.shape[1:]:
+                continue  # padded to another length: nothing to compare element by element
+            expected = record[:count] * factor if index % 2 else record[:count]
+            if not _close(other[:count], expected):
+                raise UnsupportedModelError(f"Layer '{name}': {reason}.")
+
+
+def loss_of(output: Any) -> Tensor:
+    """The loss in what ``training_step`` returned."""
+    loss = output.get("loss") if isinstance(output, dict) else output
+    if not isinstance(loss, Tensor):
+        raise PrivacyConfigurationError(
+            "training_step returned no loss. Whether a step happens must not depend on the data: return a loss for "
+            "every batch."
+        )
+    return loss
+
+
+def _shadow(module: pl.LightningModule) -> pl.LightningModule | None:
+    """A copy that shares the parameters and logs nothing."""
+    memo: dict[int, Any] = {id(p): p for p in module.parameters()}
+    try:
+        shadow = copy.deepcopy(module, memo)
+    except Exception as error:  # whatever a user's attribute raises
+        rank_zero_warn(f"The self-check was skipped: the module cannot be copied ({error}).")
+        return None
+    shadow._trainer = module._trainer
+    for method in ("log", "log_dict"):
+        object.__setattr__(shadow, method, lambda *args, **kwargs: None)
+    return shadow
+
+
+def _random_state() -> tuple[Any, ...]:
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    return (
+        torch.get_rng_state(),
+        [torch.cuda.get_rng_state(d) for d in devices],
+        np.random.get_state(),
+        random.getstate(),
+    )
+
+
+def _same_random_state(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    same_torch = all(torch.equal(a, b) for a, b in zip([one[0], *one[1]], [other[0], *other[1]], strict=True))
+    same_numpy = all(np.array_equal(a, b) for a, b in zip(one[2], other[2], strict=True))
+    return same_torch and same_numpy and one[3] == other[3]
+
+
+def _set_random_state(state: tuple[Any, ...]) -> None:
+    torch.set_rng_state(state[0])
+    for device, cuda_state in enumerate(state[1]):
+        torch.cuda.set_rng_state(cuda_state, device)
+    np.random.set_state(state[2])
+    random.setstate(state[3])
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    state = _random_state()
+    try:
+        yield
+    finally:
+        _set_random_state(state)

@@ -1,0 +1,73 @@
+"""The ``lightning-dp`` command: LightningCLI, with a summary of accuracy and privacy at the end of a fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lightning_dp.callbacks import DifferentialPrivacy, PrivacyMonitor, trainer_callbacks
+from lightning_dp.strategy import PrivateMixin
+
+
+class PrivateCLI(LightningCLI):
+    """LightningCLI whose ``fit`` ends with a test, when there is test data, and one line that says what was achieved."""
+
+    def after_fit(self) -> None:
+        metrics: dict[str, Any] = {}
+        has_test = self.datamodule is not None and _overrides(self.datamodule, "test_dataloader")
+        if has_test and _overrides(self.model, "test_step") and not self.trainer.fast_dev_run:
+            [metrics] = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        self._print_summary(metrics)
+
+    @rank_zero_only
+    def _print_summary(self, metrics: dict[str, Any]) -> None:
+        print(summary(self.trainer, metrics))
+
+
+def _overrides(instance: Any, method: str) -> bool:
+    base = pl.LightningModule if isinstance(instance, pl.LightningModule) else pl.LightningDataModule
+    return getattr(type(instance), method) is not getattr(base, method)
+
+
+def summary(trainer: pl.Trainer, metrics: dict[str, Any]) -> str:
+    """One line: test metrics, ε, δ, adjacency, and where logs and checkpoint lie."""
+    parts = [f"{name} = {float(value):.4f}" for name, value in metrics.items()]
+    strategy = trainer.strategy
+    if isinstance(strategy, PrivateMixin):
+        monitors = [c.monitor if isinstance(c, DifferentialPrivacy) else c for c in trainer_callbacks(trainer)]
+        deltas = [m.delta for m in monitors if isinstance(m, PrivacyMonitor)]
+        steps = len(strategy.ledger)
+        if deltas:
+            epsilon = strategy.ledger.epsilon(deltas[0])
+            parts.append(f"ε = {epsilon:.4f} at δ = {deltas[0]:g} (adding or removing one record, {steps} private steps)")
+        else:
+            parts.append(f"{steps} private steps; add a PrivacyMonitor to state ε")
+        if strategy.seed is not None:
+            parts.append("seed= was given: this holds only while it is secret")
+    else:
+        parts.append("NOT PRIVATE (no DifferentialPrivacy callback, no private strategy)")
+    if trainer.log_dir:
+        parts.append(f"logs in {trainer.log_dir}")
+    checkpoint = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    if checkpoint:
+        parts.append(f"checkpoint {checkpoint}")
+    return "lightning-dp: " + "; ".join(parts)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of ``lightning-dp fit|validate|test|predict --config …``."""
+    PrivateCLI(
+        pl.LightningModule,
+        pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        args=args,
+        parser_kwargs={"prog": "lightning-dp", "description": "Differentially private training for PyTorch Lightning."},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Recording what each trainable layer saw and what came back: its input and the gradient at its output.
+
+While a `Recorder` is recording, the trainable parameters do not require grad, so autograd computes no ordinary weight
+gradients; the layers' outputs do, so that the gradient still flows to every one of them. Hooks live only as long as
+one forward pass: outside it the user's module is exactly as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class UnsupportedModelError(ValueError):
+    """The model does something whose per-example gradients cannot be bounded; the message names the layer."""
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call of one layer: its input, and (after the backward) the gradient at its output."""
+
+    input: Tensor
+    version: int
+    grad_output: Tensor | None = None
+
+    def unchanged_input(self, layer: str) -> Tensor:
+        if self.input._version != self.version:
+            raise UnsupportedModelError(
+                f"Layer '{layer}': its input was modified in place after the layer used it, so its gradient cannot be "
+                "computed. Replace the in-place operation (`x += y`, `relu_`) on that tensor by an ordinary one."
+            )
+        return self.input
+
+
+class _RequireGrad(torch.autograd.Function):
+    """Makes a tensor that depends on no trainable input part of the graph, in place and without a copy.
+
+    Turning it into a leaf instead would forbid the in-place activation that often follows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, None
+
+
+class Recorder:
+    """Records the calls of some layers during one forward and one backward pass.
+
+    Args:
+        layers: The layers to record, by name.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self._layers = dict(layers)
+        self._parameters = [p for m in layers.values() for p in m.parameters(recurse=False)]
+        self._calls: dict[str, list[Call]] = {}
+        self._listening = False
+
+    @contextmanager
+    def forward(self, batch_size: int, keep_requires_grad: bool = False) -> Iterator[None]:
+        """Records the forward passes inside; every layer must see ``batch_size`` examples in its leading dimension.
+
+        Args:
+            batch_size: Number of examples in the batch that is passed through the model.
+            keep_requires_grad: Leave the parameters as they are, so that autograd computes its own gradients as well.
+        """
+        self._calls = {}
+        frozen = [] if keep_requires_grad else [p for p in self._parameters if p.requires_grad]
+        anchor = torch.zeros((), requires_grad=True)
+        handles = [
+            module.register_forward_hook(self._make_hook(name, batch_size, anchor), with_kwargs=True)
+            for name, module in self._layers.items()
+        ]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Records the backward pass inside. Backward passes elsewhere (of an attack, say) are not recorded."""
+        self._listening = True
+        try:
+            yield
+        finally:
+            self._listening = False
+
+    def take(self) -> dict[str, list[Call]]:
+        """The calls that contributed to the loss, by layer; the recorder forgets them."""
+        calls, self._calls = self._calls, {}
+        kept = {name: [call for call in calls if call.grad_output is not None] for name, calls in calls.items()}
+        return {name: calls for name, calls in kept.items() if calls}
+
+    def _make_hook(self, name: str, batch_size: int, anchor: Tensor) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return None
+            input = args[0] if args else kwargs.get("input")
+            if not isinstance(input, Tensor) or not isinstance(output, Tensor):
+                raise UnsupportedModelError(
+                    f"Layer '{name}' ({type(module).__name__}) was called without a tensor as its first argument."
+                )
+            input = _with_batch(input, batch_size, name, module)
+            if output.dim() == 0 or output.shape[0] != batch_size:
+                # A layer whose input is the same for all examples (position numbers): every example gets its own copy.
+                output = output.expand(batch_size, *output.shape[1:])
+            if not output.requires_grad:
+                output = _RequireGrad.apply(output, anchor)
+            call = Call(input.detach(), input._version)
+            self._calls.setdefault(name, []).append(call)
+
+            def keep(grad: Tensor) -> None:
+                if not self._listening:
+                    return
+                if call.grad_output is not None:
+                    raise UnsupportedModelError(f"Layer '{name}': more than one backward pass through one forward.")
+                call.grad_output = grad
+
+            output.register_hook(keep)
+            return output
+
+        return hook
+
+
+def _with_batch(input: Tensor, batch_size: int, name: str, module: nn.Module) -> Tensor:
+    if input.dim() and input.shape[0] == batch_size:
+        return input
+    if input.dim() and input.shape[0] == 1:
+        return input.expand(batch_size, *input.shape[1:])
+    raise UnsupportedModelError(
+        f"Layer '{name}' ({type(module).__name__}) received an input of shape {tuple(input.shape)} for a batch of "
+        f"{batch_size} examples: the leading dimension must be the batch (or 1, for an input that all examples share), "
+        "or the examples cannot be told apart. Put the batch first (batch_first=True; no flattening of batch and time "
+        "into one dimension; unsqueeze(0) on position numbers), or use engine='per_example', which is slow but takes "
+        "any layer."
+    )

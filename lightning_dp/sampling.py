@@ -1,0 +1,168 @@
+"""Poisson sampling: every record joins every batch independently with probability q, at a cost of O(batch).
+
+The train loader that the user wrote keeps its data set, collate function and workers; only the way in which batches
+are drawn is replaced, because amplification by subsampling (Abadi et al. 2016; Mironov et al. 2019) is proven for
+Poisson batches and not for shuffled ones (Chua et al. 2024).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
+
+from lightning_dp.batches import map_examples
+from lightning_dp.randomness import Randomness
+
+
+def draw_poisson_sample(num_records: int, sampling_rate: float, generator: np.random.Generator) -> np.ndarray:
+    """Indices of one Poisson sample, in no particular order.
+
+    Formal guarantee: every record is included independently with probability ``sampling_rate``.
+    Proof: the size of such a sample is binomial, and given its size it is a uniform subset.
+    Cost: O(size) time and memory, whatever ``num_records``.
+    """
+    size = int(generator.binomial(num_records, sampling_rate))
+    return generator.choice(num_records, size=size, replace=False, shuffle=False)
+
+
+class PoissonBatchSampler(Sampler[list[int]]):
+    """Yields ``⌈1/q⌉`` Poisson samples per epoch; of every sample, each of ``num_shards`` ranks takes its own share.
+
+    Args:
+        num_records: N, the number of records of the data set.
+        sampling_rate: q, the probability with which each record joins each batch.
+        randomness: The secret source; all ranks of a group must share it.
+        first_step: Called when an epoch starts, returns the number of the private step that the first batch is for.
+        shard, num_shards: This rank takes every ``num_shards``-th index of the sample, from ``shard`` on.
+    """
+
+    def __init__(
+        self,
+        num_records: int,
+        sampling_rate: float,
+        randomness: Randomness,
+        first_step: Callable[[], int],
+        shard: int = 0,
+        num_shards: int = 1,
+    ) -> None:
+        if not 0 < sampling_rate <= 1:
+            raise ValueError(f"sampling_rate must lie in (0, 1], got {sampling_rate}.")
+        self.num_records = num_records
+        self.sampling_rate = sampling_rate
+        self.shard, self.num_shards = shard, num_shards
+        self.sizes: deque[int] = deque()
+        self._randomness = randomness
+        self._first_step = first_step
+
+    def __len__(self) -> int:
+        # 1/q is b/N in floating point: without the tolerance, N = 49 b would have 50 batches.
+        return math.ceil(1 / self.sampling_rate - 1e-6)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.sizes = deque()
+        first = self._first_step()
+        for step in range(first, first + len(self)):
+            generator = self._randomness.numpy("sampling", step)
+            sample = draw_poisson_sample(self.num_records, self.sampling_rate, generator)
+            share = sample[self.shard :: self.num_shards].tolist()
+            self.sizes.append(len(share))
+            yield share
+
+
+class _CollateOrEmpty:
+    """The user's collate function, and a batch of zero examples for an empty draw."""
+
+    def __init__(self, collate_fn: Callable[[Any], Any], dataset: Any) -> None:
+        self.collate_fn, self.dataset = collate_fn, dataset
+
+    def __call__(self, examples: Any) -> Any:
+        if isinstance(examples, list) and not examples:
+            template = self.collate_fn([self.dataset[0]])
+            try:
+                return map_examples(template, 1, lambda part: part[:0])
+            except (TypeError, ValueError):
+                return template  # only its form is ever looked at: no training step sees the batch of an empty draw
+        return self.collate_fn(examples)
+
+
+class PoissonDataLoader(DataLoader[Any]):
+    """A train loader that draws Poisson batches, and remembers how many examples each delivered batch was drawn for.
+
+    The order of batches is the order of draws, so sizes can be matched to batches however many workers prefetch.
+    """
+
+    def __init__(self, dataset: Any, batch_sampler: PoissonBatchSampler, **kwargs: Any) -> None:
+        super().__init__(dataset, batch_sampler=batch_sampler, **kwargs)
+        self.poisson = batch_sampler
+        self.delivered: deque[int] = deque()
+
+    @classmethod
+    def replacing(cls, loader: DataLoader[Any], batch_sampler: PoissonBatchSampler) -> PoissonDataLoader:
+        """A Poisson loader over the same data set, with the same workers, collation and memory pinning."""
+        kept = ("num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "generator")
+        kwargs = {name: getattr(loader, name) for name in kept}
+        if loader.num_workers:
+            kwargs |= {name: getattr(loader, name) for name in ("prefetch_factor", "persistent_workers")}
+        kwargs["collate_fn"] = _CollateOrEmpty(loader.collate_fn, loader.dataset)
+        return cls(loader.dataset, batch_sampler, **kwargs)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self.delivered.clear()
+        for batch in super().__iter__():
+            self.delivered.append(self.poisson.sizes.popleft())
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: a resumed run draws fresh samples. That it exists tells Lightning that resuming is exact."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+def records_and_batch_size(loader: object) -> tuple[int, int]:
+    """Number of records and batch size of a train loader that can be Poisson-sampled.
+
+    Raises:
+        TypeError, ValueError: It cannot; the message says why and what to use instead.
+    """
+    if not isinstance(loader, DataLoader):
+        raise TypeError(
+            f"The train dataloader is a {type(loader).__name__}; private training draws its own Poisson batches and "
+            "needs a torch.utils.data.DataLoader over a data set with a length."
+        )
+    if isinstance(loader.dataset, IterableDataset):
+        raise TypeError(
+            "The train data set is an IterableDataset: records that come in a stream cannot be Poisson-sampled, and "
+            "the privacy of any other order is not accounted for. Use a map-style data set (with __getitem__ and "
+            "__len__)."
+        )
+    sampler: Any = loader.sampler
+    plain_random = type(sampler) is RandomSampler and not sampler.replacement
+    distributed = type(sampler) is DistributedSampler
+    if not (plain_random or distributed or type(sampler) is SequentialSampler):
+        raise TypeError(
+            f"The train dataloader has a {type(sampler).__name__}: weighted, restricted or custom samplers give "
+            "records other probabilities than the accountant assumes. Leave the sampler out (shuffle=True or False, "
+            "both are replaced by Poisson sampling); to train on some records only, use torch.utils.data.Subset; to "
+            "weight records, weight their losses."
+        )
+    if loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler:
+        raise TypeError(
+            f"The train dataloader has a custom batch sampler ({type(loader.batch_sampler).__name__}), which would be "
+            "ignored. Give batch_size to the DataLoader instead."
+        )
+    if loader.batch_size is None:
+        raise ValueError("The train dataloader has batch_size=None; give the expected batch size to the DataLoader.")
+    num_records = len(loader.dataset)  # type: ignore[arg-type]
+    if num_records == 0:
+        raise ValueError("The train data set is empty.")
+    return num_records, loader.batch_size
+
+

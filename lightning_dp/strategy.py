@@ -1,0 +1,430 @@
+"""The strategies that make a Trainer private: the only code that touches Lightning's training loop.
+
+One Lightning batch is one logical batch is one private step, so that `global_step`, schedulers, `max_steps`,
+`log_every_n_steps` and the progress bar count private steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.plugins import CheckpointIO, Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_dp import checks
+from lightning_dp.accounting import PrivacyLedger
+from lightning_dp.batches import map_examples
+from lightning_dp.checks import PrivacyConfigurationError
+from lightning_dp.clipping import Clipping, FlatClipping
+from lightning_dp.engines import ENGINES, make_engine
+from lightning_dp.noise import GaussianNoise, Noise
+from lightning_dp.pipeline import PrivateStep
+from lightning_dp.randomness import Randomness
+from lightning_dp.sampling import PoissonBatchSampler, PoissonDataLoader, records_and_batch_size
+
+#: The key of the ledger in a Lightning checkpoint.
+CHECKPOINT_KEY = "lightning_dp"
+
+_SELF_CHECK_EXAMPLES = 4
+
+
+class PrivateMixin(Strategy):
+    """What makes a Lightning strategy private; combined with one that knows devices and processes.
+
+    It derives from `Strategy` so that the class of a strategy that already exists can be exchanged for one that
+    includes it (see `make_private`).
+    """
+
+    #: Strategies that can be made private by `make_private`.
+    supported: ClassVar[tuple[type[Strategy], ...]] = (SingleDeviceStrategy,)
+
+    #: Whether a callback made this strategy private, rather than the user who built it.
+    made_private = False
+
+    def configure_privacy(
+        self,
+        clipping: Clipping,
+        noise: Noise,
+        max_physical_batch_size: int | None,
+        engine: str,
+        loss_reduction: str,
+        self_check: bool,
+        seed: int | None,
+    ) -> None:
+        """Checks and keeps the configuration; arguments as for `PrivateStrategy`."""
+        if not isinstance(clipping, Clipping):
+            raise TypeError(f"clipping must be a clipping rule such as FlatClipping(1.0), got {clipping!r}.")
+        if not isinstance(noise, Noise):
+            raise TypeError(f"noise must be a noise such as GaussianNoise(1.0), got {noise!r}.")
+        if engine not in ENGINES:
+            raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}.")
+        if loss_reduction not in ("mean", "sum"):
+            raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}.")
+        if max_physical_batch_size is not None and max_physical_batch_size < 1:
+            raise ValueError(f"max_physical_batch_size must be at least 1, got {max_physical_batch_size}.")
+        self.clipping, self.noise = clipping, noise
+        self.max_physical_batch_size = max_physical_batch_size
+        self.engine, self.loss_reduction, self.self_check = engine, loss_reduction, self_check
+        #: Every private step taken so far, in this fit and those that it resumes.
+        self.ledger = PrivacyLedger()
+        #: The noise multiplier in force: that of ``noise``, or the one that a budget chose.
+        self.noise_multiplier = noise.multiplier
+        #: The most private steps that the ledger may hold; set by `PrivacyBudget`.
+        self.step_limit: int | None = None
+        #: The private step of the current fit; ``None`` before it is set up.
+        self.private_step: PrivateStep | None = None
+        self._randomness = Randomness(seed)
+        self._train_loader: PoissonDataLoader | None = None
+        self._batch_examples: int | None = None
+        self._examples_left_to_backward = 0
+        self._requires_grad: list[bool] = []
+        self._self_check_pending = self_check
+
+    # -- what callbacks read ---------------------------------------------------------------------------------------
+
+    @property
+    def seed(self) -> int | None:
+        """The explicit seed, with which the guarantee holds only while it is secret; ``None`` in earnest runs."""
+        return self._randomness.seed
+
+    @property
+    def num_records(self) -> int:
+        """N, the number of records in the train set. Known once the train loader has been set up."""
+        return self._poisson().num_records
+
+    @property
+    def sampling_rate(self) -> float:
+        """q, the probability with which each record joins each logical batch."""
+        return self._poisson().sampling_rate
+
+    @property
+    def expected_batch_size(self) -> float:
+        """q·N, the public number that noisy sums are divided by."""
+        return self.sampling_rate * self.num_records
+
+    def _poisson(self) -> PoissonBatchSampler:
+        if self._train_loader is None:
+            raise RuntimeError("The sampling rate is known once the Trainer has loaded the train dataloader.")
+        return self._train_loader.poisson
+
+    # -- set-up ----------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer) -> None:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        if fitting:
+            assert self.lightning_module is not None
+            checks.check_trainer(trainer)
+            checks.check_model(self.lightning_module, self.engine)
+            self._randomness.renew()
+            self._self_check_pending = self.self_check
+        super().setup(trainer)
+        if fitting:
+            self._bind(trainer)
+
+    def _bind(self, trainer: Trainer) -> None:
+        """Binds the private step to the parameters that are trainable now."""
+        assert self.lightning_module is not None
+        engine = make_engine(self.engine, self.lightning_module)
+        checks.check_optimizers(trainer, engine)
+        nonfinite = self.private_step.nonfinite_examples if self.private_step else 0
+        keep_norms = self.private_step.keep_norms if self.private_step else False
+        self.private_step = PrivateStep(
+            engine, self.clipping, self.noise, self.ledger, self._randomness, self._add_up_over_processes
+        )
+        self.private_step.nonfinite_examples, self.private_step.keep_norms = nonfinite, keep_norms
+        self._requires_grad = [p.requires_grad for p in self.lightning_module.parameters()]
+
+    def _add_up_over_processes(self, tensors: Sequence[Tensor]) -> None:
+        """One process: nothing to add."""
+
+    def process_dataloader(self, dataloader: object) -> object:
+        trainer = self._trainer()
+        if not (trainer.state.fn == TrainerFn.FITTING and trainer.training):
+            return super().process_dataloader(dataloader)
+        num_records, batch_size = records_and_batch_size(dataloader)
+        expected = batch_size * trainer.world_size
+        if expected > num_records:
+            rank_zero_warn(
+                f"The expected batch size ({expected}) exceeds the {num_records} records of the train set; every "
+                "record will be in every batch (sampling rate 1), without amplification by sampling."
+            )
+        sampler = PoissonBatchSampler(
+            num_records,
+            min(1.0, expected / num_records),
+            self._randomness,
+            first_step=lambda: len(self.ledger),
+            shard=trainer.global_rank,
+            num_shards=trainer.world_size,
+        )
+        self._train_loader = PoissonDataLoader.replacing(dataloader, sampler)  # type: ignore[arg-type]
+        return self._train_loader
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        loaders = self._trainer().fit_loop._combined_loader
+        assert loaders is not None
+        if [loader for loader in loaders.flattened if loader is not self._train_loader]:
+            raise PrivacyConfigurationError(
+                "Private training draws one Poisson sample per step and needs exactly one train dataloader. Combine "
+                "several data sets into one (torch.utils.data.ConcatDataset)."
+            )
+        if self.noise_multiplier is None:
+            raise PrivacyConfigurationError(
+                "No noise multiplier: give GaussianNoise(multiplier=…), or add the callback PrivacyBudget(epsilon=…, "
+                "delta=…), which chooses it. (multiplier=0.0 trains without noise: ε is infinite.)"
+            )
+
+    # -- the training step -----------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        assert self._train_loader is not None and self.lightning_module is not None
+        checks.check_no_accumulation(self._trainer())
+        self._batch_examples = self._train_loader.delivered.popleft()
+        if self._requires_grad != [p.requires_grad for p in self.lightning_module.parameters()]:
+            # A callback froze or unfroze layers: bound exactly what is trained from now on.
+            checks.check_model(self.lightning_module, self.engine)
+            self._bind(self._trainer())
+            self._self_check_pending = self.self_check
+
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Runs the user's ``training_step`` on every micro-batch of the logical batch, and all backward passes but the
+        last, which Lightning asks for through `backward`."""
+        step, count = self.private_step, self._batch_examples
+        assert step is not None
+        if count is None:
+            raise PrivacyConfigurationError(
+                "The optimizer evaluated the loss more than once on one batch; each evaluation would be a further "
+                "release. Use an optimizer that takes one gradient per step."
+            )
+        self._batch_examples = None
+        step.begin()
+        self._examples_left_to_backward = 0
+        if count == 0:  # an empty draw: the step is pure noise
+            return torch.zeros((), device=self.root_device, requires_grad=True)
+        self._check_examples(batch, count, args)
+        results = self._trainer()._results
+        limit = min(self.max_physical_batch_size or count, step.engine.max_examples or count)
+        weighted_loss = 0.0
+        for start in range(0, count, limit):
+            stop = min(start + limit, count)
+            micro_batch = batch if stop - start == count else self.take_examples(batch, count, slice(start, stop))
+            if results is not None:  # so that self.log weights its means by the micro-batch's size
+                results.batch, results.batch_size = micro_batch, None
+            with step.engine.forward(stop - start):
+                output = super().training_step(micro_batch, *args, **kwargs)
+            loss = checks.loss_of(output)
+            weighted_loss += loss.detach() * ((stop - start) / count if self.loss_reduction == "mean" else 1)
+            if stop < count:
+                with step.engine.backward():
+                    self.precision_plugin.backward(loss, self._module(), None)
+                step.accumulate(self._loss_scale(stop - start))
+        if results is not None:
+            results.batch, results.batch_size = batch, None
+        self._examples_left_to_backward = stop - start
+        return _with_loss_value(output, weighted_loss) if count > limit else output
+
+    def take_examples(self, batch: Any, size: int, examples: slice | list[int]) -> Any:
+        """Some examples of a collated batch of ``size``. Override it for batches that are not trees of tensors."""
+
+        def take(part: Any) -> Any:
+            if isinstance(part, Tensor) or isinstance(examples, slice):
+                return part[examples]
+            return type(part)(part[i] for i in examples)
+
+        return map_examples(batch, size, take)
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        """The last backward pass of a logical batch, and the release: no hook runs between the two."""
+        step, module = self.private_step, self._module()
+        assert step is not None and self.noise_multiplier is not None
+        self.pre_backward(closure_loss)
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
+        if self._examples_left_to_backward:
+            with step.engine.backward():
+                self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
+            step.accumulate(self._loss_scale(self._examples_left_to_backward))
+        step.limit = self.step_limit
+        step.release(self.noise_multiplier, self.sampling_rate, self.expected_batch_size)
+        closure_loss = self.precision_plugin.post_backward(closure_loss, module)
+        self.post_backward(closure_loss)
+        return closure_loss
+
+    def _loss_scale(self, examples: int) -> float:
+        return float(examples) if self.loss_reduction == "mean" else 1.0
+
+    def _check_examples(self, batch: Any, count: int, args: tuple[Any, ...]) -> None:
+        if not self._self_check_pending or count < 2:
+            return
+        self._self_check_pending = False
+        if self.engine != "bookkeeping":
+            return  # it sees one example at a time: they cannot influence one another
+        size = min(count, _SELF_CHECK_EXAMPLES)
+
+        def take(examples: list[int]) -> Any:
+            return self.take_examples(batch, count, examples)
+
+        try:
+            take([0])
+        except (TypeError, ValueError) as error:
+            rank_zero_warn(f"The self-check was skipped, because the batch cannot be taken apart. {error}")
+            return
+        checks.check_examples_are_independent(
+            self._module(), take, size, args, self.precision_plugin.train_step_context, self.loss_reduction
+        )
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        checkpoint[CHECKPOINT_KEY] = {"ledger": self.ledger.state_dict()}
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
+        if self._trainer().state.fn == TrainerFn.FITTING:
+            if CHECKPOINT_KEY not in checkpoint:
+                raise PrivacyConfigurationError(
+                    f"The checkpoint {checkpoint_path} holds no privacy ledger: it comes from training without "
+                    "privacy, and what that training revealed is unknown. If it never saw the private data, load its "
+                    "weights with load_from_checkpoint instead of resuming from it."
+                )
+            # Steps that this process has taken and the checkpoint does not know were taken all the same.
+            self.ledger.include(PrivacyLedger.from_state_dict(checkpoint[CHECKPOINT_KEY]["ledger"]))
+        return checkpoint
+
+    # -- shorthand -------------------------------------------------------------------------------------------------
+
+    def _module(self) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    def _trainer(self) -> Trainer:
+        trainer: Trainer = self._module().trainer
+        return trainer
+
+
+def _with_loss_value(output: Any, value: Any) -> Any:
+    """``training_step``'s output with a loss that has this value, and the gradient it had."""
+    loss = checks.loss_of(output)
+    shown = loss + (value - loss.detach())
+    return {**output, "loss": shown} if isinstance(output, dict) else shown
+
+
+class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
+    """Differentially private training on one device, of any `LightningModule`, unchanged.
+
+    Every step draws a Poisson sample of the train set, bounds the contribution of each example to the gradient, adds
+    noise, and charges the ledger. The user's train loader supplies data set, collation and workers; its batch size
+    becomes the *expected* batch size.
+
+    Example::
+
+        trainer = L.Trainer(
+            strategy=PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.1), max_physical_batch_size=256),
+            callbacks=[PrivacyMonitor(delta=1e-5)],
+        )
+
+    Args:
+        clipping: How contributions are bounded.
+        noise: The noise. Without a multiplier, `PrivacyBudget` chooses one.
+        max_physical_batch_size: The most examples that pass through the model at once; the result does not depend on
+            it. ``None``: the whole logical batch.
+        engine: ``"bookkeeping"``, fast, for layers that have a rule; ``"per_example"``, slow, for any.
+        loss_reduction: Whether the loss that ``training_step`` returns is a ``"mean"`` or a ``"sum"`` over examples.
+        self_check: Whether a few examples of the first batch are used to check that examples do not influence one
+            another and that the engine sees every gradient.
+        seed: Makes sampling and noise reproducible, for tests and debugging. **The guarantee then holds only while the
+            seed is secret.** `seed_everything` has no influence on either.
+        device, accelerator, checkpoint_io, precision_plugin: As for Lightning's `SingleDeviceStrategy`; the Trainer
+            fills them in.
+
+    Raises:
+        PrivacyConfigurationError, UnsupportedModelError: At the start of a fit, when something cannot be trained
+            privately; the message says what and what to do.
+    """
+
+    strategy_name = "private"
+
+    def __init__(
+        self,
+        clipping: Clipping = FlatClipping(1.0),
+        noise: Noise = GaussianNoise(),
+        max_physical_batch_size: int | None = None,
+        engine: str = "bookkeeping",
+        loss_reduction: str = "mean",
+        self_check: bool = True,
+        seed: int | None = None,
+        device: torch.device | str | int | None = None,
+        accelerator: Accelerator | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+    ) -> None:
+        super().__init__("cpu" if device is None else device, accelerator, checkpoint_io, precision_plugin)
+        self._device_chosen = device is not None
+        self._num_nodes = 1
+        self.configure_privacy(clipping, noise, max_physical_batch_size, engine, loss_reduction, self_check, seed)
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:
+        """The Trainer assigns the devices it chose; there may be one."""
+        return None
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device] | None) -> None:
+        if devices is not None and len(devices) > 1:
+            raise PrivacyConfigurationError(
+                f"PrivateStrategy trains on one device, and the Trainer has {len(devices)}. Use Trainer(devices=1)."
+            )
+        if devices and not self._device_chosen:
+            self._root_device = devices[0]
+
+    @property
+    def num_nodes(self) -> int:
+        """The Trainer assigns the number of nodes; there may be one."""
+        return self._num_nodes
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        if num_nodes > 1:
+            raise PrivacyConfigurationError("PrivateStrategy trains on one node. Use Trainer(num_nodes=1).")
+        self._num_nodes = num_nodes
+
+
+def make_private(strategy: Strategy, **configuration: Any) -> PrivateMixin:
+    """Makes a strategy that the Trainer has already built private, in place, by exchanging its class.
+
+    Args:
+        strategy: The strategy; one that is private already is returned as it is.
+        configuration: Arguments of `PrivateMixin.configure_privacy`.
+
+    Raises:
+        PrivacyConfigurationError: The strategy is of a kind whose gradients cannot be intercepted.
+    """
+    if isinstance(strategy, PrivateMixin):
+        return strategy
+    if type(strategy) not in PrivateMixin.supported:
+        raise PrivacyConfigurationError(
+            f"Private training does not know how {type(strategy).__name__} computes and exchanges gradients. Use one "
+            "device (Trainer(devices=1))."
+        )
+    strategy.__class__ = type(f"Private{type(strategy).__name__}", (PrivateMixin, type(strategy)), {})
+    assert isinstance(strategy, PrivateMixin)
+    strategy.configure_privacy(**configuration)
+    strategy.made_private = True
+    return strategy
+
+
+def register_strategies() -> None:
+    """Makes ``Trainer(strategy="private")`` work."""
+    StrategyRegistry.register(
+        PrivateStrategy.strategy_name, PrivateStrategy, description="Differentially private training on one device",
+        override=True,
+    )

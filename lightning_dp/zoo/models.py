@@ -1,0 +1,46 @@
+"""Networks of the recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+
+class MLP(nn.Sequential):
+    """Fully connected layers with an activation in between: ``(B, *) -> (B, sizes[-1])``.
+
+    Args:
+        sizes: Number of features of the flattened input, of every hidden layer, and of the output.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        layers: list[nn.Module] = [nn.Flatten()]
+        for before, after in zip(sizes[:-1], sizes[1:], strict=True):
+            layers += [nn.Linear(before, after), nn.Tanh()]
+        super().__init__(*layers[:-1])
+
+
+class TanhCNN(nn.Module):
+    """The small convolutional network of the field: ``(B, 1, 28, 28) -> (B, classes)``.
+
+    Convolutions 16@8×8/2 and 32@4×4/2, max-pooling 2×2/1 after each, a hidden layer of 32, tanh throughout (bounded
+    activations suit clipping). Source: Papernot et al. 2021, "Tempered Sigmoid Activations for Deep Learning with
+    Differential Privacy", table 1.
+    """
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 16, 8, stride=2, padding=3),
+            nn.Tanh(),
+            nn.MaxPool2d(2, stride=1),
+            nn.Conv2d(16, 32, 4, stride=2),
+            nn.Tanh(),
+            nn.MaxPool2d(2, stride=1),
+        )
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(32 * 4 * 4, 32), nn.Tanh(), nn.Linear(32, classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.features(images))
+        return logits
