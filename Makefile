@@ -6,14 +6,14 @@ INSTALLED := $(VENV)/installed
 # The data sets of the recipes: unset, they come from the Hugging Face hub.
 export LIGHTNING_DP_DATA
 
-.PHONY: demo test test-slow lint mnist wheel-check clean
+.PHONY: demo test test-slow lint mnist clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
 	touch $@
 
-demo: $(INSTALLED)  ## trains on scikit-learn's digits, in about half a minute
+demo: $(INSTALLED)  ## trains on scikit-learn's digits, in about a minute
 	$(BIN)/lightning-dp fit --config recipes/digits/dp_sgd.yaml
 
 test: $(INSTALLED)  ## the whole suite, without what is marked slow
@@ -29,9 +29,6 @@ lint: $(INSTALLED)
 
 mnist: $(INSTALLED)  ## the MNIST recipe as shipped, three seeds
 	$(BIN)/python benchmarks/seeds.py recipes/mnist/dp_sgd.yaml --seeds 1 2 3
-
-wheel-check: $(INSTALLED)  ## builds the wheel, installs it into an empty environment, runs the README's snippet
-	$(BIN)/python -m pytest -m wheel tests/test_wheel.py
 
 clean:
 	rm -rf $(VENV) dist runs

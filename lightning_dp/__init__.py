@@ -1,6 +1,6 @@
 """Differentially private training for PyTorch Lightning: one callback, any LightningModule.
 
-    trainer = L.Trainer(max_epochs=20, callbacks=[DifferentialPrivacy(epsilon=3.0, delta=1e-5)])
+trainer = L.Trainer(max_epochs=20, callbacks=[DifferentialPrivacy(epsilon=3.0, delta=1e-5)])
 """
 
 from lightning_dp.accounting import PrivacyLedger, calibrate_noise, epsilon

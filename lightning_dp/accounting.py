@@ -11,18 +11,18 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Literal
 
 from dp_accounting import (
     ComposedDpEvent,
     DpEvent,
     GaussianDpEvent,
-    NeighboringRelation,
     NonPrivateDpEvent,
     PoissonSampledDpEvent,
     SelfComposedDpEvent,
 )
-from dp_accounting.pld import PLDAccountant
+from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism, identity
 from dp_accounting.rdp import RdpAccountant
 
 Accountant = Literal["pld", "rdp"]
@@ -60,14 +60,9 @@ class PrivacyLedger:
         """All steps as one event."""
         return ComposedDpEvent([SelfComposedDpEvent(event, count) for event, count in self._runs])
 
-    def epsilon(
-        self,
-        delta: float,
-        accountant: Accountant = "pld",
-        neighboring_relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
-    ) -> float:
+    def epsilon(self, delta: float, accountant: Accountant = "pld") -> float:
         """ε at this δ of everything recorded: 0.0 for an empty ledger, infinity when a step had no noise."""
-        return event_epsilon(self.event(), delta, accountant, neighboring_relation) if self._runs else 0.0
+        return event_epsilon(self.event(), delta, accountant) if self._runs else 0.0
 
     def copy(self) -> PrivacyLedger:
         """A ledger with the same entries."""
@@ -150,29 +145,53 @@ def _check_delta(delta: float) -> None:
         raise ValueError(f"delta must lie strictly between 0 and 1, got {delta}.")
 
 
-def event_epsilon(
-    event: DpEvent,
-    delta: float,
-    accountant: Accountant = "pld",
-    neighboring_relation: NeighboringRelation = NeighboringRelation.ADD_OR_REMOVE_ONE,
-) -> float:
+def event_epsilon(event: DpEvent, delta: float, accountant: Accountant = "pld") -> float:
     """ε at this δ of any event, by either accountant."""
     _check_delta(delta)
     if accountant not in ACCOUNTANTS:
         raise ValueError(f"accountant must be one of {ACCOUNTANTS}, got {accountant!r}.")
     if _is_non_private(event):
         return math.inf
-    with _quiet():
-        if accountant == "rdp":
-            return float(RdpAccountant(neighboring_relation=neighboring_relation).compose(event).get_epsilon(delta))
-        rough = RdpAccountant(_FEW_ORDERS, neighboring_relation).compose(event).get_epsilon(delta)
-        # The grid of privacy losses must reach beyond ε: coarser, still pessimistic, where ε is large.
-        interval = 1e-4 * max(1.0, rough / 100) if math.isfinite(rough) else 1.0
-        return float(PLDAccountant(neighboring_relation, interval).compose(event).get_epsilon(delta))
+    if accountant == "rdp":
+        with _quiet():
+            return float(RdpAccountant().compose(event).get_epsilon(delta))
+    rough = _rough_epsilon(event, delta)
+    if rough > _MEANINGLESS_EPSILON:
+        return rough
+    # The grid of privacy losses must reach beyond ε: coarser, still pessimistic, where ε is large.
+    interval = 1e-4 * 2 ** max(0, math.ceil(math.log2(rough / 100))) if rough > 0 else 1e-4
+    loss: Any = identity(interval)
+    for part in event.events if isinstance(event, ComposedDpEvent) else [event]:
+        single, count = (part.event, part.count) if isinstance(part, SelfComposedDpEvent) else (part, 1)
+        loss = loss.compose(_single_loss_distribution(single, interval).self_compose(count))
+    return float(loss.get_epsilon_for_delta(delta))
 
+
+@lru_cache(maxsize=16)
+def _single_loss_distribution(event: DpEvent, interval: float) -> Any:
+    """The privacy loss distribution of one step, pessimistic: most of the cost of ε, and the same for all steps."""
+    rate = 1.0
+    if isinstance(event, PoissonSampledDpEvent):
+        rate, event = event.sampling_probability, event.event
+    if not isinstance(event, GaussianDpEvent):
+        raise TypeError(f"No privacy loss distribution for a {type(event).__name__}.")
+    return from_gaussian_mechanism(event.noise_multiplier, value_discretization_interval=interval, sampling_prob=rate)
+
+
+#: Beyond this, ε is stated by Rényi differential privacy (an upper bound as well): the tight computation costs memory
+#: in proportion to ε, and says no more about privacy.
+_MEANINGLESS_EPSILON = 1000.0
 
 #: Rényi orders that are enough to know the size of ε.
-_FEW_ORDERS = (2, 3, 4, 6, 8, 12, 16, 32, 64, 256)
+_FEW_ORDERS = (1.25, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 128, 256)
+
+
+def _rough_epsilon(event: DpEvent, delta: float) -> float:
+    """An upper bound on ε in about a millisecond."""
+    if _is_non_private(event):
+        return math.inf
+    with _quiet():
+        return float(RdpAccountant(_FEW_ORDERS).compose(event).get_epsilon(delta))
 
 
 @contextmanager
@@ -223,7 +242,7 @@ def calibrate_noise(
     accountant: Accountant = "pld",
     spent: PrivacyLedger | None = None,
 ) -> float:
-    """The smallest noise multiplier (to 0.1 %) with which ``steps`` steps, after those in ``spent``, cost at most ε.
+    """The noise multiplier with which ``steps`` steps, after those in ``spent``, cost ε, or up to 0.1 % less.
 
     Formal guarantee: the ε of the returned multiplier is at most ``epsilon``; it has been computed.
 
@@ -239,24 +258,55 @@ def calibrate_noise(
         return 0.0
     spent = spent or PrivacyLedger()
 
-    def affordable(multiplier: float) -> bool:
+    def cost(multiplier: float, exact: bool = True) -> float:
         ledger = spent.copy()
         ledger.record(subsampled_gaussian(multiplier, sampling_rate), steps)
-        return ledger.epsilon(delta, accountant) <= epsilon
+        return ledger.epsilon(delta, accountant) if exact else _rough_epsilon(ledger.event(), delta)
 
-    high = 1.0
-    while not affordable(high):
-        high *= 2
+    # A bracket by the fast accountant, then a few evaluations of the tight one.
+    high = _smallest_power(lambda multiplier: cost(multiplier, exact=False) <= epsilon, start=1.0, end=2.0**20)
+    high_cost = cost(high)
+    while high_cost > epsilon:
         if high > 2**20:
             raise ValueError(f"No noise keeps ε within {epsilon} at δ = {delta}: the budget is spent already.")
-    low = high / 2
-    while affordable(low):
-        low, high = low / 2, low
-        if high < 2**-8:
+        high *= 1.05
+        high_cost = cost(high)
+    low, low_cost = high, high_cost
+    while low_cost <= epsilon:
+        high, high_cost = low, low_cost
+        if high < 2**-10:
             return high
-    while high - low > 1e-3 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if affordable(middle) else (middle, high)
+        low /= 1.3
+        low_cost = cost(low)
+    while high_cost < 0.999 * epsilon and high - low > 1e-6 * high:
+        if math.isinf(low_cost) or high_cost == 0:
+            middle = (low + high) / 2
+        else:  # ε falls about like a power of the multiplier: interpolate, and aim a little below the target
+            slope = math.log(high_cost / low_cost) / math.log(high / low)
+            middle = high * (0.9995 * epsilon / high_cost) ** (1 / slope)
+            margin = 0.02 * (high - low)
+            middle = min(max(middle, low + margin), high - margin)
+        middle_cost = cost(middle)
+        if middle_cost <= epsilon:
+            high, high_cost = middle, middle_cost
+        else:
+            low, low_cost = middle, middle_cost
+    return high
+
+
+def _smallest_power(holds: Callable[[float], bool], start: float, end: float) -> float:
+    """About the smallest number (to 2 %) from which a predicate holds; beyond ``end`` when there is none."""
+    high = start
+    while not holds(high):
+        high *= 2
+        if high > end:
+            return high
+    low = high / 2
+    while holds(low) and low > 1 / end:
+        low, high = low / 2, low
+    while high > 1.02 * low:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if holds(middle) else (middle, high)
     return high
 
 
@@ -265,25 +315,30 @@ def affordable_steps(
 ) -> int:
     """How many more steps of this event fit into the budget: the largest ``n ≤ at_most`` with total ε ≤ ``epsilon``."""
 
-    def fits(steps: int) -> bool:
+    def cost(steps: int, exact: bool) -> float:
         ledger = spent.copy()
         ledger.record(event, steps)
-        return ledger.epsilon(delta, accountant) <= epsilon
+        if len(ledger) == 0:
+            return 0.0
+        return ledger.epsilon(delta, accountant) if exact else _rough_epsilon(ledger.event(), delta)
 
-    return _largest(fits, at_most)
+    def largest(fits: Callable[[int], bool], start: int, growth: float) -> int:
+        """The largest n in [0, at_most] that fits, searched from ``start`` upwards and downwards."""
+        low, high = 0, max(start, 1)
+        while high < at_most and fits(high):
+            low, high = high, math.ceil(high * growth)
+        if high >= at_most:
+            if fits(at_most):
+                return at_most
+            high = at_most
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low
 
-
-def _largest(fits: Callable[[int], bool], at_most: int) -> int:
-    """The largest n in [0, at_most] with fits(n), for a predicate that holds up to some n; 0 when none does."""
-    if at_most <= 0 or fits(at_most):
-        return max(at_most, 0)
-    low, high = 0, 1
-    while high < at_most and fits(high):
-        low, high = high, 2 * high
-    high = min(high, at_most)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
+    if at_most <= 0:
+        return 0
+    if at_most < 10**6 and cost(at_most, exact=True) <= epsilon:
+        return at_most
+    rough = largest(lambda steps: cost(steps, exact=False) <= epsilon, start=1, growth=2.0)
+    return largest(lambda steps: cost(steps, exact=True) <= epsilon, start=rough, growth=1.1)

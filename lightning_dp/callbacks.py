@@ -209,8 +209,9 @@ class PrivacyMonitor(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         strategy = private_strategy(trainer, "PrivacyMonitor")
-        due = trainer.global_step % max(trainer.log_every_n_steps, 1) == 0 or trainer.fast_dev_run
-        if not (due or trainer.is_last_batch or trainer.should_stop or self._computed_at < 0):
+        due = trainer.global_step % max(_setting(trainer, "log_every_n_steps"), 1) == 0
+        first_or_last = self._computed_at < 0 or trainer.is_last_batch or trainer.should_stop
+        if not (due or first_or_last):
             return
         metrics = self._metrics(trainer, strategy)
         for name, value in metrics.items():
@@ -243,9 +244,14 @@ class PrivacyMonitor(Callback):
         pl_module.log("not_private/median_gradient_norm", norms.median(), on_step=True, on_epoch=False, batch_size=1)
 
 
+def _setting(trainer: pl.Trainer, name: str) -> Any:
+    """An attribute that the Trainer's type does not declare."""
+    return getattr(trainer, name)
+
+
 def trainer_callbacks(trainer: pl.Trainer) -> list[Callback]:
-    """The Trainer's callbacks (an attribute that its type does not declare)."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    """The Trainer's callbacks."""
+    callbacks: list[Callback] = _setting(trainer, "callbacks")
     return callbacks
 
 
@@ -289,7 +295,8 @@ class DifferentialPrivacy(Callback):
     ) -> None:
         if epsilon is None and noise.multiplier is None:
             raise ValueError(
-                "DifferentialPrivacy: give epsilon (the noise is then chosen for it), or noise=GaussianNoise(multiplier=…)."
+                "DifferentialPrivacy: give epsilon (the noise is then chosen for it), or "
+                "noise=GaussianNoise(multiplier=…)."
             )
         self.budget = None if epsilon is None else PrivacyBudget(epsilon, delta, accountant)
         self.monitor = PrivacyMonitor(delta, accountant, log_not_private)
@@ -333,5 +340,3 @@ class DifferentialPrivacy(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.budget and state_dict:
             self.budget.load_state_dict(state_dict)
-
-

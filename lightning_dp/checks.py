@@ -31,7 +31,7 @@ class PrivacyConfigurationError(ValueError):
 _WAY_OUT = "or use engine='per_example', which is slow but takes any layer"
 
 
-def check_trainer(trainer: pl.Trainer) -> None:
+def check_trainer(trainer: Any) -> None:
     """Refuses Trainer settings under which a Lightning batch would not be one private step."""
     module = trainer.lightning_module
     if not module.automatic_optimization:
@@ -51,7 +51,7 @@ def check_trainer(trainer: pl.Trainer) -> None:
             "precision='16-mixed' scales the loss and skips steps depending on the data, which the accountant cannot "
             "see. Use precision='bf16-mixed', 'bf16-true' or '32-true'."
         )
-    if "16-true" == trainer.precision:
+    if trainer.precision == "16-true":
         raise PrivacyConfigurationError(
             "precision='16-true' overflows in per-example norms and noise. Use 'bf16-mixed', 'bf16-true' or '32-true'."
         )
@@ -112,7 +112,9 @@ def _compiled(module: pl.LightningModule) -> list[str]:
         names = [type(module).__name__]
     if not names:
         return []
-    return [f"{', '.join(names)}: torch.compile hides the layers from the engine; pass the uncompiled module, {_WAY_OUT}"]
+    return [
+        f"{', '.join(names)}: torch.compile hides the layers from the engine; pass the uncompiled module, {_WAY_OUT}"
+    ]
 
 
 def _tied(module: nn.Module) -> list[str]:
@@ -126,7 +128,9 @@ def _tied(module: nn.Module) -> list[str]:
         roles = {own for _, _, own in shared}
         if len(shared) > 1 and len(roles) > 1:
             layers = ", ".join(f"'{name}.{own}'" for name, _, own in shared)
-            problems.append(f"{layers} are one parameter in different roles, which no rule covers; untie them, {_WAY_OUT}")
+            problems.append(
+                f"{layers} are one parameter in different roles, which no rule covers; untie them, {_WAY_OUT}"
+            )
     return problems
 
 
@@ -228,8 +232,9 @@ def check_examples_are_independent(
                 whole,
                 without,
                 size - 1,
-                f"removing one example of the batch changed another's gradient, which loss_reduction='{loss_reduction}' "
-                "does not explain. If training_step returns a sum over the examples, pass loss_reduction='sum'; if it "
+                "removing one example of the batch changed another's gradient, which "
+                f"loss_reduction='{loss_reduction}' does not explain. If training_step returns a sum over the examples, "
+                "pass loss_reduction='sum'; if it "
                 "returns a mean, 'mean'; otherwise the loss is normalised by something that depends on the data",
                 factor,
             )
@@ -271,14 +276,19 @@ class _ShadowRun:
 
     def _compare_with_autograd(self, calls: dict[str, list[Call]], size: int) -> None:
         gradients = self._engine.gradients_of(calls)
+        grads = [p.grad for p in self._engine.parameters.values() if p.grad is not None]
+        largest = max((grad.norm().item() for grad in grads), default=0.0)
+        low_precision = any(_is_low_precision(c.grad_output) for made in calls.values() for c in made)
         for name, parameter in self._engine.parameters.items():
             expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             if not expected.isfinite().all():
                 continue
-            found = torch.zeros_like(parameter)
+            found, scale = torch.zeros_like(parameter), 0.0
             if name in gradients:
-                found = gradients[name].weighted_sum(torch.ones(size, device=parameter.device)).to(parameter.dtype)
-            if not _close(found, expected):
+                found = gradients[name].weighted_sum(torch.ones(size, device=parameter.device))
+                scale = gradients[name].squared_norms().sum().sqrt().item()
+            scale = max(scale, 1e-3 * largest)  # next to that, a gradient that should be zero is rounding
+            if not _close(found, expected, scale, low_precision):
                 raise UnsupportedModelError(
                     f"Parameter '{name}': its gradient is not explained by its layer's calls. It is used outside the "
                     "layer's forward (a weight passed to a function, a penalty on weights in the loss: use the "
@@ -287,28 +297,42 @@ class _ShadowRun:
                 )
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    """Equal up to rounding, in Euclidean norm; entries that are not finite on either side do not count."""
-    tolerance = 5e-2 if expected.dtype in (torch.bfloat16, torch.float16) else 1e-3
+def _is_low_precision(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+def _close(found: Tensor, expected: Tensor, scale: float = 0.0, low_precision: bool = False) -> bool:
+    """Equal up to rounding, in Euclidean norm; entries that are not finite on either side do not count.
+
+    ``scale`` is the norm of what was added up to give these, when they may have cancelled.
+    """
+    tolerance = 5e-2 if low_precision or _is_low_precision(expected) else 1e-3
     finite = found.isfinite() & expected.isfinite()
     found, expected = found.double().where(finite, 0), expected.double().where(finite, 0)
-    return bool((found - expected).norm() <= tolerance * expected.norm() + 1e-12)
+    size = max(expected.norm().item(), scale)
+    return (found - expected).norm().item() <= tolerance * size + 1e-12
 
 
 def _compare(
     first: dict[str, list[Tensor]], second: dict[str, list[Tensor]], count: int, reason: str, factor: float = 1.0
 ) -> None:
-    """Compares the records of the first ``count`` examples; ``first``'s upstream gradients are multiplied by ``factor``."""
-    for name, records in first.items():
-        others = second.get(name, [])
-        if len(records) != len(others):
+    """Compares the records of the first ``count`` examples; ``first``'s gradients are multiplied by ``factor``.
+
+    Names the first layer whose input differs, or else the layer nearest to the loss whose upstream gradient does.
+    """
+    for name in first:
+        if len(first[name]) != len(second.get(name, [])):
             raise UnsupportedModelError(f"Layer '{name}': {reason} (it was called another number of times).")
-        for index, (record, other) in enumerate(zip(records, others, strict=True)):
-            if record.shape[1:] != other.shape[1:]:
-                continue  # padded to another length: nothing to compare element by element
-            expected = record[:count] * factor if index % 2 else record[:count]
-            if not _close(other[:count], expected):
-                raise UnsupportedModelError(f"Layer '{name}': {reason}.")
+
+    def differs(name: str, offset: int, factor: float) -> bool:
+        pairs = zip(first[name][offset::2], second[name][offset::2], strict=True)
+        # Padded to another length, there is nothing to compare element by element.
+        return any(a.shape[1:] == b.shape[1:] and not _close(b[:count], a[:count] * factor) for a, b in pairs)
+
+    inputs = [name for name in first if differs(name, 0, 1.0)]
+    gradients = [name for name in reversed(first) if differs(name, 1, factor)]
+    if inputs or gradients:
+        raise UnsupportedModelError(f"Layer '{(inputs or gradients)[0]}': {reason}.")
 
 
 def loss_of(output: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,17 +14,17 @@ from lightning_dp.strategy import PrivateMixin
 
 
 class PrivateCLI(LightningCLI):
-    """LightningCLI whose ``fit`` ends with a test, when there is test data, and one line that says what was achieved."""
+    """LightningCLI whose ``fit`` ends with a test, when there is test data, and a line that says what came out."""
 
     def after_fit(self) -> None:
-        metrics: dict[str, Any] = {}
+        metrics: Mapping[str, float] = {}
         has_test = self.datamodule is not None and _overrides(self.datamodule, "test_dataloader")
-        if has_test and _overrides(self.model, "test_step") and not self.trainer.fast_dev_run:
+        if has_test and _overrides(self.model, "test_step") and not getattr(self.trainer, "fast_dev_run", False):
             [metrics] = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
         self._print_summary(metrics)
 
     @rank_zero_only
-    def _print_summary(self, metrics: dict[str, Any]) -> None:
+    def _print_summary(self, metrics: Mapping[str, float]) -> None:
         print(summary(self.trainer, metrics))
 
 
@@ -32,7 +33,7 @@ def _overrides(instance: Any, method: str) -> bool:
     return getattr(type(instance), method) is not getattr(base, method)
 
 
-def summary(trainer: pl.Trainer, metrics: dict[str, Any]) -> str:
+def summary(trainer: pl.Trainer, metrics: Mapping[str, float]) -> str:
     """One line: test metrics, ε, δ, adjacency, and where logs and checkpoint lie."""
     parts = [f"{name} = {float(value):.4f}" for name, value in metrics.items()]
     strategy = trainer.strategy
@@ -42,7 +43,9 @@ def summary(trainer: pl.Trainer, metrics: dict[str, Any]) -> str:
         steps = len(strategy.ledger)
         if deltas:
             epsilon = strategy.ledger.epsilon(deltas[0])
-            parts.append(f"ε = {epsilon:.4f} at δ = {deltas[0]:g} (adding or removing one record, {steps} private steps)")
+            parts.append(
+                f"ε = {epsilon:.4f} at δ = {deltas[0]:g} (adding or removing one record, {steps} private steps)"
+            )
         else:
             parts.append(f"{steps} private steps; add a PrivacyMonitor to state ε")
         if strategy.seed is not None:

@@ -12,8 +12,8 @@ has no per-example gradient or keeps statistics of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning_dp.gradients import Convolution, Dense, OuterProducts, PerExampleGradient, Rows
 
-Rule = Callable[[Any, Tensor, Tensor], dict[str, PerExampleGradient]]
+Rule = Callable[[Any, Tensor, Tensor], Mapping[str, PerExampleGradient]]
 Refusal = Callable[[Any], str | None]
 
 _RULES: dict[type[nn.Module], Rule] = {}
@@ -107,7 +107,7 @@ def convolution(
     """The kernel's gradient is a correlation of the input with the upstream gradient."""
     gradients: dict[str, PerExampleGradient] = {}
     if module.weight.requires_grad:
-        padding = cast("tuple[int, ...] | str", module.padding)
+        padding: tuple[int, ...] | str = module.padding
         if module.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
             input = F.pad(input, module._reversed_padding_repeated_twice, mode=mode)
@@ -144,7 +144,7 @@ def _refuse_embedding(module: nn.Embedding) -> str | None:
 
 
 def _affine(module: Any, normalised: Tensor, grad_output: Tensor, kept: tuple[int, ...]) -> dict[str, Dense]:
-    """``y = w · x̂ + b``, elementwise: gradients ``Σ e·x̂`` and ``Σ e`` over all dimensions but the batch and ``kept``."""
+    """``y = w · x̂ + b``, elementwise: gradients ``Σ e·x̂`` and ``Σ e``, over all but the batch and ``kept``."""
     wide = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
     summed = tuple(d for d in range(1, grad_output.dim()) if d not in kept)
     gradients = {}

@@ -19,9 +19,7 @@ class Noise(ABC):
     multiplier: float | None
 
     @abstractmethod
-    def add_(
-        self, sums: Sequence[Tensor], sensitivity: float, multiplier: float, generator: torch.Generator
-    ) -> None:
+    def add_(self, sums: Sequence[Tensor], sensitivity: float, multiplier: float, generator: torch.Generator) -> None:
         """Adds independent noise to every coordinate of the tensors, in place."""
 
     @abstractmethod

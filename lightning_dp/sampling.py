@@ -164,5 +164,3 @@ def records_and_batch_size(loader: object) -> tuple[int, int]:
     if num_records == 0:
         raise ValueError("The train data set is empty.")
     return num_records, loader.batch_size
-
-

@@ -213,7 +213,7 @@ class PrivateMixin(Strategy):
         self._check_examples(batch, count, args)
         results = self._trainer()._results
         limit = min(self.max_physical_batch_size or count, step.engine.max_examples or count)
-        weighted_loss = 0.0
+        weighted_loss: Any = 0.0
         for start in range(0, count, limit):
             stop = min(start + limit, count)
             micro_batch = batch if stop - start == count else self.take_examples(batch, count, slice(start, stop))
@@ -425,6 +425,8 @@ def make_private(strategy: Strategy, **configuration: Any) -> PrivateMixin:
 def register_strategies() -> None:
     """Makes ``Trainer(strategy="private")`` work."""
     StrategyRegistry.register(
-        PrivateStrategy.strategy_name, PrivateStrategy, description="Differentially private training on one device",
+        PrivateStrategy.strategy_name,
+        PrivateStrategy,
+        description="Differentially private training on one device",
         override=True,
     )

@@ -32,7 +32,7 @@ class TensorTable(Dataset[Any]):
         return tuple(column[indices] for column in self.columns)
 
 
-def _already_collated(batch: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _already_collated(batch: Any) -> Any:
     return batch
 
 
@@ -118,8 +118,8 @@ def load_hub_dataset(hub_name: str, folder_name: str) -> Any:
     path = Path(folder).expanduser() / folder_name
     if not path.is_dir():
         raise FileNotFoundError(
-            f"{DATA_FOLDER_VARIABLE}={folder} has no folder '{folder_name}'. Unset the variable to load {hub_name} from "
-            "the Hugging Face hub, or put the data set's files there."
+            f"{DATA_FOLDER_VARIABLE}={folder} has no folder '{folder_name}'. Unset the variable to load {hub_name} "
+            "from the Hugging Face hub, or put the data set's files there."
         )
     return load_dataset(str(path))
 

@@ -1,0 +1,87 @@
+"""Small models, a naive oracle and a Trainer without decorations, shared by the tests."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+class Net(pl.LightningModule):
+    """A classifier around any network, with SGD of learning rate 1: an update is minus the gradient."""
+
+    def __init__(self, net: nn.Module | None = None, reduction: str = "mean") -> None:
+        super().__init__()
+        self.net = net or nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+        self.reduction = reduction
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        inputs, labels = batch
+        return F.cross_entropy(self.net(inputs), labels, reduction=self.reduction)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def dataset(size: int = 40, features: int = 6, classes: int = 3) -> TensorDataset:
+    generator = torch.Generator().manual_seed(1)
+    return TensorDataset(
+        torch.randn(size, features, generator=generator), torch.randint(classes, (size,), generator=generator)
+    )
+
+
+def loader(size: int = 40, batch_size: int = 8, **kwargs: Any) -> DataLoader[Any]:
+    return DataLoader(dataset(size), batch_size=batch_size, shuffle=True, **kwargs)
+
+
+def trainer(**kwargs: Any) -> pl.Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_epochs": 1,
+    }
+    return pl.Trainer(**{**defaults, **kwargs})
+
+
+def fit(trainer: pl.Trainer, module: pl.LightningModule, *args: Any, **kwargs: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, *args, **kwargs)
+
+
+def oracle_gradients(module: nn.Module, loss: Callable[[int], Tensor], count: int) -> dict[str, Tensor]:
+    """Per-example gradients by the obvious loop: ``loss(i)`` is the loss of example i alone."""
+    rows: dict[str, list[Tensor]] = {name: [] for name, p in module.named_parameters() if p.requires_grad}
+    for example in range(count):
+        module.zero_grad()
+        loss(example).backward()
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                grad = parameter.grad
+                rows[name].append(torch.zeros_like(parameter) if grad is None else grad.clone())
+    module.zero_grad()
+    return {name: torch.stack(values) for name, values in rows.items()}
+
+
+def assert_close(found: Tensor, expected: Tensor, relative: float = 1e-5) -> None:
+    error = (found - expected).norm()
+    assert error <= relative * expected.norm() + 1e-12, f"relative error {error / expected.norm():.3g}"

@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from lightning_dp import (
+    DifferentialPrivacy,
+    FlatClipping,
+    GaussianNoise,
+    PrivacyBudget,
+    PrivacyConfigurationError,
+    PrivacyMonitor,
+    PrivateStrategy,
+    epsilon,
+)
+from tests.conftest import Net, fit, loader, trainer
+
+DELTA = 1e-3
+
+
+def private(multiplier: float | None = None) -> PrivateStrategy:
+    return PrivateStrategy(FlatClipping(1.0), GaussianNoise(multiplier))
+
+
+# -- budget ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_budget_chooses_noise_with_which_all_planned_steps_fit() -> None:
+    run = trainer(strategy=private(), max_epochs=3, callbacks=[PrivacyBudget(2.0, DELTA)])
+    fit(run, Net(), loader())
+    assert run.global_step == 15
+    assert 0.98 * 2.0 < run.strategy.ledger.epsilon(DELTA) <= 2.0
+
+
+@pytest.mark.parametrize("minimum", [{}, {"min_epochs": 10}, {"min_steps": 50}])
+def test_given_noise_training_stops_before_the_budget_is_exceeded(minimum: dict[str, int]) -> None:
+    run = trainer(strategy=private(2.0), max_epochs=10, callbacks=[PrivacyBudget(2.0, DELTA)], **minimum)
+    fit(run, Net(), loader())
+    taken = len(run.strategy.ledger)
+    assert 0 < taken < 50
+
+    def cost(steps: int) -> float:
+        return epsilon(noise_multiplier=2.0, sampling_rate=0.2, steps=steps, delta=DELTA)
+
+    assert cost(taken) <= 2.0 < cost(taken + 1)
+
+
+def test_training_without_an_end_stops_with_the_budget() -> None:
+    run = trainer(strategy=private(2.0), max_epochs=-1, callbacks=[PrivacyBudget(2.0, DELTA)])
+    fit(run, Net(), loader())
+    assert run.strategy.ledger.epsilon(DELTA) <= 2.0
+
+
+def test_a_target_for_training_without_an_end_is_refused() -> None:
+    with pytest.raises(PrivacyConfigurationError, match="without an end"):
+        fit(trainer(strategy=private(), max_epochs=-1, callbacks=[PrivacyBudget(2.0, DELTA)]), Net(), loader())
+
+
+def test_a_callback_that_keeps_training_going_cannot_exceed_the_budget() -> None:
+    class Stubborn(Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            trainer.should_stop = False
+
+    run = trainer(strategy=private(2.0), max_epochs=10, callbacks=[PrivacyBudget(2.0, DELTA), Stubborn()])
+    with pytest.raises(RuntimeError, match="budget allows"):
+        fit(run, Net(), loader())
+    assert run.strategy.ledger.epsilon(DELTA) <= 2.0
+
+
+def test_a_budget_that_no_step_fits_into_takes_none() -> None:
+    run = trainer(strategy=private(0.0), max_epochs=2, callbacks=[PrivacyBudget(2.0, DELTA)])
+    module = Net()
+    before = [p.clone() for p in module.parameters()]
+    fit(run, module, loader())
+    assert len(run.strategy.ledger) == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def resumable(path: Path, epochs: int, target: float, resume: Path | None = None, callback: bool = False) -> Any:
+    torch.manual_seed(0)
+    if callback:
+        run = trainer(max_epochs=epochs, callbacks=[DifferentialPrivacy(target, DELTA)])
+    else:
+        run = trainer(strategy=private(), max_epochs=epochs, callbacks=[PrivacyBudget(target, DELTA)])
+    fit(run, Net(), loader(), ckpt_path=resume)
+    run.save_checkpoint(path)
+    return run.strategy
+
+
+class StopAfterOneEpoch(Callback):
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.should_stop = True
+
+
+@pytest.mark.parametrize("callback", [True, False])
+def test_a_resumed_run_ends_with_the_epsilon_of_an_uninterrupted_one(tmp_path: Path, callback: bool) -> None:
+    whole = resumable(tmp_path / "whole.ckpt", 4, 2.0, callback=callback)
+    stop: list[Callback] = [StopAfterOneEpoch()]
+    if callback:
+        run = trainer(max_epochs=4, callbacks=[DifferentialPrivacy(2.0, DELTA), *stop])
+    else:
+        run = trainer(strategy=private(), max_epochs=4, callbacks=[PrivacyBudget(2.0, DELTA), *stop])
+    fit(run, Net(), loader())
+    assert run.global_step == 5
+    run.save_checkpoint(tmp_path / "part.ckpt")
+    resumed = resumable(tmp_path / "resumed.ckpt", 4, 2.0, tmp_path / "part.ckpt", callback)
+    assert list(resumed.ledger) == list(whole.ledger)
+    assert resumed.ledger.epsilon(DELTA) == whole.ledger.epsilon(DELTA)
+
+
+def test_a_longer_plan_gets_more_noise_for_what_is_left(tmp_path: Path) -> None:
+    short = resumable(tmp_path / "short.ckpt", 2, 2.0)
+    assert len(short.ledger) == 10
+    resumed = resumable(tmp_path / "long.ckpt", 4, 2.5, tmp_path / "short.ckpt")
+    assert len(resumed.ledger) == 20
+    assert len(list(resumed.ledger)) == 2
+    assert 0.95 * 2.5 < resumed.ledger.epsilon(DELTA) <= 2.5
+
+
+def test_resuming_a_spent_budget_takes_no_step(tmp_path: Path) -> None:
+    resumable(tmp_path / "spent.ckpt", 2, 2.0)
+    resumed = resumable(tmp_path / "again.ckpt", 4, 1.0, tmp_path / "spent.ckpt")
+    assert len(resumed.ledger) == 10
+
+
+# -- monitor -----------------------------------------------------------------------------------------------------------
+
+
+def logged(folder: Path) -> list[dict[str, str]]:
+    with open(next(folder.rglob("metrics.csv"))) as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_monitor_logs_what_the_ledger_says(tmp_path: Path) -> None:
+    run = trainer(
+        strategy=private(2.0),
+        max_epochs=2,
+        logger=CSVLogger(tmp_path),
+        log_every_n_steps=5,
+        callbacks=[PrivacyBudget(50.0, DELTA), PrivacyMonitor(DELTA)],
+    )
+    fit(run, Net(), loader())
+    rows = [row for row in logged(tmp_path) if row.get("privacy/epsilon")]
+    assert [int(row["step"]) for row in rows] == [4, 9]
+    for row in rows:
+        exact = epsilon(noise_multiplier=2.0, sampling_rate=0.2, steps=int(row["step"]) + 1, delta=DELTA)
+        assert float(row["privacy/epsilon"]) == pytest.approx(exact, rel=1e-5)
+        assert float(row["privacy/budget_spent"]) == pytest.approx(exact / 50.0, rel=1e-5)
+        assert float(row["privacy/delta"]) == pytest.approx(DELTA)
+        assert float(row["privacy/noise_multiplier"]) == 2.0
+    assert "privacy/epsilon" in run.progress_bar_metrics
+    assert not [key for key in run.callback_metrics if key.startswith("not_private")]
+
+
+def test_other_callbacks_can_monitor_epsilon(tmp_path: Path) -> None:
+    run = trainer(
+        strategy=private(2.0),
+        max_epochs=20,
+        enable_checkpointing=True,
+        callbacks=[
+            PrivacyMonitor(DELTA),
+            EarlyStopping("privacy/epsilon", stopping_threshold=1.0, mode="max", patience=50),
+            ModelCheckpoint(tmp_path, monitor="privacy/epsilon", mode="min"),
+        ],
+    )
+    fit(run, Net(), loader())
+    assert run.global_step < 100
+
+
+def test_unnoised_diagnostics_are_logged_on_request_and_say_what_they_are() -> None:
+    run = trainer(strategy=private(1.0), callbacks=[PrivacyMonitor(DELTA, log_not_private=True)], log_every_n_steps=1)
+    fit(run, Net(), loader())
+    assert 0 <= run.callback_metrics["not_private/clipped_fraction"] <= 1
+    assert run.callback_metrics["not_private/median_gradient_norm"] > 0
+
+
+@pytest.mark.parametrize("callback", [PrivacyMonitor(DELTA), PrivacyBudget(1.0, DELTA)])
+def test_callbacks_that_read_the_ledger_say_what_they_need(callback: Callback) -> None:
+    with pytest.raises(PrivacyConfigurationError, match="trains without privacy.*DifferentialPrivacy"):
+        fit(trainer(callbacks=[callback]), Net(), loader())
+
+
+def test_a_delta_of_one_over_n_is_warned_about() -> None:
+    with pytest.warns(UserWarning, match="not below 1/N"):
+        run = trainer(strategy=private(1.0), callbacks=[PrivacyMonitor(0.03)], max_steps=1)
+        run.fit(Net(), loader())
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0, -1.0])
+@pytest.mark.parametrize("make", [PrivacyMonitor, lambda delta: PrivacyBudget(1.0, delta)])
+def test_impossible_deltas_are_refused_at_once(make: Any, delta: float) -> None:
+    with pytest.raises(ValueError, match="delta must lie strictly between"):
+        make(delta)
+
+
+# -- everything in one -------------------------------------------------------------------------------------------------
+
+
+def test_one_callback_makes_a_plain_trainer_private() -> None:
+    run = trainer(max_epochs=3, callbacks=[DifferentialPrivacy(epsilon=2.0, delta=DELTA, max_physical_batch_size=3)])
+    fit(run, Net(), loader())
+    assert run.global_step == 15 == len(run.strategy.ledger)
+    assert 0.98 * 2.0 < run.strategy.ledger.epsilon(DELTA) <= 2.0
+    assert run.callback_metrics["privacy/epsilon"] == pytest.approx(run.strategy.ledger.epsilon(DELTA), rel=1e-5)
+    assert run.callback_metrics["privacy/budget_spent"] == pytest.approx(1.0, abs=0.02)
+    assert run.strategy.expected_batch_size == 8
+
+
+def test_a_second_fit_continues_the_ledger() -> None:
+    run = trainer(max_epochs=1, callbacks=[DifferentialPrivacy(None, DELTA, noise=GaussianNoise(1.0))])
+    fit(run, Net(), loader())
+    assert len(run.strategy.ledger) == 5
+    run.fit_loop.epoch_progress.reset()
+    fit(run, Net(), loader())
+    assert len(run.strategy.ledger) == 10
+
+
+def test_two_ways_at_once_are_refused() -> None:
+    with pytest.raises(PrivacyConfigurationError, match="use either"):
+        fit(trainer(strategy=private(1.0), callbacks=[DifferentialPrivacy(2.0, DELTA)]), Net(), loader())
+
+
+def test_strategies_that_are_not_known_are_refused_by_name() -> None:
+    with pytest.raises(PrivacyConfigurationError, match="DDPStrategy"):
+        fit(trainer(strategy="ddp", callbacks=[DifferentialPrivacy(2.0, DELTA)]), Net(), loader())
+
+
+def test_neither_target_nor_noise_is_refused() -> None:
+    with pytest.raises(ValueError, match="give epsilon"):
+        DifferentialPrivacy(None, DELTA)

@@ -1,0 +1,323 @@
+"""Everything that is refused, through the Trainer, with the name of the culprit and the way out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from opacus.validators import ModuleValidator
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dp import FlatClipping, GaussianNoise, PrivacyConfigurationError, PrivateStrategy, UnsupportedModelError
+from tests.conftest import Net, dataset, fit, loader, trainer
+
+
+def train(module: Any, data: Any = None, **kwargs: Any) -> Any:
+    options = {key: kwargs.pop(key) for key in ("engine", "loss_reduction", "self_check") if key in kwargs}
+    private = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0), **options)
+    run = trainer(strategy=private, **{"max_steps": 2, **kwargs})
+    fit(run, module, loader() if data is None else data)
+    return run
+
+
+def refused(module: Any, says: str, data: Any = None, **kwargs: Any) -> None:
+    with pytest.raises((PrivacyConfigurationError, UnsupportedModelError, TypeError), match=says):
+        train(module, data, **kwargs)
+
+
+# -- layers ------------------------------------------------------------------------------------------------------------
+
+
+def normalised() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def test_batch_norm_is_refused_and_the_advice_works() -> None:
+    refused(Net(normalised()), r"'net.1' \(BatchNorm1d\).*ModuleValidator.fix")
+    images = DataLoader(TensorDataset(torch.randn(40, 1, 5, 5), torch.randint(3, (40,))), batch_size=8)
+    convolutional = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(72, 3))
+    refused(Net(convolutional), r"'net.1' \(BatchNorm2d\)", images)
+    train(Net(ModuleValidator.fix(convolutional)), images)
+
+
+def test_a_frozen_batch_norm_in_eval_mode_is_an_ordinary_function() -> None:
+    net = normalised()
+    net[1].eval().requires_grad_(False)
+    train(Net(net))
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gain
+
+
+def test_a_parameter_without_a_rule_is_named_and_the_ways_out_work() -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(Scale(), nn.Linear(6, 3))
+
+    refused(Net(net()), r"'net.0' \(Scale\).*'net.0.gain'.*per_example")
+    train(Net(net()), engine="per_example")
+    frozen = net()
+    frozen[0].requires_grad_(False)
+    train(Net(frozen))
+
+
+def test_a_parameter_of_the_lightning_module_itself_is_named() -> None:
+    module = Net()
+    module.temperature = nn.Parameter(torch.ones(()))
+    refused(module, "the Net itself.*temperature")
+
+
+def test_parametrized_weights_are_refused() -> None:
+    refused(Net(nn.Sequential(spectral_norm(nn.Linear(6, 3)))), "parametrizations")
+
+
+def test_a_leading_dimension_other_than_the_batch_is_refused() -> None:
+    class TimeFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x.view(-1, 3, 2).transpose(0, 1)).sum(0)
+
+    refused(Net(TimeFirst()), r"'net.linear'.*leading dimension must be the batch.*batch_first")
+
+
+def test_a_compiled_model_is_refused_for_the_fast_engine() -> None:
+    module = Net()
+    module.net.compile(backend="eager")
+    refused(module, "torch.compile hides the layers")
+
+
+def test_one_parameter_in_two_roles_is_refused() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 3)
+            self.norm = nn.LayerNorm(3)
+            self.norm.weight = self.linear.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.linear(x))
+
+    refused(Net(Odd()), "one parameter in different roles")
+
+
+def test_nothing_to_train_is_refused() -> None:
+    module = Net()
+    module.requires_grad_(False)
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), 0.1)  # type: ignore[method-assign]
+    refused(module, "nothing to train")
+
+
+# -- losses and gradients that the engine cannot see -------------------------------------------------------------------
+
+
+class Penalised(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) + 0.1 * self.net[0].weight.pow(2).sum()  # type: ignore[index]
+
+
+class Functional(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        inputs, labels = batch
+        return F.cross_entropy(F.linear(torch.tanh(self.net[0](inputs)), self.net[2].weight), labels)  # type: ignore[index]
+
+
+class Contrastive(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        features = F.normalize(self.net(batch[0]), dim=1)
+        return F.cross_entropy(features @ features.detach().T, torch.arange(len(features)))
+
+
+class SoftmaxOverTheBatch(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return -self.net(batch[0]).log_softmax(0).gather(1, batch[1][:, None]).mean()
+
+
+class MeanOverValid(Net):
+    """The normaliser counts the batch's valid labels: a data-dependent one."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        labels = torch.where(batch[0][:, 0] > 0, batch[1], -100)
+        return F.cross_entropy(self.net(batch[0]), labels, ignore_index=-100)
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        (Penalised(), "Parameter 'net.0.weight'.*weight_decay"),
+        (Functional(), "Parameter 'net.2.weight'.*outside the layer's forward"),
+        (Contrastive(), "Layer 'net.2': exchanging one example"),
+        (SoftmaxOverTheBatch(), "Layer 'net.2': exchanging one example"),
+        (Net(reduction="sum"), "loss_reduction='sum'"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_gradients_that_mix_examples_or_escape_the_engine_are_refused(module: Net, says: str) -> None:
+    refused(module, says)
+
+
+def test_a_normaliser_that_counts_the_data_is_refused() -> None:
+    inputs = torch.randn(40, 6)
+    inputs[::2, 0], inputs[1::2, 0] = 1.0, -1.0
+    data = DataLoader(TensorDataset(inputs, torch.randint(3, (40,))), batch_size=40)
+    with pytest.raises(UnsupportedModelError, match="loss"):
+        for _ in range(5):  # which examples the check sees is random
+            train(MeanOverValid(), data)
+
+
+def test_a_mean_where_a_sum_was_announced_is_refused() -> None:
+    refused(Net(), "loss_reduction='sum' does not explain", loss_reduction="sum")
+
+
+def test_the_self_check_leaves_no_trace() -> None:
+    class Counting(Net):
+        def __init__(self) -> None:
+            super().__init__(nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.5), nn.Linear(5, 3)))
+            self.register_buffer("steps", torch.zeros(()))
+            self.seen: list[int] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.steps += 1
+            self.seen.append(len(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+    def trained(self_check: bool) -> Counting:
+        torch.manual_seed(0)
+        module = Counting()
+        private = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0), self_check=self_check, seed=1)
+        fit(trainer(strategy=private, max_steps=3), module, loader())
+        return module
+
+    with_check, without = trained(True), trained(False)
+    assert with_check.steps == 3 == len(with_check.seen)
+    for one, other in zip(with_check.parameters(), without.parameters(), strict=True):
+        assert torch.equal(one, other), "random streams were shifted"
+
+
+def test_the_self_check_can_be_turned_off() -> None:
+    train(Penalised(), self_check=False)
+
+
+def test_a_step_that_is_random_is_not_mistaken_for_one_that_mixes_examples() -> None:
+    class Noisy(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step((batch[0] + torch.randn_like(batch[0]), batch[1]), batch_idx)
+
+    train(Noisy())
+
+
+# -- Trainer and optimizer ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"accumulate_grad_batches": 2}, "max_physical_batch_size"),
+        ({"overfit_batches": 2}, "fast_dev_run"),
+        ({"precision": "16-true"}, "bf16-mixed"),
+    ],
+)
+def test_trainer_options_that_break_the_accounting_are_refused(options: dict[str, Any], says: str) -> None:
+    refused(Net(), says, **options)
+
+
+def test_a_gradient_scaler_is_refused() -> None:
+    from lightning.pytorch.plugins import MixedPrecision
+
+    plugin = MixedPrecision("bf16-mixed", "cpu")
+    plugin.scaler = torch.amp.GradScaler("cpu")
+    refused(Net(), "16-mixed.*bf16-mixed", plugins=[plugin])
+
+
+class Manual(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class TwoOptimizers(Net):
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.net[0].parameters(), 0.1), torch.optim.SGD(self.net[2].parameters(), 0.1)]  # type: ignore[index]
+
+
+class Quasi(Net):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters())
+
+
+class PartlyOptimized(Net):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net[0].parameters(), 0.1)  # type: ignore[index]
+
+
+class ForeignParameters(Net):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([*self.parameters(), nn.Parameter(torch.zeros(7))], 0.1)
+
+
+class Skipping(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None
+
+
+class TwiceEvaluating(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        closure()
+        return super().step(closure)
+
+
+class Twice(Net):
+    def configure_optimizers(self) -> Any:
+        return TwiceEvaluating(self.parameters(), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        (Manual(), "automatic optimization"),
+        (TwoOptimizers(), "multiple optimizers|2 optimizers"),
+        (Quasi(), "LBFGS"),
+        (PartlyOptimized(), r"net.2.weight.*freeze them"),
+        (ForeignParameters(), r"shapes \[\(7,\)\].*configure_optimizers"),
+        (Skipping(), "return a loss for every batch"),
+        (Twice(), "more than once on one batch"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_optimization_that_is_not_one_release_per_batch_is_refused(module: Net, says: str) -> None:
+    with pytest.raises(Exception, match=says):
+        train(module)
+
+
+def test_optimizing_frozen_parameters_too_is_fine() -> None:
+    module = Net()
+    module.net[0].requires_grad_(False)  # type: ignore[index]
+    train(module)
+
+
+def test_several_train_loaders_are_refused() -> None:
+    class Either(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch["a"], batch_idx)
+
+    refused(Either(), "exactly one train dataloader", {"a": loader(), "b": loader()})
+    refused(Either(), "exactly one train dataloader", CombinedLoader({"a": loader(), "b": loader()}, "min_size"))
+
+
+def test_a_batch_size_beyond_the_data_is_warned_about() -> None:
+    private = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0))
+    with pytest.warns(UserWarning, match="exceeds the 5 records"):
+        trainer(strategy=private, max_steps=1).fit(Net(), DataLoader(dataset(5), batch_size=8))
+    assert private.sampling_rate == 1.0

@@ -1,0 +1,223 @@
+"""Every layer rule against autograd, one example at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from lightning_dp.engines import BookKeeping
+from lightning_dp.layers import refusal_for, registered_types, rule_for
+from tests.conftest import assert_close, oracle_gradients
+
+BATCH = 5
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+#: Per type: named examples of a module and an input with ``BATCH`` examples.
+EXAMPLES: dict[type[nn.Module], dict[str, Callable[[], tuple[nn.Module, Tensor]]]] = {
+    nn.Linear: {
+        "plain": lambda: (nn.Linear(4, 3), randn(BATCH, 4)),
+        "no bias": lambda: (nn.Linear(4, 3, bias=False), randn(BATCH, 4)),
+        "long sequence": lambda: (nn.Linear(4, 3), randn(BATCH, 9, 4)),
+        "short sequence": lambda: (nn.Linear(20, 30), randn(BATCH, 2, 20)),
+        "two sequence dimensions": lambda: (nn.Linear(4, 3), randn(BATCH, 2, 3, 4)),
+        "sequence of length one": lambda: (nn.Linear(4, 3), randn(BATCH, 1, 4)),
+    },
+    nn.Conv1d: {
+        "plain": lambda: (nn.Conv1d(2, 3, 3), randn(BATCH, 2, 8)),
+        "causal": lambda: (nn.Conv1d(2, 4, 3, padding=2, dilation=2, groups=2), randn(BATCH, 2, 8)),
+    },
+    nn.Conv2d: {
+        "plain": lambda: (nn.Conv2d(2, 3, 3), randn(BATCH, 2, 6, 7)),
+        "strided": lambda: (nn.Conv2d(2, 3, (3, 2), stride=(2, 3), padding=(1, 2)), randn(BATCH, 2, 8, 9)),
+        "stride that leaves a rest": lambda: (nn.Conv2d(2, 3, 3, stride=2), randn(BATCH, 2, 8, 8)),
+        "dilated, no bias": lambda: (nn.Conv2d(2, 3, 2, dilation=(2, 3), bias=False), randn(BATCH, 2, 7, 8)),
+        "grouped": lambda: (nn.Conv2d(4, 6, 3, groups=2, padding=1), randn(BATCH, 4, 5, 5)),
+        "depthwise": lambda: (nn.Conv2d(4, 4, 3, groups=4), randn(BATCH, 4, 5, 5)),
+        "one by one": lambda: (nn.Conv2d(4, 3, 1), randn(BATCH, 4, 5, 5)),
+        "kernel of the image's size": lambda: (nn.Conv2d(6, 8, 4), randn(BATCH, 6, 4, 4)),
+        "same": lambda: (nn.Conv2d(2, 3, (4, 3), padding="same"), randn(BATCH, 2, 6, 6)),
+        "valid": lambda: (nn.Conv2d(2, 3, 3, padding="valid"), randn(BATCH, 2, 6, 6)),
+        "reflect": lambda: (nn.Conv2d(2, 3, 3, padding=(2, 1), padding_mode="reflect"), randn(BATCH, 2, 6, 6)),
+        "replicate": lambda: (nn.Conv2d(2, 3, 3, padding=1, padding_mode="replicate"), randn(BATCH, 2, 6, 6)),
+        "circular, same": lambda: (nn.Conv2d(2, 3, 3, padding="same", padding_mode="circular"), randn(BATCH, 2, 6, 6)),
+    },
+    nn.Conv3d: {
+        "plain": lambda: (nn.Conv3d(2, 3, 2), randn(BATCH, 2, 4, 4, 4)),
+        "everything": lambda: (
+            nn.Conv3d(2, 4, (2, 3, 2), stride=(1, 2, 1), padding=1, dilation=(1, 1, 2), groups=2),
+            randn(BATCH, 2, 4, 5, 5),
+        ),
+    },
+    nn.Embedding: {
+        "sequence": lambda: (nn.Embedding(5, 3), torch.randint(5, (BATCH, 8))),
+        "one index": lambda: (nn.Embedding(5, 3), torch.randint(5, (BATCH,))),
+        "padding": lambda: (nn.Embedding(5, 3, padding_idx=1), torch.randint(5, (BATCH, 8))),
+        "two dimensions": lambda: (nn.Embedding(5, 3), torch.randint(5, (BATCH, 2, 4))),
+    },
+    nn.LayerNorm: {
+        "vectors": lambda: (nn.LayerNorm(4), randn(BATCH, 4)),
+        "sequence": lambda: (nn.LayerNorm(4), randn(BATCH, 3, 4)),
+        "two dimensions, no bias": lambda: (nn.LayerNorm((3, 4), bias=False), randn(BATCH, 2, 3, 4)),
+    },
+    nn.RMSNorm: {
+        "vectors": lambda: (nn.RMSNorm(4), randn(BATCH, 4)),
+        "sequence, eps": lambda: (nn.RMSNorm(4, eps=0.1), randn(BATCH, 3, 4)),
+    },
+    nn.GroupNorm: {
+        "vectors": lambda: (nn.GroupNorm(2, 4), randn(BATCH, 4)),
+        "images": lambda: (nn.GroupNorm(2, 4, eps=0.1), randn(BATCH, 4, 3, 3)),
+    },
+    nn.InstanceNorm1d: {"affine": lambda: (nn.InstanceNorm1d(3, affine=True), randn(BATCH, 3, 5))},
+    nn.InstanceNorm2d: {"affine": lambda: (nn.InstanceNorm2d(3, affine=True, eps=0.1), randn(BATCH, 3, 4, 5))},
+    nn.InstanceNorm3d: {"affine": lambda: (nn.InstanceNorm3d(3, affine=True), randn(BATCH, 3, 2, 4, 5))},
+}
+
+CASES = [pytest.param(make, id=f"{cls.__name__}: {name}") for cls in EXAMPLES for name, make in EXAMPLES[cls].items()]
+
+
+def test_every_registered_rule_has_an_example() -> None:
+    assert set(registered_types()) == set(EXAMPLES)
+
+
+def check_against_oracle(module: nn.Module, input: Tensor) -> None:
+    module.double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    # A loss whose upstream gradient differs at every output element.
+    target = torch.randn_like(module(input))
+
+    def loss(rows: slice) -> Tensor:
+        return (module(input[rows]) * target[rows]).pow(2).sum()
+
+    expected = oracle_gradients(module, lambda i: loss(slice(i, i + 1)), len(input))
+    engine = BookKeeping(module)
+    with engine.forward(len(input)):
+        total = loss(slice(None))
+    with engine.backward():
+        total.backward()
+    gradients = engine.gradients()
+    assert set(gradients) == set(expected)
+    weights = torch.rand(len(input), dtype=torch.float64)
+    for name, gradient in gradients.items():
+        rows = expected[name].flatten(1)
+        assert_close(gradient.squared_norms(), rows.pow(2).sum(1), 1e-10)
+        assert_close(gradient.materialise(), expected[name], 1e-10)
+        assert_close(gradient.weighted_sum(weights), (weights @ rows).view_as(expected[name][0]), 1e-10)
+        without_first = gradient.zero_(torch.arange(len(input)) == 0)
+        assert without_first.squared_norms()[0] == 0
+        assert_close(without_first.squared_norms()[1:], rows[1:].pow(2).sum(1), 1e-10)
+        assert all(p.grad is None for p in module.parameters()), "ordinary weight gradients were computed"
+
+
+@pytest.mark.parametrize("make", CASES)
+def test_norms_and_weighted_sums_equal_the_loop(make: Callable[[], tuple[nn.Module, Tensor]]) -> None:
+    check_against_oracle(*make())
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias"])
+@pytest.mark.parametrize("make", CASES)
+def test_a_frozen_parameter_gets_nothing(make: Callable[[], tuple[nn.Module, Tensor]], frozen: str) -> None:
+    module, input = make()
+    parameter = getattr(module, frozen, None)
+    if parameter is None or len(list(module.parameters())) == 1:
+        pytest.skip("nothing to freeze, or nothing left to train")
+    parameter.requires_grad_(False)
+    check_against_oracle(module, input)
+
+
+small = st.integers(1, 4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=small, steps=st.integers(1, 12), features=st.integers(1, 12), outputs=st.integers(1, 12), bias=st.booleans()
+)
+def test_linear_of_any_shape(batch: int, steps: int, features: int, outputs: int, bias: bool) -> None:
+    check_against_oracle(nn.Linear(features, outputs, bias=bias), randn(batch, steps, features))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(), dimensions=st.integers(1, 3), mode=st.sampled_from(["zeros", "reflect", "replicate", "circular"])
+)
+def test_convolution_of_any_shape(data: Any, dimensions: int, mode: str) -> None:
+    def draw(low: int, high: int) -> tuple[int, ...]:
+        return tuple(data.draw(st.integers(low, high)) for _ in range(dimensions))
+
+    kernel, stride, dilation, padding = draw(1, 3), draw(1, 3), draw(1, 2), draw(0, 2)
+    size, groups = draw(4, 6), data.draw(st.integers(1, 2))
+    assume(all(dil * (k - 1) < s + 2 * pad for dil, k, s, pad in zip(dilation, kernel, size, padding, strict=True)))
+    conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dimensions]
+    inputs, outputs = groups * data.draw(st.integers(1, 2)), groups * data.draw(st.integers(1, 2))
+    module = conv(
+        inputs,
+        outputs,
+        kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        padding_mode=mode,
+        bias=data.draw(st.booleans()),
+    )
+    check_against_oracle(module, randn(data.draw(small), inputs, *size))
+
+
+@settings(max_examples=40, deadline=None)
+@given(batch=small, steps=st.integers(1, 12), rows=st.integers(2, 6), padding=st.none() | st.integers(0, 1))
+def test_embedding_of_any_shape(batch: int, steps: int, rows: int, padding: int | None) -> None:
+    check_against_oracle(nn.Embedding(rows, 3, padding_idx=padding), torch.randint(rows, (batch, steps)))
+
+
+def test_a_gradient_that_cancels_is_never_measured_too_small() -> None:
+    """Two positions whose outer products nearly cancel: in float32 the Gram form alone would return noise."""
+    left = torch.randn(1, 2, 64) * 1e4
+    left[:, 1] = -left[:, 0]
+    right = torch.randn(1, 1, 64).repeat(1, 2, 1)
+    right[:, 1] *= 1 + 1e-6
+    from lightning_dp.gradients import OuterProducts
+
+    gradient = OuterProducts(left, right, torch.Size((64, 64)))
+    exact = torch.einsum("btp,btd->bpd", left.double(), right.double()).pow(2).sum()
+    assert gradient.squared_norms().item() >= exact.item()
+    weight = 1 / math.sqrt(gradient.squared_norms().item())
+    assert gradient.weighted_sum(torch.tensor([weight])).norm() <= 1 + 1e-5
+
+
+def test_a_subclass_that_overrides_forward_has_no_rule() -> None:
+    class Renamed(nn.Linear):
+        pass
+
+    class Different(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).sin()
+
+    assert rule_for(Renamed(2, 2)) is rule_for(nn.Linear(2, 2))
+    assert rule_for(Different(2, 2)) is None
+    assert rule_for(nn.Bilinear(2, 2, 2)) is None
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        (nn.Embedding(3, 2, max_norm=1.0), "max_norm"),
+        (nn.Embedding(3, 2, scale_grad_by_freq=True), "scale_grad_by_freq"),
+        (nn.Embedding(3, 2, sparse=True), "sparse"),
+        (nn.InstanceNorm2d(3, track_running_stats=True), "track_running_stats"),
+        (nn.BatchNorm1d(3), "GroupNorm"),
+        (nn.SyncBatchNorm(3), "GroupNorm"),
+    ],
+)
+def test_configurations_without_a_bound_are_refused(module: nn.Module, says: str) -> None:
+    assert says in (refusal_for(module) or "")

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from dp_accounting import GaussianDpEvent, NonPrivateDpEvent, PoissonSampledDpEvent
+from torch import nn
+
+from lightning_dp.accounting import PrivacyLedger
+from lightning_dp.clipping import FlatClipping
+from lightning_dp.engines import BookKeeping
+from lightning_dp.noise import GaussianNoise
+from lightning_dp.pipeline import PrivacyLimitReached, PrivateStep
+from lightning_dp.randomness import Randomness
+from tests.test_noise import is_gaussian_of_std
+
+
+def private_step(model: nn.Module, ledger: PrivacyLedger, max_norm: float = 0.5) -> PrivateStep:
+    return PrivateStep(
+        BookKeeping(model), FlatClipping(max_norm), GaussianNoise(), ledger, Randomness(), lambda tensors: None
+    )
+
+
+def test_the_noise_of_one_step_has_std_zC_over_qN() -> None:
+    """Also for parameters that no example's gradient reached, and when nobody was drawn."""
+    model = nn.Linear(100, 100)
+    step = private_step(model, PrivacyLedger(), max_norm=0.5)
+    z, expected_batch_size = 3.0, 20.0
+    step.begin()
+    step.release(z, 0.1, expected_batch_size)
+    assert model.weight.grad is not None
+    sample = model.weight.grad.flatten().double()
+    std = z * 0.5 / expected_batch_size
+    assert is_gaussian_of_std(sample, std)
+    assert not is_gaussian_of_std(sample, std * 2 / 3)
+    assert not is_gaussian_of_std(sample, std * 3 / 2)
+
+
+def test_noise_is_fresh_in_every_step() -> None:
+    model = nn.Linear(3, 3)
+    step = private_step(model, PrivacyLedger())
+    seen = set()
+    for _ in range(5):
+        model.zero_grad()
+        step.begin()
+        step.release(1.0, 0.1, 1.0)
+        assert model.weight.grad is not None
+        seen.add(model.weight.grad[0, 0].item())
+    assert len(seen) == 5
+
+
+def test_the_ledger_is_charged_before_any_gradient_is_visible() -> None:
+    model = nn.Linear(3, 3)
+    visible_at_charge = []
+
+    class Watching(PrivacyLedger):
+        def record(self, event: object, count: int = 1) -> None:
+            visible_at_charge.append(any(p.grad is not None for p in model.parameters()))
+            super().record(event, count)  # type: ignore[arg-type]
+
+    ledger = Watching()
+    private_step(model, ledger).release(1.5, 0.1, 1.0)
+    assert visible_at_charge == [False]
+    assert list(ledger) == [(PoissonSampledDpEvent(0.1, GaussianDpEvent(1.5)), 1)]
+
+
+def test_a_step_without_noise_is_recorded_as_not_private() -> None:
+    ledger = PrivacyLedger()
+    private_step(nn.Linear(3, 3), ledger).release(0.0, 0.1, 1.0)
+    assert list(ledger) == [(NonPrivateDpEvent(), 1)]
+    assert ledger.epsilon(1e-5) == float("inf")
+
+
+def test_nothing_is_released_beyond_the_limit() -> None:
+    model = nn.Linear(3, 3)
+    ledger = PrivacyLedger()
+    step = private_step(model, ledger)
+    step.limit = 1
+    step.release(1.0, 0.1, 1.0)
+    model.zero_grad()
+    with pytest.raises(PrivacyLimitReached):
+        step.release(1.0, 0.1, 1.0)
+    assert len(ledger) == 1 and model.weight.grad is None
+
+
+def test_an_interrupted_step_leaves_nothing_for_the_next() -> None:
+    model = nn.Linear(3, 1)
+    step = private_step(model, PrivacyLedger())
+    step.begin()
+    with step.engine.forward(1):
+        loss = model(torch.ones(1, 3)).sum()
+    with step.engine.backward():
+        loss.backward()
+    step.accumulate(1.0)
+    step.begin()
+    step.release(0.0, 0.1, 1.0)
+    assert model.weight.grad is not None
+    assert (model.weight.grad == 0).all()

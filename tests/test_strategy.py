@@ -1,0 +1,478 @@
+"""Private training through the Trainer: what is computed, what is visible, and that a user's module works as ever."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
+
+from lightning_dp import DifferentialPrivacy, FlatClipping, GaussianNoise, PrivateStrategy
+from lightning_dp.checks import PrivacyConfigurationError
+from lightning_dp.randomness import Randomness
+from lightning_dp.sampling import draw_poisson_sample
+from tests.conftest import Net, assert_close, dataset, fit, loader, oracle_gradients, trainer
+from tests.test_layers import EXAMPLES, randn
+from tests.test_noise import is_gaussian_of_std
+
+
+def strategy(multiplier: float | None = 0.0, max_norm: float = 0.3, **kwargs: Any) -> PrivateStrategy:
+    return PrivateStrategy(FlatClipping(max_norm), GaussianNoise(multiplier), **kwargs)
+
+
+class SquaredError(Net):
+    """Works for any layer: the loss is a squared distance to random targets, averaged over the batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, targets = batch
+        return (self.net(inputs) - targets).pow(2).flatten(1).sum(1).mean()
+
+
+def first_sample(num_records: int, rate: float, seed: int) -> list[int]:
+    return draw_poisson_sample(num_records, rate, Randomness(seed).numpy("sampling", 0)).tolist()
+
+
+@pytest.mark.parametrize("micro", [None, 1, 3])
+@pytest.mark.parametrize("kind", EXAMPLES, ids=lambda cls: cls.__name__)
+def test_one_step_equals_clipping_autograds_gradients_by_hand(kind: type[nn.Module], micro: int | None) -> None:
+    for make in EXAMPLES[kind].values():
+        layer, example = make()
+        count = 12
+        shape = example.shape[1:]
+        indices = not example.is_floating_point()
+        inputs = torch.randint(5, (count, *shape)) if indices else randn(count, *shape)
+        layer.double()
+        targets = torch.randn_like(layer(inputs))
+        module = SquaredError(layer)
+        before = copy.deepcopy(module)
+        seed, max_norm = 3, 2.0
+        private = strategy(0.0, max_norm, max_physical_batch_size=micro, seed=seed)
+        data = DataLoader(TensorDataset(inputs, targets), batch_size=6)
+        fit(trainer(strategy=private, max_steps=1, precision="64-true"), module, data)
+
+        drawn = first_sample(count, 0.5, seed)
+        rows = oracle_gradients(
+            before, lambda i: before.training_step((inputs[drawn[i : i + 1]], targets[drawn[i : i + 1]]), 0), len(drawn)
+        )
+        norms = torch.stack([g.flatten(1).norm(dim=1) for g in rows.values()]).norm(dim=0)
+        weights = (max_norm / norms).clamp(max=1)
+        assert (norms > max_norm).any(), "the test clips nothing"
+        for (name, after), old in zip(module.named_parameters(), before.parameters(), strict=True):
+            expected = torch.einsum("b,b...->...", weights, rows[name]) / 6
+            assert_close(old.double() - after.double(), expected, 1e-5)
+
+
+@pytest.mark.parametrize("engine", ["bookkeeping", "per_example"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_updates_do_not_depend_on_micro_batches_engine_or_reduction(engine: str, reduction: str) -> None:
+    def trained(**kwargs: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        module = Net(reduction=kwargs.get("loss_reduction", "mean"))
+        fit(trainer(strategy=strategy(1.0, seed=1, **kwargs), max_steps=4), module, loader())
+        return list(module.parameters())
+
+    reference = trained()
+    for micro in (1, 3, 100):
+        found = trained(max_physical_batch_size=micro, engine=engine, loss_reduction=reduction)
+        for one, other in zip(found, reference, strict=True):
+            assert_close(one, other, 1e-5)
+
+
+def updates(steps: int, **kwargs: Any) -> list[Tensor]:
+    """The weights after every step of a training whose gradients are zero: nothing but noise."""
+    module = Net(nn.Linear(50, 40, bias=False))
+    seen: list[Tensor] = []
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            seen.append(pl_module.net.weight.detach().clone())
+
+    data = DataLoader(TensorDataset(torch.zeros(40, 50), torch.zeros(40, dtype=torch.long)), batch_size=8)
+    start = module.net.weight.detach().clone()
+    fit(trainer(strategy=strategy(**kwargs), max_steps=steps, max_epochs=-1, callbacks=[Keep()]), module, data)
+    return [b - a for a, b in zip([start, *seen[:-1]], seen, strict=True)]
+
+
+def test_noise_through_the_trainer_has_the_std_that_the_ledger_claims_and_is_fresh() -> None:
+    steps = updates(3, multiplier=2.0, max_norm=0.3)
+    std = 2.0 * 0.3 / 8
+    for step in steps:
+        sample = step.flatten().double()
+        assert is_gaussian_of_std(sample, std)
+        assert not is_gaussian_of_std(sample, std * 2 / 3)
+        assert not is_gaussian_of_std(sample, std * 3 / 2)
+    assert abs((steps[0] * steps[1]).mean() / std**2) < 5 / 2000**0.5
+
+
+def test_noise_differs_between_runs_under_the_same_global_seed() -> None:
+    pl.seed_everything(1, verbose=False)
+    first = updates(1, multiplier=1.0)
+    pl.seed_everything(1, verbose=False)
+    second = updates(1, multiplier=1.0)
+    assert not torch.allclose(first[0], second[0])
+    assert_close(updates(1, multiplier=1.0, seed=4)[0], updates(1, multiplier=1.0, seed=4)[0], 1e-4)
+
+
+ENTRIES: dict[str, Any] = {
+    "strategy object": lambda z: {"strategy": strategy(z)},
+    "callback": lambda z: {"callbacks": [DifferentialPrivacy(None, 1e-5, FlatClipping(0.3), GaussianNoise(z))]},
+}
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_huge_noise_multiplier_destroys_training_through_every_entry(entry: str) -> None:
+    def distance(z: float) -> float:
+        module = Net()
+        start = [p.detach().clone() for p in module.parameters()]
+        fit(trainer(**ENTRIES[entry](z)), module, loader())
+        return sum((p - s).norm().item() for p, s in zip(module.parameters(), start, strict=True))
+
+    assert distance(1e6) > 1e3 * distance(0.0)
+
+
+class Spy(Callback):
+    """Looks at gradients from every hook that has a chance to."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, list[float]] = {}
+
+    def look(self, hook: str, module: pl.LightningModule) -> None:
+        grads = [p.grad.norm().item() for p in module.parameters() if p.grad is not None]
+        self.seen.setdefault(hook, []).extend(grads)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self.look("on_train_batch_start", pl_module)
+
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self.look("on_before_zero_grad", pl_module)
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self.look("on_before_backward", pl_module)
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        self.look("on_after_backward", pl_module)
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self.look("on_before_optimizer_step", pl_module)
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+@pytest.mark.parametrize("engine", ["bookkeeping", "per_example"])
+def test_no_hook_sees_a_gradient_without_noise(engine: str, micro: int | None) -> None:
+    spy = Spy()
+    private = strategy(1e6, engine=engine, max_physical_batch_size=micro)
+    fit(trainer(strategy=private, callbacks=[spy], max_steps=3), Net(), loader())
+    assert len(spy.seen["on_after_backward"]) == 3 * 4 == len(spy.seen["on_before_optimizer_step"])
+    assert all(norm > 1e3 for norms in spy.seen.values() for norm in norms)
+
+
+class Ordinary(pl.LightningModule):
+    """A module that uses much of what Lightning offers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.body = nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.1), nn.ReLU(inplace=True))
+        self.head = nn.Linear(5, 3)
+        self.mean_loss = MeanMetric()
+        self.hooks: list[str] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        inputs, labels = batch
+        loss = F.cross_entropy(self.head(self.body(inputs)), labels)
+        self.mean_loss(loss.detach(), len(labels))
+        self.log("train_loss", loss, on_step=True, on_epoch=True)
+        self.log("mean_loss", self.mean_loss, on_step=False, on_epoch=True)
+        self.log("examples", float(len(labels)), on_step=False, on_epoch=True, reduce_fx="sum")
+        return {"loss": loss, "extra": 1}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        inputs, labels = batch
+        self.log("val_loss", F.cross_entropy(self.head(self.body(inputs)), labels))
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.head(self.body(batch[0]))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(
+            [{"params": self.body.parameters(), "lr": 1e-2}, {"params": self.head.parameters()}], lr=1e-3
+        )
+        assert self.trainer.estimated_stepping_batches == 10
+        return [optimizer], [
+            {"scheduler": torch.optim.lr_scheduler.LinearLR(optimizer), "interval": "step"},
+            {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1), "interval": "epoch"},
+        ]
+
+    def configure_gradient_clipping(self, optimizer: Any, gradient_clip_val: Any = None, **kwargs: Any) -> None:
+        self.hooks.append("configure_gradient_clipping")
+        self.clip_gradients(optimizer, gradient_clip_val=1.0, gradient_clip_algorithm="norm")
+        assert torch.cat([p.grad.flatten() for p in self.parameters()]).norm() <= 1.0 + 1e-5  # type: ignore[union-attr]
+
+    def on_train_epoch_end(self) -> None:
+        self.hooks.append("on_train_epoch_end")
+
+
+@pytest.mark.parametrize("micro", [None, 3])
+def test_an_ordinary_module_works_as_in_plain_lightning(tmp_path: Path, micro: int | None) -> None:
+    module = Ordinary()
+    keys, hooks = list(module.state_dict()), [name for name, m in module.named_modules() if m._forward_hooks]
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val_loss", save_last=True)
+    callbacks = [
+        checkpoint,
+        EarlyStopping("val_loss", patience=50),
+        EMAWeightAveraging(decay=0.5),
+        LearningRateMonitor(),
+    ]
+    run = trainer(
+        strategy=strategy(1.0, max_physical_batch_size=micro),
+        max_epochs=2,
+        enable_checkpointing=True,
+        callbacks=callbacks,
+        logger=CSVLogger(tmp_path),
+        log_every_n_steps=1,
+    )
+    fit(run, module, loader(), loader())
+    assert run.global_step == 10 == len(run.strategy.ledger)
+    assert module.hooks.count("configure_gradient_clipping") == 10 and module.hooks.count("on_train_epoch_end") == 2
+    assert list(module.state_dict()) == keys
+    assert [name for name, m in module.named_modules() if m._forward_hooks] == hooks
+    assert all(p.requires_grad for p in module.parameters())
+    assert type(module) is Ordinary
+    metrics = run.callback_metrics
+    assert_close(metrics["train_loss_epoch"], metrics["mean_loss"])
+    assert metrics["examples"] > 0
+    rates = run.optimizers[0].param_groups[0]["lr"] / run.optimizers[0].param_groups[1]["lr"]
+    assert rates == pytest.approx(10.0)
+    fresh = Ordinary.load_from_checkpoint(checkpoint.best_model_path, map_location="cpu")
+    assert list(fresh.state_dict()) == keys
+    assert run.test(module, loader(), verbose=False, ckpt_path=checkpoint.last_model_path)[0]["val_loss"] > 0
+    predictions = run.predict(module, loader(), ckpt_path=checkpoint.best_model_path)
+    assert predictions is not None
+    assert sum(len(p) for p in predictions) == 40
+    assert len(run.strategy.ledger) == 10, "testing and predicting cost nothing"
+
+
+def test_the_loss_that_callbacks_see_is_that_of_the_whole_logical_batch() -> None:
+    def losses(micro: int | None) -> list[float]:
+        torch.manual_seed(0)
+        seen = []
+
+        class Keep(Callback):
+            def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
+                seen.append(outputs["loss"].item())
+
+        private = strategy(0.0, seed=1, max_physical_batch_size=micro)
+        fit(trainer(strategy=private, callbacks=[Keep()]), Net(), loader())
+        return seen
+
+    assert losses(3) == pytest.approx(losses(None), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"fast_dev_run": True}, 1),
+        ({"limit_train_batches": 2}, 2),
+        ({"limit_train_batches": 0.4}, 2),
+        ({"max_steps": 3}, 3),
+    ],
+)
+def test_shortened_runs(options: dict[str, Any], steps: int) -> None:
+    run = trainer(strategy=strategy(1.0), **options)
+    fit(run, Net(), loader())
+    assert len(run.strategy.ledger) == steps == run.global_step
+
+
+def test_gradient_clip_val_acts_on_the_noisy_gradient() -> None:
+    module = Net(nn.Linear(6, 3, bias=False))
+    start = module.net.weight.detach().clone()
+    fit(trainer(strategy=strategy(1e6), max_steps=1, gradient_clip_val=0.25), module, loader())
+    assert (module.net.weight - start).norm().item() == pytest.approx(0.25, rel=1e-3)
+
+
+def test_empty_draws_are_steps_of_pure_noise() -> None:
+    """40 records, q = 1/40: about a third of all batches is empty."""
+    run = trainer(strategy=strategy(1.0), max_epochs=1)
+    module = Net()
+    fit(run, module, loader(batch_size=1))
+    assert len(run.strategy.ledger) == 40 == run.global_step
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_precisions(precision: Any) -> None:
+    module = Net()
+    run = trainer(strategy=strategy(1.0, max_physical_batch_size=3), precision=precision, max_steps=3)
+    fit(run, module, loader())
+    assert len(run.strategy.ledger) == 3
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_frozen_layers_stay_and_are_not_in_the_norm() -> None:
+    module = Net()
+    module.net[0].requires_grad_(False)  # type: ignore[index]
+    before = copy.deepcopy(module.state_dict())
+    fit(trainer(strategy=strategy(1.0), max_steps=2), module, loader())
+    assert torch.equal(module.state_dict()["net.0.weight"], before["net.0.weight"])
+    assert not torch.equal(module.state_dict()["net.2.weight"], before["net.2.weight"])
+
+
+def test_layers_that_are_unfrozen_later_are_bounded_from_then_on() -> None:
+    class Unfreeze(Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                pl_module.net[0].requires_grad_(True)
+
+    module = Net()
+    module.net[0].requires_grad_(False)  # type: ignore[index]
+    before = copy.deepcopy(module.state_dict())
+    run = trainer(strategy=strategy(1.0), max_epochs=2, callbacks=[Unfreeze()])
+    fit(run, module, loader())
+    assert not torch.equal(module.state_dict()["net.0.weight"], before["net.0.weight"])
+    assert len(run.strategy.ledger) == 10
+
+
+# -- checkpoints -------------------------------------------------------------------------------------------------------
+
+
+def run_and_save(path: Path, seed: int | None, epochs: int, resume: Path | None = None) -> tuple[Net, PrivateStrategy]:
+    torch.manual_seed(0)
+    module, private = Net(), strategy(1.0, seed=seed)
+    run = trainer(strategy=private, max_epochs=epochs)
+    fit(run, module, loader(), ckpt_path=resume)
+    run.save_checkpoint(path)
+    return module, private
+
+
+def test_a_resumed_run_has_the_same_ledger_and_under_a_seed_the_same_bits(tmp_path: Path) -> None:
+    _, whole = run_and_save(tmp_path / "whole.ckpt", 5, 4)
+    run_and_save(tmp_path / "half.ckpt", 5, 2)
+    module, resumed = run_and_save(tmp_path / "resumed.ckpt", 5, 4, tmp_path / "half.ckpt")
+    assert list(resumed.ledger) == list(whole.ledger) and len(resumed.ledger) == 20
+    assert resumed.ledger.epsilon(1e-5) == whole.ledger.epsilon(1e-5)
+    uninterrupted = torch.load(tmp_path / "whole.ckpt", weights_only=True)["state_dict"]
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, uninterrupted[name])
+
+
+def test_a_resumed_run_draws_fresh_noise(tmp_path: Path) -> None:
+    run_and_save(tmp_path / "half.ckpt", None, 1)
+    one, _ = run_and_save(tmp_path / "a.ckpt", None, 2, tmp_path / "half.ckpt")
+    two, _ = run_and_save(tmp_path / "b.ckpt", None, 2, tmp_path / "half.ckpt")
+    assert not torch.equal(one.net[0].weight, two.net[0].weight)  # type: ignore[index]
+
+
+def test_a_run_interrupted_within_an_epoch_resumes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    run = trainer(
+        strategy=strategy(1.0),
+        max_epochs=4,
+        enable_checkpointing=True,
+        logger=False,
+        callbacks=[ModelCheckpoint(tmp_path, every_n_train_steps=7, save_top_k=-1)],
+    )
+
+    class Crash(Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            if trainer.global_step == 8:
+                raise KeyboardInterrupt
+
+    run.callbacks.insert(0, Crash())  # type: ignore[attr-defined]
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(run, Net(), loader())
+    [saved] = tmp_path.glob("*.ckpt")
+    again = strategy(1.0)
+    fit(trainer(strategy=again, max_epochs=4), Net(), loader(), ckpt_path=saved)
+    assert len(again.ledger) == 20
+
+
+def test_a_checkpoint_is_plain_data_without_any_generator_state(tmp_path: Path) -> None:
+    _, private = run_and_save(tmp_path / "run.ckpt", None, 1)
+    checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    assert set(checkpoint["lightning_dp"]) == {"ledger"}
+    secret = private._randomness._entropy
+    for form in (str(secret).encode(), secret.to_bytes(32, "little"), secret.to_bytes(32, "big")):
+        assert form not in (tmp_path / "run.ckpt").read_bytes()
+    assert "_entropy" not in str(checkpoint)
+
+
+def test_steps_that_a_checkpoint_does_not_know_are_still_charged(tmp_path: Path) -> None:
+    private = strategy(1.0)
+    run = trainer(
+        strategy=private,
+        max_epochs=2,
+        enable_checkpointing=True,
+        callbacks=[ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)],
+    )
+    module = Net()
+    fit(run, module, loader())
+    assert len(private.ledger) == 10
+    fit(run, module, loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    assert len(private.ledger) == 15, "10 steps were taken, and 5 of them taken again"
+
+
+def test_resuming_from_training_without_privacy_is_refused(tmp_path: Path) -> None:
+    run = trainer()
+    fit(run, Net(), loader())
+    run.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(PrivacyConfigurationError, match="no privacy ledger"):
+        fit(trainer(strategy=strategy(1.0), max_epochs=2), Net(), loader(), ckpt_path=tmp_path / "plain.ckpt")
+
+
+# -- entries -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_registered_name_gives_the_strategy_and_asks_for_noise() -> None:
+    run = trainer(strategy="private")
+    assert isinstance(run.strategy, PrivateStrategy)
+    with pytest.raises(PrivacyConfigurationError, match="No noise multiplier.*PrivacyBudget"):
+        fit(run, Net(), loader())
+
+
+def test_several_devices_are_refused_rather_than_ignored() -> None:
+    with pytest.raises(PrivacyConfigurationError, match="one device, and the Trainer has 2"):
+        trainer(strategy=strategy(1.0), devices=2)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "says"),
+    [
+        ({"clipping": 1.0}, "clipping must be"),
+        ({"noise": 1.0}, "noise must be"),
+        ({"engine": "fast"}, "engine must be one of"),
+        ({"loss_reduction": "none"}, "loss_reduction must be"),
+        ({"max_physical_batch_size": 0}, "max_physical_batch_size must be at least 1"),
+    ],
+)
+def test_bad_arguments_are_named(kwargs: dict[str, Any], says: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=says):
+        PrivateStrategy(**kwargs)
+
+
+def test_workers_and_dictionary_batches() -> None:
+    class Dictionary(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.net(batch["x"]), batch["y"])
+
+    x, y = dataset().tensors
+    data = [{"x": a, "y": b, "name": "n"} for a, b in zip(x, y, strict=True)]
+    run = trainer(strategy=strategy(1.0, max_physical_batch_size=3), max_epochs=2)
+    fit(run, Dictionary(), DataLoader(data, batch_size=4, num_workers=1, persistent_workers=True))
+    assert len(run.strategy.ledger) == 20
