@@ -233,9 +233,9 @@ def check_examples_are_independent(
                 without,
                 size - 1,
                 "removing one example of the batch changed another's gradient, which "
-                f"loss_reduction='{loss_reduction}' does not explain. If training_step returns a sum over the examples, "
-                "pass loss_reduction='sum'; if it "
-                "returns a mean, 'mean'; otherwise the loss is normalised by something that depends on the data",
+                f"loss_reduction='{loss_reduction}' does not explain. If training_step returns a sum over the "
+                "examples, pass loss_reduction='sum'; if it returns a mean, 'mean'; otherwise the loss is normalised "
+                "by something that depends on the data",
                 factor,
             )
 
