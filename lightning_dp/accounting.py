@@ -7,8 +7,10 @@ add-or-remove-one-record unless said otherwise.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -30,21 +32,30 @@ ACCOUNTANTS: tuple[Accountant, ...] = ("pld", "rdp")
 
 
 class PrivacyLedger:
-    """Every private step of a training run, run-length encoded: the only record from which ε is computed.
+    """Every private step of a training, run-length encoded: the only record from which ε is computed.
 
-    The stage that adds the noise appends to it, before the noisy gradient becomes visible to anything.
+    The stage that adds the noise appends to it, before the noisy gradient becomes visible to anything. Steps are
+    grouped by the run of a process that took them, under a random name, so that ledgers that share a history can be
+    merged without counting a step twice, or leaving one out.
     """
 
     def __init__(self) -> None:
-        self._runs: list[tuple[DpEvent, int]] = []
+        self._runs: dict[str, list[tuple[DpEvent, int]]] = {}
+        self._current = ""
+
+    def start_run(self) -> None:
+        """What is recorded from now on belongs to a new run."""
+        self._current = secrets.token_hex(8)
 
     def __len__(self) -> int:
         """Number of private steps."""
-        return sum(count for _, count in self._runs)
+        return sum(count for run in self._runs.values() for _, count in run)
 
     def __iter__(self) -> Iterator[tuple[DpEvent, int]]:
         """Pairs of an event and how often it happened in a row."""
-        return iter(self._runs)
+        steps = (entry for run in self._runs.values() for entry in run)
+        for event, entries in itertools.groupby(steps, key=lambda entry: entry[0]):
+            yield event, sum(count for _, count in entries)
 
     def record(self, event: DpEvent, count: int = 1) -> None:
         """Appends ``count`` private steps."""
@@ -52,13 +63,17 @@ class PrivacyLedger:
             raise ValueError(f"count must not be negative, got {count}.")
         if count == 0:
             return
-        if self._runs and self._runs[-1][0] == event:
-            count += self._runs.pop()[1]
-        self._runs.append((event, count))
+        run = self._runs.setdefault(self._current, [])
+        if run and run[-1][0] == event:
+            count += run.pop()[1]
+        run.append((event, count))
 
     def event(self) -> DpEvent:
-        """All steps as one event."""
-        return ComposedDpEvent([SelfComposedDpEvent(event, count) for event, count in self._runs])
+        """All steps as one event; the same mechanism in different runs is composed as one."""
+        counts: dict[DpEvent, int] = {}
+        for event, count in self:
+            counts[event] = counts.get(event, 0) + count
+        return ComposedDpEvent([SelfComposedDpEvent(event, count) for event, count in counts.items()])
 
     def epsilon(self, delta: float, accountant: Accountant = "pld") -> float:
         """ε at this δ of everything recorded: 0.0 for an empty ledger, infinity when a step had no noise."""
@@ -67,43 +82,39 @@ class PrivacyLedger:
     def copy(self) -> PrivacyLedger:
         """A ledger with the same entries."""
         ledger = PrivacyLedger()
-        ledger._runs = list(self._runs)
+        ledger._runs = {name: list(run) for name, run in self._runs.items()}
+        ledger._current = self._current
         return ledger
 
-    def extends(self, other: PrivacyLedger) -> bool:
-        """Whether this ledger begins with all the steps of the other, in their order."""
-        remaining = list(reversed(self._runs))
-        for event, count in other:
-            while count:
-                if not remaining or remaining[-1][0] != event:
-                    return False
-                own, available = remaining.pop()
-                used = min(count, available)
-                count -= used
-                if available > used:
-                    remaining.append((own, available - used))
-        return True
-
     def include(self, other: PrivacyLedger) -> None:
-        """Makes this ledger account for the steps of the other as well, counting a common beginning once."""
-        if self.extends(other):
-            return
-        own = self.copy()
-        self._runs = list(other._runs)
-        if not other.extends(own):
-            for event, count in own:
-                self.record(event, count)
+        """Makes this ledger account for the steps of the other as well, counting common ones once.
+
+        Both may hold the beginning of the same run: one process recorded it, so the longer one contains the shorter.
+        """
+        merged = {name: list(run) for name, run in other._runs.items()}
+        for name, run in self._runs.items():
+            if sum(count for _, count in run) >= sum(count for _, count in merged.get(name, [])):
+                merged[name] = run
+        self._runs = merged
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data: lists, dictionaries, strings and numbers."""
-        return {"runs": [{"event": _encode(event), "count": count} for event, count in self._runs]}
+        return {
+            "runs": [
+                {"name": name, "steps": [{"event": _encode(event), "count": count} for event, count in run]}
+                for name, run in self._runs.items()
+            ]
+        }
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> PrivacyLedger:
         """The ledger that `state_dict` described."""
         ledger = cls()
         for run in state["runs"]:
-            ledger.record(_decode(run["event"]), int(run["count"]))
+            ledger._current = str(run["name"])
+            for entry in run["steps"]:
+                ledger.record(_decode(entry["event"]), int(entry["count"]))
+        ledger.start_run()
         return ledger
 
 

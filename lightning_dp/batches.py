@@ -42,7 +42,8 @@ def map_examples(batch: Any, size: int, take: Callable[[Any], Any]) -> Any:
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(map_examples(value, size, take) for value in batch))
     if isinstance(batch, list | tuple):
-        if len(batch) == size and not all(_holds_examples(item, size) for item in batch):
+        has_column = any(isinstance(item, Tensor) and _holds_examples(item, size) for item in batch)
+        if len(batch) == size and not has_column and not all(_holds_examples(item, size) for item in batch):
             return take(batch)
         return type(batch)(map_examples(value, size, take) for value in batch)
     if is_dataclass(batch) and not isinstance(batch, type):

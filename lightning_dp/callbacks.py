@@ -10,10 +10,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from dp_accounting import DpEvent
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_dp.accounting import Accountant, affordable_steps, calibrate_noise
+from lightning_dp.accounting import Accountant, PrivacyLedger, affordable_steps, calibrate_noise
 from lightning_dp.checks import PrivacyConfigurationError, warn_about_delta
 from lightning_dp.clipping import Clipping, FlatClipping
 from lightning_dp.noise import GaussianNoise, Noise
@@ -70,22 +72,61 @@ class PrivacyBudget(Callback):
         _check_delta("PrivacyBudget", delta)
         self.epsilon, self.delta, self.accountant = epsilon, delta, accountant
         self._chosen: dict[str, float] = {}
+        self._limits: dict[DpEvent, int] = {}
         self._stopped = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            private_strategy(trainer, "PrivacyBudget")
+        if stage != "fit":
+            return
+        strategy = private_strategy(trainer, "PrivacyBudget")
+        searches = [c for c in trainer_callbacks(trainer) if isinstance(c, LearningRateFinder | BatchSizeFinder)]
+        if searches and strategy.noise.multiplier is None:
+            raise PrivacyConfigurationError(
+                f"{type(searches[0]).__name__} trains on the private data before the training that the noise is chosen "
+                "for, and would spend the budget. Search on public data, or give GaussianNoise(multiplier=…): then "
+                "the steps of the search are charged like all others."
+            )
+        self._limits = {}
+        self._stopped = False
+        strategy.budget = self
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Chooses the noise, and finds the last step that the budget allows."""
+        """Chooses the noise, and says how far the budget reaches."""
         strategy = private_strategy(trainer, "PrivacyBudget")
         warn_about_delta(self.delta, strategy.num_records)
+        self.choose_noise(trainer, strategy)
+        step, multiplier = strategy.private_step, strategy.noise_multiplier
+        assert step is not None
+        if multiplier is None:
+            return
+        allowed = self.step_limit(strategy.ledger, step.event(multiplier, strategy.sampling_rate)) - len(
+            strategy.ledger
+        )
         remaining = self._remaining_steps(trainer)
-        if strategy.noise.multiplier is None:
-            strategy.noise_multiplier = self._choose_noise(strategy, remaining)
-        self._set_limit(trainer, strategy, remaining)
-        self._stopped = False
+        planned = "an unlimited number of" if remaining is None else f"{remaining}"
+        within = allowed if remaining is None else min(allowed, remaining)
+        rank_zero_info(
+            f"PrivacyBudget: ε ≤ {self.epsilon:g} at δ = {self.delta:g}; noise multiplier {multiplier:.4g}, sampling "
+            f"rate {strategy.sampling_rate:.4g}; {within} of {planned} planned steps are within the budget."
+        )
         self._stop_if_spent(trainer, strategy)
+
+    def choose_noise(self, trainer: pl.Trainer, strategy: PrivateMixin) -> None:
+        """Sets the strategy's noise multiplier for the planned steps, when its noise has none."""
+        if strategy.noise.multiplier is None:
+            strategy.noise_multiplier = self._choose_noise(strategy, self._remaining_steps(trainer))
+
+    def step_limit(self, ledger: PrivacyLedger, event: DpEvent) -> int:
+        """The most steps that the ledger may hold if all further ones are this event.
+
+        Computed once per event; another sampling rate or noise is another event.
+        """
+        if event not in self._limits:
+            more = affordable_steps(
+                ledger, event, epsilon=self.epsilon, delta=self.delta, at_most=10**9, accountant=self.accountant
+            )
+            self._limits = {event: len(ledger) + more}
+        return self._limits[event]
 
     def _remaining_steps(self, trainer: pl.Trainer) -> int | None:
         """Private steps that the Trainer still plans; ``None`` when it plans to train forever."""
@@ -122,25 +163,9 @@ class PrivacyBudget(Callback):
             self._chosen = {**plan, "noise_multiplier": multiplier}
         return self._chosen["noise_multiplier"]
 
-    def _set_limit(self, trainer: pl.Trainer, strategy: PrivateMixin, remaining: int | None) -> None:
-        step, multiplier = strategy.private_step, strategy.noise_multiplier
-        if step is None or multiplier is None:
-            return
-        event = step.event(multiplier, strategy.sampling_rate)
-        allowed = affordable_steps(
-            strategy.ledger,
-            event,
-            epsilon=self.epsilon,
-            delta=self.delta,
-            at_most=10**9 if remaining is None else remaining,
-            accountant=self.accountant,
-        )
-        strategy.step_limit = len(strategy.ledger) + allowed
-        planned = "an unlimited number" if remaining is None else str(remaining)
-        rank_zero_info(
-            f"PrivacyBudget: ε ≤ {self.epsilon:g} at δ = {self.delta:g}; noise multiplier {multiplier:.4g}, sampling "
-            f"rate {strategy.sampling_rate:.4g}, {allowed} of {planned} planned steps are within the budget."
-        )
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Looks again: a reloaded train loader may draw with another sampling rate, at another price."""
+        self._stop_if_spent(trainer, private_strategy(trainer, "PrivacyBudget"))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -149,10 +174,11 @@ class PrivacyBudget(Callback):
         self._stop_if_spent(trainer, private_strategy(trainer, "PrivacyBudget"))
 
     def _stop_if_spent(self, trainer: pl.Trainer, strategy: PrivateMixin) -> None:
-        if strategy.step_limit is None or len(strategy.ledger) < strategy.step_limit:
+        step, multiplier = strategy.private_step, strategy.noise_multiplier
+        if step is None or multiplier is None or self._stopped:
             return
-        planned = trainer.estimated_stepping_batches
-        if trainer.global_step >= planned or self._stopped:
+        event = step.event(multiplier, strategy.sampling_rate)
+        if len(strategy.ledger) < self.step_limit(strategy.ledger, event):
             return
         self._stopped = True
         spent = strategy.ledger.epsilon(self.delta, self.accountant)
@@ -321,11 +347,17 @@ class DifferentialPrivacy(Callback):
                 "PrivacyMonitor."
             )
         make_private(trainer.strategy, **self._configuration)
+        if self.budget:
+            self.budget.setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.budget:
             self.budget.on_train_start(trainer, pl_module)
         self.monitor.on_train_start(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.budget:
+            self.budget.on_train_epoch_start(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 
@@ -101,7 +101,7 @@ class PerExample(Engine):
         self._gradients: dict[str, PerExampleGradient] = {}
 
     def forward(self, batch_size: int) -> AbstractContextManager[None]:
-        return nullcontext()
+        return set_aside(self.parameters.values())  # the step may run backward passes of its own
 
     @contextmanager
     def backward(self) -> Iterator[None]:

@@ -13,12 +13,13 @@ Private Optimization on Large Model at Small Cost" (ghost norms, book-keeping); 
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -37,21 +38,35 @@ def _squares(tensor: Tensor) -> Tensor:
 class PerExampleGradient(ABC):
     """``B`` gradients of one parameter, one per example, not necessarily in memory."""
 
-    @abstractmethod
+    __slots__ = ("_norms",)
+    _norms: Tensor
+
     def squared_norms(self) -> Tensor:
-        """Squared Euclidean norm of every example's gradient, shape ``(B,)``; never below the true value by more than
-        the rounding of one multiplication."""
+        """Squared Euclidean norm of every example's gradient, shape ``(B,)``, computed once.
+
+        May exchange what is held for something smaller that the weighted sum can be formed from.
+        """
+        try:
+            return self._norms
+        except AttributeError:
+            self._norms = self._squared_norms()
+            return self._norms
 
     @abstractmethod
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        """``Σ_i weights[i] · gradient_i`` in the parameter's shape, for ``weights`` of shape ``(B,)``."""
+    def _squared_norms(self) -> Tensor:
+        """Computes the squared norms."""
+
+    @abstractmethod
+    def add_weighted_sum_(self, total: Tensor, weights: Tensor) -> None:
+        """Adds ``Σ_i weights[i] · gradient_i`` to ``total``, a contiguous tensor of the parameter's shape, in float32
+        or wider; ``weights`` is ``(B,)``."""
 
     @abstractmethod
     def materialise(self) -> Tensor:
-        """All gradients, ``(B, *parameter.shape)``."""
+        """All gradients, ``(B, *parameter.shape)``, in float32 or wider."""
 
     @abstractmethod
-    def zero_(self, examples: Tensor) -> PerExampleGradient:
+    def without(self, examples: Tensor) -> PerExampleGradient:
         """The same gradients with those of ``examples`` (a boolean mask, ``(B,)``) replaced by exact zeros."""
 
 
@@ -59,100 +74,115 @@ def _masked(tensor: Tensor, examples: Tensor) -> Tensor:
     return tensor.masked_fill(examples.view(-1, *[1] * (tensor.dim() - 1)), 0)
 
 
-@dataclass(frozen=True, slots=True)
+def _scaled(tensor: Tensor, weights: Tensor) -> Tensor:
+    """Every example's part times its weight."""
+    return tensor * weights.to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 1))
+
+
 class Dense(PerExampleGradient):
-    """Gradients that are in memory: ``values`` of shape ``(B, *parameter.shape)``."""
+    """Gradients that are in memory.
 
-    values: Tensor
+    Args:
+        values: ``(B, *parameter.shape)``.
+    """
 
-    def squared_norms(self) -> Tensor:
+    __slots__ = ("values",)
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def _squared_norms(self) -> Tensor:
         return _squares(self.values)
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        values = wide(self.values)
-        return (weights.to(values.dtype) @ values.reshape(len(values), -1)).view(values.shape[1:])
+    def add_weighted_sum_(self, total: Tensor, weights: Tensor) -> None:
+        values = self.values.reshape(len(weights), -1).to(total.dtype)
+        total.view(-1).addmv_(values.T, weights.to(total.dtype))
 
     def materialise(self) -> Tensor:
         return wide(self.values)
 
-    def zero_(self, examples: Tensor) -> Dense:
+    def without(self, examples: Tensor) -> Dense:
         return Dense(_masked(self.values, examples))
 
 
-@dataclass(frozen=True, slots=True)
 class OuterProducts(PerExampleGradient):
     """Gradients that are sums of outer products, ``Σ_t left[i, t] right[i, t]ᵀ``: every linear map.
 
     Args:
         left: Upstream gradients, ``(B, T, p)``.
         right: Inputs, ``(B, T, d)``.
-        shape: The parameter's shape, ``p · d`` elements in the order ``(p, d)``.
     """
 
-    left: Tensor
-    right: Tensor
-    shape: torch.Size
+    __slots__ = ("left", "right")
 
-    def squared_norms(self) -> Tensor:
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self.left, self.right = left, right
+
+    def _squared_norms(self) -> Tensor:
         """Three exact ways; shapes decide.
 
         ``T = 1``: ``‖l rᵀ‖² = ‖l‖² ‖r‖²``. Else ``‖LᵀR‖_F² = Σ_ts (LLᵀ)_ts (RRᵀ)_ts`` when ``2T² ≤ p·d``, or the
-        gradients themselves, a block of examples at a time.
+        gradients themselves.
         """
         _, steps, p = self.left.shape
         d = self.right.shape[2]
         if steps == 1:
             return _squares(self.left) * _squares(self.right)
         if 2 * steps * steps <= p * d:
-            return self._squared_norms_by_gram()
+            left, right = wide(self.left), wide(self.right)
+            gram_left, gram_right = torch.bmm(left, left.transpose(1, 2)), torch.bmm(right, right.transpose(1, 2))
+            return _inner_product_of_grams(gram_left, gram_right, steps + p + d)
         return _squares(self.materialise())
 
-    def _squared_norms_by_gram(self) -> Tensor:
-        """The Gram form can cancel: it sums terms of size up to ``‖L‖²‖R‖²`` whatever is left of them.
-
-        Formal guarantee: the result is not below the true squared norm by more than a relative rounding error.
-        Proof: ``Σ_ts |⟨l_t, l_s⟩| |⟨r_t, r_s⟩| ≤ (Σ_t ‖l_t‖‖r_t‖)² ≤ ‖L‖_F² ‖R‖_F²`` (Cauchy-Schwarz, twice), so the
-        rounding error of the sum is at most ``c·u·‖L‖²‖R‖²`` with unit roundoff ``u``; inner products accumulate like
-        ``√n·u`` (Higham & Mary 2019), and that bound is added.
-        Source: Higham, Accuracy and Stability of Numerical Algorithms, section 3.1.
-        """
-        left, right = wide(self.left), wide(self.right)
-        gram_left = torch.bmm(left, left.transpose(1, 2))
-        gram_right = torch.bmm(right, right.transpose(1, 2))
-        size = gram_left.diagonal(dim1=1, dim2=2).sum(1) * gram_right.diagonal(dim1=1, dim2=2).sum(1)
-        norms = (gram_left.flatten(1) * gram_right.flatten(1)).sum(1)
-        terms = left.shape[1] + left.shape[2] + right.shape[2]
-        roundoff = torch.finfo(left.dtype).eps * math.sqrt(terms)
-        return norms.clamp_(min=0) + roundoff * size
-
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        left = self.left * weights.to(self.left.dtype)[:, None, None]
-        return (left.flatten(0, 1).T @ self.right.flatten(0, 1).to(left.dtype)).view(self.shape)
+    def add_weighted_sum_(self, total: Tensor, weights: Tensor) -> None:
+        # In the precision of the norms: rounding the weighted terms would let them exceed their bound.
+        left, right = self.left.flatten(0, 1).to(total.dtype), self.right.flatten(0, 1).to(total.dtype)
+        weights = weights.to(total.dtype).repeat_interleave(self.left.shape[1])[:, None]
+        if left.shape[1] <= right.shape[1]:
+            left = left * weights
+        else:
+            right = right * weights
+        total.view(left.shape[1], right.shape[1]).addmm_(left.T, right)
 
     def materialise(self) -> Tensor:
-        left, right = wide(self.left), wide(self.right)
-        return torch.bmm(left.transpose(1, 2), right).view(-1, *self.shape)
+        return torch.bmm(wide(self.left).transpose(1, 2), wide(self.right))
 
-    def zero_(self, examples: Tensor) -> OuterProducts:
-        return OuterProducts(_masked(self.left, examples), _masked(self.right, examples), self.shape)
+    def without(self, examples: Tensor) -> OuterProducts:
+        return OuterProducts(_masked(self.left, examples), _masked(self.right, examples))
 
 
-@dataclass(frozen=True, slots=True)
+def _inner_product_of_grams(left: Tensor, right: Tensor, terms: int) -> Tensor:
+    """``Σ_ts left_ts right_ts`` per example, for Gram matrices ``(B, T, T)`` of the two factors of a gradient.
+
+    Formal guarantee: the result is not below ``‖Σ_t l_t r_tᵀ‖²`` by more than a relative rounding error, although the
+    sum can cancel. Proof: ``Σ_ts |⟨l_t, l_s⟩| |⟨r_t, r_s⟩| ≤ (Σ_t ‖l_t‖‖r_t‖)² ≤ ‖L‖_F² ‖R‖_F²`` (Cauchy-Schwarz,
+    twice), so the rounding error is at most ``c·u·‖L‖²‖R‖²`` with unit roundoff ``u`` and ``c`` about the square root
+    of the number of ``terms`` of the inner products (Higham & Mary 2019); that much is added.
+    """
+    size = left.diagonal(dim1=1, dim2=2).sum(1) * right.diagonal(dim1=1, dim2=2).sum(1)
+    norms = torch.linalg.vecdot(left.flatten(1), right.flatten(1))
+    return norms.clamp_(min=0).add_(size, alpha=torch.finfo(left.dtype).eps * math.sqrt(terms))
+
+
 class Rows(PerExampleGradient):
     """Gradients that touch some rows of a table, ``Σ_t onehot(index[i, t]) values[i, t]ᵀ``: embeddings.
 
     Args:
         index: Row numbers, ``(B, T)``.
         values: What is added to those rows, ``(B, T, d)``.
-        shape: The table's shape, ``(rows, d)``.
+        rows: Number of rows of the table.
     """
 
-    index: Tensor
-    values: Tensor
-    shape: torch.Size
+    __slots__ = ("index", "rows", "values")
 
-    def squared_norms(self) -> Tensor:
-        """``‖Σ_r‖²`` per touched row: sort the positions by row, add up each run, square."""
+    def __init__(self, index: Tensor, values: Tensor, rows: int) -> None:
+        self.index, self.values, self.rows = index, values, rows
+
+    def _squared_norms(self) -> Tensor:
+        """``‖Σ_r‖²`` per touched row: sort the positions by row, add up each run, square.
+
+        The rounding of the sums of a run is covered as in `_inner_product_of_grams`.
+        """
         batch, steps = self.index.shape
         values = wide(self.values)
         if steps == 1:
@@ -162,35 +192,35 @@ class Rows(PerExampleGradient):
         starts[:, 1:] = index[:, 1:] != index[:, :-1]
         runs = starts.cumsum(1) - 1
         runs += torch.arange(batch, device=runs.device)[:, None] * steps
-        ordered = values.gather(1, order[..., None].expand_as(values))
-        sums = values.new_zeros(batch * steps, values.shape[2]).index_add_(0, runs.flatten(), ordered.flatten(0, 1))
-        return _squares(sums.view(batch, steps, -1))
+        target = torch.empty_like(runs).scatter_(1, order, runs)  # the run that every position belongs to
+        sums = values.new_zeros(batch * steps, values.shape[2])
+        sums.index_add_(0, target.flatten(), values.flatten(0, 1))
+        return _squares(sums.view(batch, -1)).add_(_squares(values), alpha=torch.finfo(values.dtype).eps)
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        values = wide(self.values) * weights[:, None, None]
-        table = values.new_zeros(self.shape)
-        return table.index_add_(0, self.index.flatten(), values.flatten(0, 1).to(table.dtype))
+    def add_weighted_sum_(self, total: Tensor, weights: Tensor) -> None:
+        values = _scaled(self.values.to(total.dtype), weights)
+        total.index_add_(0, self.index.flatten(), values.flatten(0, 1))
 
     def materialise(self) -> Tensor:
-        batch = len(self.index)
         values = wide(self.values)
-        tables = values.new_zeros(batch, *self.shape)
+        tables = values.new_zeros(len(values), self.rows, values.shape[2])
         return tables.scatter_add_(1, self.index[..., None].expand_as(values), values)
 
-    def zero_(self, examples: Tensor) -> Rows:
-        return Rows(self.index, _masked(self.values, examples), self.shape)
+    def without(self, examples: Tensor) -> Rows:
+        return Rows(self.index, _masked(self.values, examples), self.rows)
 
 
-@dataclass(frozen=True, slots=True)
 class RowsAndOuterProducts(PerExampleGradient):
     """A table that is both looked up and multiplied with (an embedding tied to an output head), cross term included:
     ``⟨onehot(x_t) v_tᵀ, l_s r_sᵀ⟩ = l_s[x_t] ⟨v_t, r_s⟩``."""
 
-    rows: Rows
-    products: OuterProducts
+    __slots__ = ("products", "rows")
 
-    def squared_norms(self) -> Tensor:
-        """The two norms and twice the inner product; the inner product's rounding is added, as for the Gram form."""
+    def __init__(self, rows: Rows, products: OuterProducts) -> None:
+        self.rows, self.products = rows, products
+
+    def _squared_norms(self) -> Tensor:
+        """The two norms and twice the inner product, whose rounding is covered as in `_inner_product_of_grams`."""
         values, left, right = wide(self.rows.values), wide(self.products.left), wide(self.products.right)
         looked_up = left.gather(2, self.rows.index[:, None, :].expand(-1, left.shape[1], -1))  # (B, S, T): l_s[x_t]
         cross = (looked_up * torch.bmm(right, values.transpose(1, 2))).flatten(1).sum(1)
@@ -199,35 +229,104 @@ class RowsAndOuterProducts(PerExampleGradient):
         terms = left.shape[1] + left.shape[2] + right.shape[2]
         return norms.clamp(min=0) + torch.finfo(left.dtype).eps * math.sqrt(terms) * size
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        return self.rows.weighted_sum(weights) + self.products.weighted_sum(weights)
+    def add_weighted_sum_(self, total: Tensor, weights: Tensor) -> None:
+        self.rows.add_weighted_sum_(total, weights)
+        self.products.add_weighted_sum_(total, weights)
 
     def materialise(self) -> Tensor:
         return self.rows.materialise() + self.products.materialise()
 
-    def zero_(self, examples: Tensor) -> RowsAndOuterProducts:
-        return RowsAndOuterProducts(self.rows.zero_(examples), self.products.zero_(examples))
+    def without(self, examples: Tensor) -> RowsAndOuterProducts:
+        return RowsAndOuterProducts(self.rows.without(examples), self.products.without(examples))
 
 
-@dataclass(frozen=True, slots=True)
 class Convolution(PerExampleGradient):
     """Gradients of a convolution's kernel.
 
     Args:
         grad: Upstream gradients, ``(B, C_out, *space)``.
-        input: Inputs with any padding other than symmetric zeros already applied, ``(B, C_in, *space)``.
+        input: Inputs, ``(B, C_in, *space)``, with any padding other than symmetric zeros already applied.
         shape: Kernel shape, ``(C_out, C_in / groups, *kernel)``.
         stride, padding, dilation: One integer per spatial dimension.
         groups: As in `torch.nn.Conv2d`.
     """
 
-    grad: Tensor
-    input: Tensor
-    shape: torch.Size
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
+    __slots__ = ("dilation", "grad", "groups", "input", "padding", "shape", "stride", "values")
+
+    def __init__(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        shape: Sequence[int],
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int,
+    ) -> None:
+        self.grad, self.input, self.shape = grad, input, tuple(shape)
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.values: Tensor | None = None
+
+    def _squared_norms(self) -> Tensor:
+        """By Gram matrices of the pixels, or from the gradients themselves; the cheaper, by count of multiplications.
+
+        When the gradients take no more memory than what they are made of, they are kept instead of it.
+        """
+        batch = len(self.grad)
+        positions, pixels = math.prod(self.grad.shape[2:]), self._padded_pixels()
+        size, taps = math.prod(self.shape), math.prod(self.shape[2:])
+        gram = pixels**2 * self.input.shape[1] + positions**2 * (self.grad.shape[1] + 8 * taps * self.groups)
+        if gram < positions * size and batch * (pixels**2 + positions**2) * self.groups <= 2**26:
+            return self._squared_norms_by_gram()
+        values = self.materialise()
+        norms = _squares(values)
+        if values.numel() <= self.grad.numel() + self.input.numel():
+            self.values = values
+            self.grad = self.input = values.new_empty(0)
+        return norms
+
+    def _padded_pixels(self) -> int:
+        return math.prod(n + 2 * pad for n, pad in zip(self.input.shape[2:], self.padding, strict=True))
+
+    def _padded(self) -> Tensor:
+        input = wide(self.input)
+        if not any(self.padding):
+            return input
+        return F.pad(input, [pad for pad in reversed(self.padding) for _ in (0, 1)])
+
+    def _squared_norms_by_gram(self) -> Tensor:
+        """``(AAᵀ)_ts`` of the unfolded input is a sum of shifted Gram matrices of its pixels: no unfolding.
+
+        With pixel Gram ``P_uv = ⟨x_u, x_v⟩`` and kernel offsets k: ``(AAᵀ)_ts = Σ_k P_{t·stride + k, s·stride + k}``.
+        """
+        input, grad = self._padded(), wide(self.grad)
+        batch, groups = len(grad), self.groups
+        pixels = input.reshape(batch * groups, -1, math.prod(input.shape[2:]))
+        errors = grad.reshape(batch * groups, -1, math.prod(grad.shape[2:]))
+        spaces = (*input.shape[2:], *input.shape[2:])
+        gram = torch.bmm(pixels.transpose(1, 2), pixels).view(batch * groups, *spaces)
+        gram_errors = torch.bmm(errors.transpose(1, 2), errors)
+        extents = [step * (n - 1) + 1 for step, n in zip(self.stride, grad.shape[2:], strict=True)]
+        unfolded: Tensor | None = None
+        for offset in itertools.product(*map(range, self.shape[2:])):
+            starts = [o * dilation for o, dilation in zip(offset, self.dilation, strict=True)]
+            window = tuple(
+                slice(start, start + extent, step)
+                for start, extent, step in zip(starts, extents, self.stride, strict=True)
+            )
+            shifted = gram[(slice(None), *window, *window)]
+            unfolded = shifted.clone() if unfolded is None else unfolded.add_(shifted)
+        assert unfolded is not None
+        terms = sum(self.shape) + grad.shape[1]
+        norms = _inner_product_of_grams(unfolded.view_as(gram_errors), gram_errors, terms)
+        return norms.view(batch, groups).sum(1)
+
+    def add_weighted_sum_(self, total: Tensor, weights: Tensor) -> None:
+        if self.values is not None:
+            total.view(-1).addmv_(self.values.flatten(1).T, weights.to(total.dtype))
+            return
+        grad = _scaled(self.grad.to(total.dtype), weights)
+        total += self._kernel_gradient(grad, self.input.to(total.dtype), self.shape, self.groups)
 
     def _kernel_gradient(self, grad: Tensor, input: Tensor, shape: Sequence[int], groups: int) -> Tensor:
         like = grad.new_empty(1).expand(*shape)  # only the shape of the kernel is read
@@ -235,26 +334,26 @@ class Convolution(PerExampleGradient):
             grad, input, like, None, self.stride, self.padding, self.dilation, False, [0], groups, [False, True, False]
         )[1]
 
-    def squared_norms(self) -> Tensor:
-        return _squares(self.materialise())
-
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        grad = self.grad * weights.to(self.grad.dtype).view(-1, *[1] * (self.grad.dim() - 1))
-        return self._kernel_gradient(grad, self.input.to(grad.dtype), self.shape, self.groups)
-
     def materialise(self) -> Tensor:
+        if self.values is not None:
+            return self.values
+        batch = len(self.grad)
+        return self._by_grouped_convolution().view(batch, *self.shape)
+
+    def _by_grouped_convolution(self) -> Tensor:
         """One convolution with ``B · groups`` groups: every example becomes its own group (Rochette et al. 2019)."""
         grad, input = wide(self.grad), wide(self.input)
         batch = len(grad)
-        gradients = self._kernel_gradient(
+        return self._kernel_gradient(
             grad.reshape(1, -1, *grad.shape[2:]),
             input.reshape(1, -1, *input.shape[2:]),
             (batch * self.shape[0], *self.shape[1:]),
             batch * self.groups,
         )
-        return gradients.view(batch, *self.shape)
 
-    def zero_(self, examples: Tensor) -> Convolution:
+    def without(self, examples: Tensor) -> PerExampleGradient:
+        if self.values is not None:
+            return Dense(_masked(self.values, examples))
         grad, input = _masked(self.grad, examples), _masked(self.input, examples)
         return Convolution(grad, input, self.shape, self.stride, self.padding, self.dilation, self.groups)
 
@@ -263,20 +362,23 @@ def add(gradients: Sequence[PerExampleGradient]) -> PerExampleGradient:
     """The gradient of a parameter that was used several times: the sum over its uses, cross terms included."""
     if len(gradients) == 1:
         return gradients[0]
-    merged: list[PerExampleGradient] = []
     products = [g for g in gradients if isinstance(g, OuterProducts)]
     rows = [g for g in gradients if isinstance(g, Rows)]
     others = [g for g in gradients if not isinstance(g, OuterProducts | Rows)]
-    if products:
-        left, right = torch.cat([g.left for g in products], 1), torch.cat([g.right for g in products], 1)
-        merged.append(OuterProducts(left, right, products[0].shape))
-    if rows:
-        index, values = torch.cat([g.index for g in rows], 1), torch.cat([g.values for g in rows], 1)
-        merged.append(Rows(index, values, rows[0].shape))
-    if not others:
-        if len(merged) == 1:
-            return merged[0]
-        [outer, table] = merged
-        assert isinstance(outer, OuterProducts) and isinstance(table, Rows)
-        return RowsAndOuterProducts(table, outer)
-    return Dense(torch.stack([g.materialise() for g in (*merged, *others)]).sum(0))
+    if others:
+        total = others[0].materialise().clone()
+        for gradient in (*others[1:], *products, *rows):
+            total += gradient.materialise().view_as(total)
+        return Dense(total)
+    all_products = (
+        OuterProducts(_joined(g.left for g in products), _joined(g.right for g in products)) if products else None
+    )
+    all_rows = Rows(_joined(g.index for g in rows), _joined(g.values for g in rows), rows[0].rows) if rows else None
+    if all_products is not None and all_rows is not None:
+        return RowsAndOuterProducts(all_rows, all_products)
+    return all_products or all_rows  # type: ignore[return-value]
+
+
+def _joined(tensors: Iterable[Tensor]) -> Tensor:
+    """Concatenated along the positions: then norms are those of the sum over all of them."""
+    return torch.cat(list(tensors), 1)

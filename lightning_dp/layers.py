@@ -87,7 +87,7 @@ def linear(module: nn.Linear, input: Tensor, grad_output: Tensor) -> dict[str, P
     """``g = Σ_t e_t a_tᵀ``; bias ``Σ_t e_t``."""
     gradients: dict[str, PerExampleGradient] = {}
     if module.weight.requires_grad:
-        gradients["weight"] = OuterProducts(_positions(grad_output), _positions(input), module.weight.shape)
+        gradients["weight"] = OuterProducts(_positions(grad_output), _positions(input))
     if module.bias is not None and module.bias.requires_grad:
         gradients["bias"] = Dense(_sum_positions(grad_output))
     return gradients
@@ -127,7 +127,7 @@ def embedding(module: nn.Embedding, input: Tensor, grad_output: Tensor) -> dict[
     index, values = input.reshape(len(input), -1), _positions(grad_output)
     if module.padding_idx is not None:
         values = values.masked_fill((index == module.padding_idx)[..., None], 0)
-    return {"weight": Rows(index, values, module.weight.shape)} if module.weight.requires_grad else {}
+    return {"weight": Rows(index, values, len(module.weight))} if module.weight.requires_grad else {}
 
 
 @register_refusal(nn.Embedding)

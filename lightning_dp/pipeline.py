@@ -6,16 +6,15 @@ is in. Nothing here knows about Lightning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from dp_accounting import DpEvent, NeighboringRelation, NonPrivateDpEvent, PoissonSampledDpEvent
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dp.accounting import PrivacyLedger
 from lightning_dp.clipping import Clipping
 from lightning_dp.engines import Engine
-from lightning_dp.gradients import PerExampleGradient
 from lightning_dp.noise import Noise
 from lightning_dp.randomness import Randomness
 
@@ -56,8 +55,6 @@ class PrivateStep:
         self.clipping = clipping
         self.noise = noise
         self.ledger = ledger
-        #: The number of ledger entries at which `release` refuses to go on; ``None``: no limit.
-        self.limit: int | None = None
         #: Examples whose gradient was not finite, so far. Not private.
         self.nonfinite_examples = 0
         #: Norms before clipping of the examples of the current step, when `keep_norms` is set. Not private.
@@ -86,45 +83,62 @@ class PrivateStep:
         bad = ~norms.isfinite()
         if bad.any():
             self.nonfinite_examples += int(bad.sum())
-            gradients = {name: g.zero_(bad) for name, g in gradients.items()}
+            gradients = {name: g.without(bad) for name, g in gradients.items()}
             norms = norms.masked_fill(bad, 0)
         if self.keep_norms:
             self.norms.append(norms)
         weights = self.clipping.weights(norms) * scale
+        sums = self._totals()
         for name in list(gradients):
-            self._add(name, gradients.pop(name), weights)
+            gradients.pop(name).add_weighted_sum_(sums[name], weights)
 
-    def _add(self, name: str, gradient: PerExampleGradient, weights: Tensor) -> None:
-        total = gradient.weighted_sum(weights)
-        if name in self._sums:
-            self._sums[name] += total
-        else:
-            self._sums[name] = total if total.dtype == torch.float64 else total.float()
+    def _totals(self) -> dict[str, Tensor]:
+        """The sums so far, one tensor per trainable parameter, in float32 or wider."""
+        if not self._sums:
+            self._sums = {
+                name: torch.zeros(
+                    p.shape, device=p.device, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32
+                )
+                for name, p in self.engine.parameters.items()
+            }
+        return self._sums
 
-    def release(self, multiplier: float, sampling_rate: float, expected_batch_size: float) -> None:
-        """Adds the noise, charges the ledger and adds the noisy mean gradient to every parameter's ``grad``.
+    def release(
+        self,
+        multiplier: float,
+        sampling_rate: float,
+        expected_batch_size: float,
+        limit: Callable[[DpEvent], int] | None = None,
+        others: Iterable[nn.Parameter] = (),
+    ) -> None:
+        """Adds the noise, charges the ledger and sets every parameter's ``grad`` to the noisy mean gradient.
 
         Args:
             multiplier: Noise multiplier z.
             sampling_rate: q, with which the batch was drawn.
             expected_batch_size: q·N, the public divisor.
+            limit: How many steps the ledger may hold if the next is this event.
+            others: Parameters that the optimizer could apply a gradient to, besides the engine's.
 
         Raises:
             PrivacyLimitReached: The ledger is at its limit; nothing was released.
+            RuntimeError: One of ``others`` has a gradient, which did not come through here; nothing was released.
         """
-        if self.limit is not None and len(self.ledger) >= self.limit:
+        event = self.event(multiplier, sampling_rate)
+        bounded = {id(p) for p in self.engine.parameters.values()}
+        if any(p.grad is not None for p in others if id(p) not in bounded):
+            self.begin()
+            raise RuntimeError(
+                "A parameter that private training does not bound has a gradient: layers were exchanged, unfrozen or "
+                "added to the optimizer while a step was under way. Do that between steps (on_train_epoch_start)."
+            )
+        if limit is not None and len(self.ledger) >= limit(event):
             self.begin()
             raise PrivacyLimitReached(
-                f"The privacy budget allows {self.limit} steps and they have been taken. Nothing was released."
+                f"The privacy budget allows no step after the {len(self.ledger)} that were taken. Nothing was released."
             )
         parameters = self.engine.parameters
-        sums = [self._sums.get(name) for name in parameters]
-        totals = [
-            torch.zeros(p.shape, device=p.device, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32)
-            if total is None
-            else total
-            for total, p in zip(sums, parameters.values(), strict=True)
-        ]
+        totals = list(self._totals().values())
         self._sums = {}
         self._reduce(totals)
         sensitivity = self.clipping.sensitivity(NeighboringRelation.ADD_OR_REMOVE_ONE)
@@ -132,10 +146,10 @@ class PrivateStep:
         generator = self._randomness.torch("noise", len(self.ledger), device)
         self.noise.add_(totals, sensitivity, multiplier, generator)
         torch._foreach_div_(totals, expected_batch_size)
-        self.ledger.record(self.event(multiplier, sampling_rate))
+        self.ledger.record(event)
         for parameter, total in zip(parameters.values(), totals, strict=True):
-            noisy = total.to(parameter.dtype)
-            parameter.grad = noisy if parameter.grad is None else parameter.grad + noisy
+            # Whatever was there before did not come through here: it is replaced, not added to.
+            parameter.grad = total.to(parameter.dtype)
 
     def event(self, multiplier: float, sampling_rate: float) -> DpEvent:
         """What one `release` costs."""

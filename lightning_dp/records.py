@@ -131,6 +131,16 @@ class Recorder:
                     raise UnsupportedModelError(f"Layer '{name}': more than one backward pass through one forward.")
                 call.grad_output = grad
 
+            # A linear layer over a sequence returns a view. An activation that then works in place would cut the view's
+            # own hook off; the view's base keeps it.
+            if output._is_view():
+                base = output._base
+                whole = base is not None and base.grad_fn is not None and base.numel() == output.numel()
+                if whole and base.is_contiguous() and output.is_contiguous():
+                    shape = output.shape
+                    base.register_hook(lambda grad: keep(grad.reshape(shape)))
+                    return output
+                output = output.clone()
             output.register_hook(keep)
             return output
 

@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+    Subset,
+)
 from torch.utils.data.distributed import DistributedSampler
 
 from lightning_dp.batches import map_examples
@@ -65,13 +73,13 @@ class PoissonBatchSampler(Sampler[list[int]]):
         return math.ceil(1 / self.sampling_rate - 1e-6)
 
     def __iter__(self) -> Iterator[list[int]]:
-        self.sizes = deque()
+        sizes = self.sizes = deque()
         first = self._first_step()
         for step in range(first, first + len(self)):
             generator = self._randomness.numpy("sampling", step)
             sample = draw_poisson_sample(self.num_records, self.sampling_rate, generator)
             share = sample[self.shard :: self.num_shards].tolist()
-            self.sizes.append(len(share))
+            sizes.append(len(share))
             yield share
 
 
@@ -91,16 +99,37 @@ class _CollateOrEmpty:
         return self.collate_fn(examples)
 
 
-class PoissonDataLoader(DataLoader[Any]):
-    """A train loader that draws Poisson batches, and remembers how many examples each delivered batch was drawn for.
+class PoissonIterator(Iterator[Any]):
+    """Iterates over a loader's batches, and knows how many examples the last one was drawn for.
 
     The order of batches is the order of draws, so sizes can be matched to batches however many workers prefetch.
     """
 
+    def __init__(self, batches: Iterator[Any], sampler: PoissonBatchSampler) -> None:
+        self._batches, self._sampler = batches, sampler
+        self._sizes: deque[int] | None = None
+        #: Number of examples that were drawn for the batch that was returned last.
+        self.last_size = 0
+
+    def __next__(self) -> Any:
+        batch = next(self._batches)
+        if self._sizes is None:  # the sampler has begun drawing for this iterator
+            self._sizes = self._sampler.sizes
+        self.last_size = self._sizes.popleft()
+        if batch is None:
+            raise TypeError(
+                "The collate function returned None. Whether a step happens must not depend on the data: return a "
+                "batch for every draw."
+            )
+        return batch
+
+
+class PoissonDataLoader(DataLoader[Any]):
+    """A train loader that draws Poisson batches."""
+
     def __init__(self, dataset: Any, batch_sampler: PoissonBatchSampler, **kwargs: Any) -> None:
         super().__init__(dataset, batch_sampler=batch_sampler, **kwargs)
         self.poisson = batch_sampler
-        self.delivered: deque[int] = deque()
 
     @classmethod
     def replacing(cls, loader: DataLoader[Any], batch_sampler: PoissonBatchSampler) -> PoissonDataLoader:
@@ -112,11 +141,14 @@ class PoissonDataLoader(DataLoader[Any]):
         kwargs["collate_fn"] = _CollateOrEmpty(loader.collate_fn, loader.dataset)
         return cls(loader.dataset, batch_sampler, **kwargs)
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        self.delivered.clear()
-        for batch in super().__iter__():
-            self.delivered.append(self.poisson.sizes.popleft())
-            yield batch
+    def __iter__(self) -> PoissonIterator:  # type: ignore[override]
+        return PoissonIterator(super().__iter__(), self.poisson)
+
+    def collate_records(self, indices: list[int]) -> Any:
+        """The batch that consists of these records, loaded in this process."""
+        together = getattr(self.dataset, "__getitems__", None)
+        records = together(indices) if together else [self.dataset[index] for index in indices]
+        return self.collate_fn(records)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: a resumed run draws fresh samples. That it exists tells Lightning that resuming is exact."""
@@ -136,6 +168,11 @@ def records_and_batch_size(loader: object) -> tuple[int, int]:
         raise TypeError(
             f"The train dataloader is a {type(loader).__name__}; private training draws its own Poisson batches and "
             "needs a torch.utils.data.DataLoader over a data set with a length."
+        )
+    if type(loader).__iter__ is not DataLoader.__iter__ and not isinstance(loader, PoissonDataLoader):
+        raise TypeError(
+            f"The train dataloader is a {type(loader).__name__}, whose own __iter__ would be replaced. Use a plain "
+            "torch.utils.data.DataLoader, and do in the data set or the collate function what it does."
         )
     if isinstance(loader.dataset, IterableDataset):
         raise TypeError(
@@ -163,4 +200,9 @@ def records_and_batch_size(loader: object) -> tuple[int, int]:
     num_records = len(loader.dataset)  # type: ignore[arg-type]
     if num_records == 0:
         raise ValueError("The train data set is empty.")
+    if isinstance(loader.dataset, Subset) and len(set(loader.dataset.indices)) != num_records:
+        raise ValueError(
+            "The train data set is a Subset that names some records several times: such a record would count several "
+            "times in every bound. Name each record once; to weight records, weight their losses."
+        )
     return num_records, loader.batch_size

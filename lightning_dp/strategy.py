@@ -7,12 +7,15 @@ One Lightning batch is one logical batch is one private step, so that `global_st
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from contextlib import nullcontext
+from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
+from dp_accounting import DpEvent
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.plugins import CheckpointIO, Precision
+from lightning.pytorch.plugins import CheckpointIO, MixedPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -28,12 +31,22 @@ from lightning_dp.engines import ENGINES, make_engine
 from lightning_dp.noise import GaussianNoise, Noise
 from lightning_dp.pipeline import PrivateStep
 from lightning_dp.randomness import Randomness
-from lightning_dp.sampling import PoissonBatchSampler, PoissonDataLoader, records_and_batch_size
+from lightning_dp.sampling import PoissonBatchSampler, PoissonDataLoader, PoissonIterator, records_and_batch_size
 
 #: The key of the ledger in a Lightning checkpoint.
 CHECKPOINT_KEY = "lightning_dp"
 
-_SELF_CHECK_EXAMPLES = 4
+_SELF_CHECK_EXAMPLES = 8
+
+
+class Budget(Protocol):
+    """What a strategy asks before it spends."""
+
+    def choose_noise(self, trainer: Trainer, strategy: PrivateMixin) -> None:
+        """Sets ``strategy.noise_multiplier`` for the steps that the Trainer plans, if the noise has none."""
+
+    def step_limit(self, ledger: PrivacyLedger, event: DpEvent) -> int:
+        """The most steps that the ledger may hold if all further ones are this event."""
 
 
 class PrivateMixin(Strategy):
@@ -77,15 +90,15 @@ class PrivateMixin(Strategy):
         self.ledger = PrivacyLedger()
         #: The noise multiplier in force: that of ``noise``, or the one that a budget chose.
         self.noise_multiplier = noise.multiplier
-        #: The most private steps that the ledger may hold; set by `PrivacyBudget`.
-        self.step_limit: int | None = None
+        #: Chooses the noise and limits the steps; set by `PrivacyBudget`.
+        self.budget: Budget | None = None
         #: The private step of the current fit; ``None`` before it is set up.
         self.private_step: PrivateStep | None = None
         self._randomness = Randomness(seed)
         self._train_loader: PoissonDataLoader | None = None
         self._batch_examples: int | None = None
         self._examples_left_to_backward = 0
-        self._requires_grad: list[bool] = []
+        self._bound: tuple[Any, ...] = ()
         self._self_check_pending = self_check
 
     # -- what callbacks read ---------------------------------------------------------------------------------------
@@ -124,6 +137,7 @@ class PrivateMixin(Strategy):
             checks.check_trainer(trainer)
             checks.check_model(self.lightning_module, self.engine)
             self._randomness.renew()
+            self.ledger.start_run()
             self._self_check_pending = self.self_check
         super().setup(trainer)
         if fitting:
@@ -140,7 +154,17 @@ class PrivateMixin(Strategy):
             engine, self.clipping, self.noise, self.ledger, self._randomness, self._add_up_over_processes
         )
         self.private_step.nonfinite_examples, self.private_step.keep_norms = nonfinite, keep_norms
-        self._requires_grad = [p.requires_grad for p in self.lightning_module.parameters()]
+        self._bound = self._fingerprint()
+
+    def _fingerprint(self) -> tuple[Any, ...]:
+        """What the checks have looked at: when any of it changes, they must look again."""
+        module = self._module()
+        trained = [(id(p), p.requires_grad, checks.has_hooks(p)) for p in module.parameters()]
+        optimized = [id(p) for p in self._optimized_parameters()]
+        return (*trained, *optimized, *(m.training for m in module.modules() if checks.is_batch_norm(m)))
+
+    def _optimized_parameters(self) -> list[torch.nn.Parameter]:
+        return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
 
     def _add_up_over_processes(self, tensors: Sequence[Tensor]) -> None:
         """One process: nothing to add."""
@@ -176,6 +200,8 @@ class PrivateMixin(Strategy):
                 "Private training draws one Poisson sample per step and needs exactly one train dataloader. Combine "
                 "several data sets into one (torch.utils.data.ConcatDataset)."
             )
+        if self.budget is not None:
+            self.budget.choose_noise(self._trainer(), self)
         if self.noise_multiplier is None:
             raise PrivacyConfigurationError(
                 "No noise multiplier: give GaussianNoise(multiplier=…), or add the callback PrivacyBudget(epsilon=…, "
@@ -188,9 +214,9 @@ class PrivateMixin(Strategy):
         super().on_train_batch_start(batch, batch_idx)
         assert self._train_loader is not None and self.lightning_module is not None
         checks.check_no_accumulation(self._trainer())
-        self._batch_examples = self._train_loader.delivered.popleft()
-        if self._requires_grad != [p.requires_grad for p in self.lightning_module.parameters()]:
-            # A callback froze or unfroze layers: bound exactly what is trained from now on.
+        self._batch_examples = self._iterator().last_size
+        if self._bound != self._fingerprint():
+            # A callback froze, unfroze or exchanged layers: bound exactly what is trained from now on.
             checks.check_model(self.lightning_module, self.engine)
             self._bind(self._trainer())
             self._self_check_pending = self.self_check
@@ -210,7 +236,7 @@ class PrivateMixin(Strategy):
         self._examples_left_to_backward = 0
         if count == 0:  # an empty draw: the step is pure noise
             return torch.zeros((), device=self.root_device, requires_grad=True)
-        self._check_examples(batch, count, args)
+        self._check_examples(args)
         results = self._trainer()._results
         limit = min(self.max_physical_batch_size or count, step.engine.max_examples or count)
         weighted_loss: Any = 0.0
@@ -252,34 +278,52 @@ class PrivateMixin(Strategy):
             with step.engine.backward():
                 self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
             step.accumulate(self._loss_scale(self._examples_left_to_backward))
-        step.limit = self.step_limit
-        step.release(self.noise_multiplier, self.sampling_rate, self.expected_batch_size)
+        step.release(
+            self.noise_multiplier,
+            self.sampling_rate,
+            self.expected_batch_size,
+            limit=None if self.budget is None else self._step_limit,
+            others=[*module.parameters(), *self._optimized_parameters()],
+        )
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)
         self.post_backward(closure_loss)
         return closure_loss
 
+    def _step_limit(self, event: DpEvent) -> int:
+        assert self.budget is not None
+        return self.budget.step_limit(self.ledger, event)
+
+    def _iterator(self) -> PoissonIterator:
+        """The iterator that Lightning takes train batches from."""
+        combined: Any = self._trainer().fit_loop._combined_loader
+        iterator: PoissonIterator = combined._iterator.iterators[0]
+        return iterator
+
     def _loss_scale(self, examples: int) -> float:
         return float(examples) if self.loss_reduction == "mean" else 1.0
 
-    def _check_examples(self, batch: Any, count: int, args: tuple[Any, ...]) -> None:
-        if not self._self_check_pending or count < 2:
+    def _check_examples(self, args: tuple[Any, ...]) -> None:
+        """Runs the self-check, on records spread over the data set rather than on those that were drawn."""
+        loader = self._train_loader
+        if not self._self_check_pending or loader is None or self.num_records < 2:
             return
         self._self_check_pending = False
         if self.engine != "bookkeeping":
             return  # it sees one example at a time: they cannot influence one another
-        size = min(count, _SELF_CHECK_EXAMPLES)
+        size = max(2, min(_SELF_CHECK_EXAMPLES, self.num_records, self.max_physical_batch_size or self.num_records))
+        records = np.random.default_rng(0).choice(self.num_records, size, replace=False).tolist()
+        module = self._module()
 
         def take(examples: list[int]) -> Any:
-            return self.take_examples(batch, count, examples)
+            batch = loader.collate_records([records[example] for example in examples])
+            batch = self.precision_plugin.convert_input(batch)
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            return self.batch_to_device(batch, dataloader_idx=0)
 
-        try:
-            take([0])
-        except (TypeError, ValueError) as error:
-            rank_zero_warn(f"The self-check was skipped, because the batch cannot be taken apart. {error}")
-            return
-        checks.check_examples_are_independent(
-            self._module(), take, size, args, self.precision_plugin.train_step_context, self.loss_reduction
-        )
+        # Whether examples are independent does not depend on precision, but autocast's rounding blurs the comparison.
+        mixed = isinstance(self.precision_plugin, MixedPrecision)
+        context = nullcontext if mixed else self.precision_plugin.train_step_context
+        checks.check_examples_are_independent(module, take, size, args, context, self.loss_reduction)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -289,15 +333,15 @@ class PrivateMixin(Strategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
-        if self._trainer().state.fn == TrainerFn.FITTING:
-            if CHECKPOINT_KEY not in checkpoint:
-                raise PrivacyConfigurationError(
-                    f"The checkpoint {checkpoint_path} holds no privacy ledger: it comes from training without "
-                    "privacy, and what that training revealed is unknown. If it never saw the private data, load its "
-                    "weights with load_from_checkpoint instead of resuming from it."
-                )
+        if CHECKPOINT_KEY in checkpoint:
             # Steps that this process has taken and the checkpoint does not know were taken all the same.
             self.ledger.include(PrivacyLedger.from_state_dict(checkpoint[CHECKPOINT_KEY]["ledger"]))
+        elif self._trainer().state.fn == TrainerFn.FITTING:
+            raise PrivacyConfigurationError(
+                f"The checkpoint {checkpoint_path} holds no privacy ledger: it comes from training without privacy, "
+                "and what that training revealed is unknown. If it never saw the private data, load its weights with "
+                "load_from_checkpoint instead of resuming from it."
+            )
         return checkpoint
 
     # -- shorthand -------------------------------------------------------------------------------------------------
@@ -339,7 +383,7 @@ class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
             it. ``None``: the whole logical batch.
         engine: ``"bookkeeping"``, fast, for layers that have a rule; ``"per_example"``, slow, for any.
         loss_reduction: Whether the loss that ``training_step`` returns is a ``"mean"`` or a ``"sum"`` over examples.
-        self_check: Whether a few examples of the first batch are used to check that examples do not influence one
+        self_check: Whether a few records are used, before the first step, to check that examples do not influence one
             another and that the engine sees every gradient.
         seed: Makes sampling and noise reproducible, for tests and debugging. **The guarantee then holds only while the
             seed is secret.** `seed_everything` has no influence on either.

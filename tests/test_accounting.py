@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import dp_accounting
 import pytest
@@ -128,6 +129,7 @@ runs = st.lists(st.tuples(events, st.integers(0, 5)), max_size=6)
 
 def ledger_of(entries: list[tuple[object, int]]) -> PrivacyLedger:
     ledger = PrivacyLedger()
+    ledger.start_run()
     for event, count in entries:
         ledger.record(event, count)  # type: ignore[arg-type]
     return ledger
@@ -148,22 +150,34 @@ def test_run_length_encoding_loses_nothing(entries: list[tuple[object, int]]) ->
     assert list(PrivacyLedger.from_state_dict(stored)) == list(ledger)
 
 
-@given(runs, runs)
+@given(runs, runs, runs)
 @settings(max_examples=200)
-def test_including_a_ledger_never_loses_a_step(one: list[tuple[object, int]], two: list[tuple[object, int]]) -> None:
-    first, second = ledger_of(one), ledger_of(two)
-    a, b = unrolled(first), unrolled(second)
-    assert first.extends(second) == (a[: len(b)] == b)
+def test_merged_ledgers_count_common_steps_once_and_all_others(common: Any, one: Any, two: Any) -> None:
+    history = ledger_of(common)
+    first, second = (PrivacyLedger.from_state_dict(history.state_dict()) for _ in range(2))
+    for ledger, entries in ((first, one), (second, two)):
+        for event, count in entries:
+            ledger.record(event, count)
+    expected = sum(count for _, count in [*common, *one, *two])
     first.include(second)
-    merged = unrolled(first)
-    if a[: len(b)] == b:
-        assert merged == a
-    elif b[: len(a)] == a:
-        assert merged == b
-    else:
-        assert merged == b + a
+    assert len(first) == expected
+    first.include(second)
+    first.include(history)
+    assert len(first) == expected, "including again counted steps twice"
+
+
+@given(runs)
+def test_a_run_that_went_on_after_it_was_saved_is_counted_once(entries: list[tuple[object, int]]) -> None:
+    ledger = ledger_of(entries[:3])
+    saved = PrivacyLedger.from_state_dict(ledger.state_dict())
+    for event, count in entries[3:]:
+        ledger.record(event, count)  # type: ignore[arg-type]
+    going_on = ledger.copy()
+    going_on.include(saved)
+    saved.include(ledger)
+    assert unrolled(saved) == unrolled(ledger) == unrolled(going_on)
 
 
 def test_an_unknown_event_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown type 'quantum'"):
-        PrivacyLedger.from_state_dict({"runs": [{"event": {"type": "quantum"}, "count": 1}]})
+        PrivacyLedger.from_state_dict({"runs": [{"name": "a", "steps": [{"event": {"type": "quantum"}, "count": 1}]}]})

@@ -45,6 +45,12 @@ def test_four_columns_of_four_examples_are_columns() -> None:
     assert [c.tolist() for c in first_two(columns)] == [[i, i + 1] for i in range(4)]
 
 
+def test_a_tuple_as_long_as_the_batch_is_still_columns() -> None:
+    x = torch.arange(3)
+    assert map_examples((x, x, "train"), 3, lambda part: part[:1])[2] == "train"
+    assert map_examples((x, x, None), 3, lambda part: part[:1])[0].tolist() == [0]
+
+
 def test_what_cannot_be_sliced_is_named() -> None:
     with pytest.raises(ValueError, match=r"shape \(3, 4\), but 4 examples"):
         first_two(torch.zeros(3, 4))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_dp import (
@@ -127,6 +127,26 @@ def test_resuming_a_spent_budget_takes_no_step(tmp_path: Path) -> None:
     resumable(tmp_path / "spent.ckpt", 2, 2.0)
     resumed = resumable(tmp_path / "again.ckpt", 4, 1.0, tmp_path / "spent.ckpt")
     assert len(resumed.ledger) == 10
+
+
+def test_the_budget_holds_when_the_batch_size_changes() -> None:
+    class Growing(Net):
+        def train_dataloader(self) -> Any:
+            return loader(batch_size=4 * 4**self.current_epoch)
+
+    run = trainer(
+        max_epochs=3,
+        reload_dataloaders_every_n_epochs=1,
+        callbacks=[DifferentialPrivacy(1.0, DELTA, noise=GaussianNoise(2.0))],
+    )
+    fit(run, Growing())
+    assert run.strategy.ledger.epsilon(DELTA) <= 1.0
+
+
+def test_a_search_that_would_spend_the_budget_is_refused() -> None:
+    run = trainer(callbacks=[DifferentialPrivacy(2.0, DELTA), LearningRateFinder()])
+    with pytest.raises(PrivacyConfigurationError, match="LearningRateFinder trains on the private data"):
+        fit(run, Net(), loader())
 
 
 # -- monitor -----------------------------------------------------------------------------------------------------------

@@ -72,7 +72,7 @@ def test_fit_then_resume_validate_test_and_predict(
     quiet = ["--config", DIGITS, "--trainer.enable_progress_bar", "false"]
     main(["fit", *quiet, "--trainer.max_epochs", "2"])
     [checkpoint] = tmp_path.rglob("*.ckpt")
-    assert torch.load(checkpoint, weights_only=True)["lightning_dp"]["ledger"]["runs"][0]["count"] == 12
+    assert torch.load(checkpoint, weights_only=True)["lightning_dp"]["ledger"]["runs"][0]["steps"][0]["count"] == 12
     main(["fit", *quiet, "--trainer.max_epochs", "3", "--ckpt_path", str(checkpoint)])
     out = capsys.readouterr().out
     assert "18 private steps" in out

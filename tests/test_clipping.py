@@ -10,6 +10,7 @@ from torch import nn
 from lightning_dp.accounting import PrivacyLedger
 from lightning_dp.clipping import Clipping, FlatClipping
 from lightning_dp.engines import BookKeeping
+from lightning_dp.gradients import OuterProducts
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.pipeline import PrivateStep
 from lightning_dp.randomness import Randomness
@@ -98,6 +99,18 @@ def test_one_record_moves_the_sum_by_at_most_the_sensitivity(clipping: Clipping,
     assert alone.norm() <= bound * (1 + 1e-5)
     replaced = bounded_sum(clipping, model, torch.cat([batch[:4], record[None]]))
     assert (replaced - without).norm() <= clipping.sensitivity(REPLACE) * (1 + 1e-4)
+
+
+def test_low_precision_records_do_not_round_the_sum() -> None:
+    """Many aligned examples: summed in bfloat16, one record would move the sum by the rounding of the whole."""
+    left = torch.randn(1, 1, 32).repeat(1024, 1, 1).bfloat16() * 10
+    right = torch.randn(1, 1, 32).repeat(1024, 1, 1).bfloat16()
+    gradient = OuterProducts(left, right)
+    weights = FlatClipping(1.0).weights(gradient.squared_norms().sqrt())
+    with_record, without = torch.zeros(32, 32), torch.zeros(32, 32)
+    gradient.add_weighted_sum_(with_record, weights)
+    OuterProducts(left[1:], right[1:]).add_weighted_sum_(without, weights[1:])
+    assert (with_record - without).norm() <= 1 + 1e-3
 
 
 def test_the_bound_is_attained() -> None:

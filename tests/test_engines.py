@@ -78,6 +78,14 @@ class InPlace(nn.Module):
         return self.second(F.relu(self.first(x), inplace=True).mean((2, 3)).mul_(2.0))
 
 
+class InPlaceSequence(nn.Sequential):
+    """A linear layer over a sequence returns a view, which the activation overwrites."""
+
+    def __init__(self, bias: bool) -> None:
+        first, second = nn.Linear(4, 5, bias=bias), nn.Linear(5, 3, bias=bias)
+        super().__init__(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True), nn.Flatten())
+
+
 class Unused(nn.Module):
     """A layer whose output does not reach the loss, and one that is not called."""
 
@@ -97,6 +105,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "tied convolutions": (TiedConvolutions, lambda: torch.randn(6, 2, 7, 7)),
     "positional": (Positional, lambda: torch.randint(7, (6, 5))),
     "in place": (InPlace, lambda: torch.randn(6, 2, 5, 5)),
+    "in place on a sequence": (lambda: InPlaceSequence(True), lambda: torch.randn(6, 3, 4)),
+    "in place on a sequence, no bias": (lambda: InPlaceSequence(False), lambda: torch.randn(6, 3, 4)),
     "unused": (Unused, lambda: torch.randn(6, 4)),
 }
 
@@ -123,7 +133,7 @@ def test_joint_norms_and_sums_equal_the_loop(name: str, engine: str) -> None:
         gradients = under_test.gradients()
         squared.append(torch.stack([g.squared_norms() for g in gradients.values()]).sum(0))
         for key, gradient in gradients.items():
-            sums[key] += gradient.weighted_sum(weights[start : start + size])
+            gradient.add_weighted_sum_(sums[key], weights[start : start + size])
     assert_close(torch.cat(squared).sqrt(), norms, 1e-10)
     for key, rows in expected.items():
         assert_close(sums[key], torch.einsum("b,b...->...", weights, rows), 1e-10)
@@ -205,3 +215,17 @@ def test_backward_passes_within_the_step_are_not_recorded() -> None:
     with engine.backward():
         loss.backward()
     assert_close(engine.gradients()["weight"].materialise()[:, 0], x + direction, 1e-10)
+
+
+@pytest.mark.parametrize("make", [BookKeeping, PerExample])
+def test_a_backward_pass_of_the_users_own_leaves_nothing_behind(make: type[BookKeeping] | type[PerExample]) -> None:
+    module = nn.Linear(3, 1).double()
+    engine = make(module)
+    x = torch.randn(1, 3, dtype=torch.float64)
+    with engine.forward(1):
+        module(x.clone().requires_grad_()).pow(2).sum().backward()
+        loss = module(x).sum()
+    with engine.backward():
+        loss.backward()
+    assert all(p.grad is None for p in module.parameters())
+    assert_close(engine.gradients()["weight"].materialise().flatten(), x.flatten(), 1e-10)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_dp.engines import BookKeeping
-from lightning_dp.layers import refusal_for, registered_types, rule_for
+from lightning_dp.gradients import OuterProducts, PerExampleGradient
+from lightning_dp.layers import convolution, refusal_for, registered_types, rule_for
 from tests.conftest import assert_close, oracle_gradients
 
 BATCH = 5
@@ -90,6 +91,13 @@ def test_every_registered_rule_has_an_example() -> None:
     assert set(registered_types()) == set(EXAMPLES)
 
 
+def weighted_sum(gradient: PerExampleGradient, weights: Tensor, like: Tensor) -> Tensor:
+    """Added to something that is already there, as with micro-batches."""
+    total = torch.ones_like(like, dtype=weights.dtype)
+    gradient.add_weighted_sum_(total, weights)
+    return total - 1
+
+
 def check_against_oracle(module: nn.Module, input: Tensor) -> None:
     module.double()
     for parameter in module.parameters():
@@ -112,9 +120,11 @@ def check_against_oracle(module: nn.Module, input: Tensor) -> None:
     for name, gradient in gradients.items():
         rows = expected[name].flatten(1)
         assert_close(gradient.squared_norms(), rows.pow(2).sum(1), 1e-10)
-        assert_close(gradient.materialise(), expected[name], 1e-10)
-        assert_close(gradient.weighted_sum(weights), (weights @ rows).view_as(expected[name][0]), 1e-10)
-        without_first = gradient.zero_(torch.arange(len(input)) == 0)
+        assert_close(gradient.materialise().view_as(expected[name]), expected[name], 1e-10)
+        assert_close(
+            weighted_sum(gradient, weights, expected[name][0]), (weights @ rows).view_as(expected[name][0]), 1e-10
+        )
+        without_first = gradient.without(torch.arange(len(input)) == 0)
         assert without_first.squared_norms()[0] == 0
         assert_close(without_first.squared_norms()[1:], rows[1:].pow(2).sum(1), 1e-10)
         assert all(p.grad is None for p in module.parameters()), "ordinary weight gradients were computed"
@@ -186,13 +196,11 @@ def test_a_gradient_that_cancels_is_never_measured_too_small() -> None:
     left[:, 1] = -left[:, 0]
     right = torch.randn(1, 1, 64).repeat(1, 2, 1)
     right[:, 1] *= 1 + 1e-6
-    from lightning_dp.gradients import OuterProducts
-
-    gradient = OuterProducts(left, right, torch.Size((64, 64)))
+    gradient = OuterProducts(left, right)
     exact = torch.einsum("btp,btd->bpd", left.double(), right.double()).pow(2).sum()
     assert gradient.squared_norms().item() >= exact.item()
     weight = 1 / math.sqrt(gradient.squared_norms().item())
-    assert gradient.weighted_sum(torch.tensor([weight])).norm() <= 1 + 1e-5
+    assert weighted_sum(gradient, torch.tensor([weight]), torch.zeros(64, 64)).norm() <= 1 + 1e-5
 
 
 def test_a_subclass_that_overrides_forward_has_no_rule() -> None:
@@ -221,3 +229,18 @@ def test_a_subclass_that_overrides_forward_has_no_rule() -> None:
 )
 def test_configurations_without_a_bound_are_refused(module: nn.Module, says: str) -> None:
     assert says in (refusal_for(module) or "")
+
+
+@pytest.mark.parametrize("kernel", [(4, 4, 2, 1), (6, 8, 5, 3)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_pixel_grams_equal_the_materialised_norms(kernel: tuple[int, ...], stride: int) -> None:
+    """Both ways on the same shapes, whichever of them the costs would choose."""
+    inputs, outputs, size, taps = kernel
+    groups = 2
+    conv = nn.Conv2d(inputs, outputs, taps, stride=stride, padding=1, dilation=2, groups=groups).double()
+    image = randn(3, inputs, 9 + size, 8 + size)
+    grad = torch.randn_like(conv(image))
+    gradient = convolution(conv, image, grad)["weight"]
+    expected = gradient.materialise().flatten(1).pow(2).sum(1)
+    assert_close(gradient._squared_norms_by_gram(), expected, 1e-10)  # type: ignore[attr-defined]
+    assert_close(gradient.squared_norms(), expected, 1e-10)

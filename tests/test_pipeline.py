@@ -74,12 +74,22 @@ def test_nothing_is_released_beyond_the_limit() -> None:
     model = nn.Linear(3, 3)
     ledger = PrivacyLedger()
     step = private_step(model, ledger)
-    step.limit = 1
-    step.release(1.0, 0.1, 1.0)
+    step.release(1.0, 0.1, 1.0, limit=lambda event: 1)
     model.zero_grad()
     with pytest.raises(PrivacyLimitReached):
-        step.release(1.0, 0.1, 1.0)
+        step.release(1.0, 0.1, 1.0, limit=lambda event: 1)
     assert len(ledger) == 1 and model.weight.grad is None
+
+
+def test_a_gradient_of_a_parameter_that_is_not_bounded_stops_the_release() -> None:
+    stray = nn.Parameter(torch.zeros(3))
+    ledger = PrivacyLedger()
+    step = private_step(nn.Linear(3, 3), ledger)
+    step.release(1.0, 0.1, 1.0, others=[stray])
+    stray.grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match="does not bound"):
+        step.release(1.0, 0.1, 1.0, others=[stray])
+    assert len(ledger) == 1
 
 
 def test_an_interrupted_step_leaves_nothing_for_the_next() -> None:

@@ -13,6 +13,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     SequentialSampler,
+    Subset,
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
@@ -110,16 +111,18 @@ def poisson_loader(dataset: Any, rate: float, **kwargs: Any) -> PoissonDataLoade
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_loader_knows_the_size_of_every_batch_it_delivers(workers: int) -> None:
+def test_the_iterator_knows_the_size_of_every_batch_it_delivers(workers: int) -> None:
     data = TensorDataset(torch.arange(40.0)[:, None], torch.arange(40))
     loader = poisson_loader(data, 0.05, num_workers=workers)
-    sizes = []
-    for inputs, labels in loader:
-        assert len(inputs) == len(labels) == loader.delivered[-1]
+    iterator, sizes = iter(loader), []
+    for inputs, labels in iterator:
+        assert len(inputs) == len(labels) == iterator.last_size
         assert inputs.shape[1:] == (1,)
         sizes.append(len(inputs))
-    assert 0 in sizes and len(set(sizes)) > 2
-    assert list(loader.delivered) == sizes
+        if len(sizes) == 3:
+            next(iter(loader))  # somebody else looks at a batch
+    assert 0 in sizes
+    assert len(set(sizes)) > 2
 
 
 def test_an_empty_draw_has_the_form_of_a_batch() -> None:
@@ -134,6 +137,11 @@ def test_the_users_collation_and_workers_are_kept() -> None:
     loader = PoissonDataLoader.replacing(original, PoissonBatchSampler(8, 0.5, Randomness(), lambda: 0))
     assert loader.num_workers == 1 and loader.persistent_workers and loader.prefetch_factor == 3
     assert loader.collate_fn([1, 2]) == 2
+
+
+class Mine(DataLoader[Any]):
+    def __iter__(self) -> Any:
+        return iter([])
 
 
 class Stream(IterableDataset[int]):
@@ -153,6 +161,8 @@ DATA = TensorDataset(torch.arange(10.0))
         (DataLoader(DATA, sampler=SubsetRandomSampler([1, 2])), "utils.data.Subset"),
         (DataLoader(DATA, sampler=RandomSampler(DATA, replacement=True)), "RandomSampler"),
         (DataLoader(DATA, batch_sampler=type("Mine", (BatchSampler,), {})(SequentialSampler(DATA), 2, False)), "Mine"),
+        (Mine(DATA), "own __iter__"),
+        (DataLoader(Subset(DATA, [1, 1, 2])), "several times"),
         (DataLoader(DATA, batch_size=None), "batch_size=None"),
         (DataLoader(TensorDataset(torch.zeros(0))), "empty"),
     ],
@@ -165,3 +175,9 @@ def test_loaders_that_cannot_be_poisson_sampled_are_refused(loader: Any, says: s
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_ordinary_loaders_are_accepted(shuffle: bool) -> None:
     assert records_and_batch_size(DataLoader(DATA, batch_size=3, shuffle=shuffle)) == (10, 3)
+
+
+def test_a_batch_of_none_is_refused() -> None:
+    loader = poisson_loader(DATA, 0.9, collate_fn=lambda examples: None)
+    with pytest.raises(TypeError, match="must not depend on the data"):
+        next(iter(loader))

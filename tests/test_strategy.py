@@ -349,6 +349,56 @@ def test_layers_that_are_unfrozen_later_are_bounded_from_then_on() -> None:
     assert len(run.strategy.ledger) == 10
 
 
+class ExchangeHead(Callback):
+    """Replaces the last layer by another of the same shape."""
+
+    def __init__(self, epoch_start: bool) -> None:
+        self.epoch_start = epoch_start
+
+    def exchange(self, trainer: Any, module: Any) -> None:
+        module.net[2] = nn.Linear(5, 3)
+        trainer.optimizers[0].param_groups[0]["params"] = list(module.parameters())
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 1 and self.epoch_start:
+            self.exchange(trainer, pl_module)
+
+
+def test_layers_that_are_exchanged_between_steps_are_bounded_from_then_on() -> None:
+    spy = Spy()
+    run = trainer(strategy=strategy(1e6), max_epochs=2, callbacks=[ExchangeHead(True), spy])
+    fit(run, Net(), loader())
+    assert min(spy.seen["on_after_backward"]) > 1e3
+
+
+def test_layers_that_are_unfrozen_within_a_step_stop_the_training() -> None:
+    class Impatient(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == 2:
+                self.net[0].requires_grad_(True)  # type: ignore[index]
+            return super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    module = Impatient()
+    module.net[0].requires_grad_(False)  # type: ignore[index]
+    run = trainer(strategy=strategy(1.0, self_check=False))
+    with pytest.raises(RuntimeError, match="does not bound"):
+        fit(run, module, loader())
+    assert len(run.strategy.ledger) == 2
+
+
+def test_looking_at_a_batch_of_the_train_loader_disturbs_nothing() -> None:
+    class Curious(Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            next(iter(trainer.train_dataloader))
+
+    run = trainer(strategy=strategy(1.0), callbacks=[Curious()])
+    fit(run, Net(), loader())
+    assert len(run.strategy.ledger) == 5
+
+
 # -- checkpoints -------------------------------------------------------------------------------------------------------
 
 
@@ -426,6 +476,31 @@ def test_steps_that_a_checkpoint_does_not_know_are_still_charged(tmp_path: Path)
     assert len(private.ledger) == 10
     fit(run, module, loader(), ckpt_path=tmp_path / "epoch=0.ckpt")
     assert len(private.ledger) == 15, "10 steps were taken, and 5 of them taken again"
+
+
+def test_a_checkpoint_saved_after_validation_keeps_its_ledger(tmp_path: Path) -> None:
+    run_and_save(tmp_path / "first.ckpt", None, 1)
+
+    class Validated(Net):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    run = trainer(strategy=strategy(1.0))
+    run.validate(Validated(), loader(), ckpt_path=tmp_path / "first.ckpt", verbose=False)
+    run.save_checkpoint(tmp_path / "second.ckpt")
+    _, resumed = run_and_save(tmp_path / "third.ckpt", None, 2, tmp_path / "first.ckpt")
+    assert len(resumed.ledger) == 10
+
+
+def test_runs_of_the_same_configuration_are_not_taken_for_one_another(tmp_path: Path) -> None:
+    run_and_save(tmp_path / "other.ckpt", None, 1)
+    private = strategy(1.0)
+    run = trainer(strategy=private, max_epochs=1)
+    module = Net()
+    fit(run, module, loader())
+    run.fit_loop.max_epochs = 2
+    fit(run, module, loader(), ckpt_path=tmp_path / "other.ckpt")
+    assert len(private.ledger) >= 10
 
 
 def test_resuming_from_training_without_privacy_is_refused(tmp_path: Path) -> None:
