@@ -70,6 +70,10 @@ class PerExampleGradient(ABC):
         """The same gradients with those of ``examples`` (a boolean mask, ``(B,)``) replaced by exact zeros."""
 
 
+#: Rows of a Gram matrix that are computed at once: large enough for a matrix product to be efficient.
+_GRAM_BLOCK = 32
+
+
 def _masked(tensor: Tensor, examples: Tensor) -> Tensor:
     return tensor.masked_fill(examples.view(-1, *[1] * (tensor.dim() - 1)), 0)
 
@@ -129,10 +133,26 @@ class OuterProducts(PerExampleGradient):
         if steps == 1:
             return _squares(self.left) * _squares(self.right)
         if 2 * steps * steps <= p * d:
-            left, right = wide(self.left), wide(self.right)
-            gram_left, gram_right = torch.bmm(left, left.transpose(1, 2)), torch.bmm(right, right.transpose(1, 2))
-            return _inner_product_of_grams(gram_left, gram_right, steps + p + d)
+            return self._squared_norms_by_gram()
         return _squares(self.materialise())
+
+    def _squared_norms_by_gram(self) -> Tensor:
+        """Half of the two symmetric matrices is enough: every block of rows meets the columns up to its own, and what
+        lies left of its diagonal block counts twice. Rounding is covered as in `_inner_product_of_grams`."""
+        left, right = wide(self.left), wide(self.right)
+        steps, terms = left.shape[1], left.shape[1] + left.shape[2] + right.shape[2]
+        block = max(_GRAM_BLOCK, -(-steps // 8))
+        norms = size_left = size_right = left.new_zeros(len(left))
+        for start in range(0, steps, block):
+            stop = min(start + block, steps)
+            gram_left = torch.bmm(left[:, start:stop], left[:, :stop].transpose(1, 2))
+            gram_right = torch.bmm(right[:, start:stop], right[:, :stop].transpose(1, 2))
+            size_left = size_left + gram_left[:, :, start:].diagonal(dim1=1, dim2=2).sum(1)
+            size_right = size_right + gram_right[:, :, start:].diagonal(dim1=1, dim2=2).sum(1)
+            products = gram_left.mul_(gram_right)
+            norms = norms + products[:, :, start:].sum((1, 2)) + 2 * products[:, :, :start].sum((1, 2))
+        roundoff = torch.finfo(left.dtype).eps * math.sqrt(terms)
+        return norms.clamp_(min=0).add_(size_left * size_right, alpha=roundoff)
 
     def add_weighted_sum_(self, total: Tensor, weights: Tensor) -> None:
         # In the precision of the norms: rounding the weighted terms would let them exceed their bound.

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
 from torch import Tensor
+
+#: Coordinates that are drawn from one generator: the result does not depend on the number of threads.
+BLOCK = 2**18
+
+
+def in_blocks(out: Tensor, draw: Callable[[int, Tensor], object]) -> None:
+    """Calls ``draw(number, block)`` for all blocks of a flat tensor, on the CPU in as many threads as torch uses: its
+    generators are serial, and noise is a large part of what privacy costs there."""
+    blocks = list(enumerate(out.split(BLOCK))) if out.device.type == "cpu" else [(0, out)]
+    threads = min(torch.get_num_threads(), len(blocks))
+    if threads <= 1:
+        for number, block in blocks:
+            draw(number, block)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda numbered: draw(*numbered), blocks))
 
 
 class Noise(ABC):
@@ -19,8 +36,14 @@ class Noise(ABC):
     multiplier: float | None
 
     @abstractmethod
-    def add_(self, sums: Sequence[Tensor], sensitivity: float, multiplier: float, generator: torch.Generator) -> None:
-        """Adds independent noise to every coordinate of the tensors, in place."""
+    def fill_(self, out: Tensor, scale: float, generators: Callable[[int], torch.Generator]) -> None:
+        """Overwrites a flat tensor with independent noise.
+
+        Args:
+            out: Contiguous, one-dimensional.
+            scale: ``multiplier · sensitivity``, in units of ``out``.
+            generators: The random generator of every block of `BLOCK` coordinates, by the block's number.
+        """
 
     @abstractmethod
     def event(self, multiplier: float) -> DpEvent:
@@ -46,12 +69,11 @@ class GaussianNoise(Noise):
         if self.multiplier is not None and not 0 <= self.multiplier < math.inf:
             raise ValueError(f"GaussianNoise: multiplier must be non-negative and finite, got {self.multiplier}.")
 
-    def add_(self, sums: Sequence[Tensor], sensitivity: float, multiplier: float, generator: torch.Generator) -> None:
-        if multiplier == 0:
+    def fill_(self, out: Tensor, scale: float, generators: Callable[[int], torch.Generator]) -> None:
+        if scale == 0:
+            out.zero_()
             return
-        std = multiplier * sensitivity
-        for total in sums:
-            total.add_(torch.randn(total.shape, generator=generator, dtype=total.dtype, device=total.device), alpha=std)
+        in_blocks(out, lambda index, block: block.normal_(0.0, scale, generator=generators(index)))
 
     def event(self, multiplier: float) -> DpEvent:
         return GaussianDpEvent(multiplier) if multiplier else NonPrivateDpEvent()

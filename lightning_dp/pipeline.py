@@ -18,6 +18,13 @@ from lightning_dp.engines import Engine
 from lightning_dp.noise import Noise
 from lightning_dp.randomness import Randomness
 
+#: Generators of parameters in another precision start here, beyond any number of blocks.
+_SECOND_STREAM = 2**31
+
+
+def _wide_dtype(parameter: Tensor) -> torch.dtype:
+    return torch.promote_types(parameter.dtype, torch.float32)
+
 
 class PrivacyLimitReached(RuntimeError):
     """A private step was attempted that the budget does not allow."""
@@ -26,7 +33,9 @@ class PrivacyLimitReached(RuntimeError):
 class PrivateStep:
     """Turns the gradients of a logical batch into one noisy gradient, and writes it into the ledger.
 
-    Formal guarantee: with multiplier z and sampling rate q, `release` is a Poisson-subsampled Gaussian mechanism of
+    A step is `begin`, then `accumulate` after the backward pass of every micro-batch, then `release`.
+
+    Formal guarantee: with multiplier z and sampling rate q, a step is a Poisson-subsampled Gaussian mechanism of
     noise multiplier z with respect to adding or removing a record, and the ledger holds that event before any
     parameter's ``grad`` is set.
     Proof: `accumulate` adds to the sums one term per example, of joint norm at most the clipping rule's sensitivity S,
@@ -63,11 +72,37 @@ class PrivateStep:
         self._randomness = randomness
         self._reduce = reduce
         self._sums: dict[str, Tensor] = {}
+        self._event: DpEvent = NonPrivateDpEvent()
+        self._multiplier, self._divisor = 0.0, 1.0
 
-    def begin(self) -> None:
-        """Forgets whatever an interrupted step left behind."""
-        self._sums = {}
+    def begin(
+        self,
+        multiplier: float,
+        sampling_rate: float,
+        expected_batch_size: float,
+        limit: Callable[[DpEvent], int] | None = None,
+    ) -> None:
+        """Starts a step, and forgets whatever an interrupted one left behind.
+
+        The sums start out as noise, so that the bounded gradients are added to it and no sum without noise ever exists.
+
+        Args:
+            multiplier: Noise multiplier z.
+            sampling_rate: q, with which the batch was drawn.
+            expected_batch_size: q·N, the public divisor.
+            limit: How many steps the ledger may hold if the next is this event.
+
+        Raises:
+            PrivacyLimitReached: The ledger is at its limit.
+        """
+        self._event = self.event(multiplier, sampling_rate)
         self.norms = []
+        self._sums = {}
+        self._multiplier, self._divisor = multiplier, expected_batch_size
+        if limit is not None and len(self.ledger) >= limit(self._event):
+            raise PrivacyLimitReached(
+                f"The privacy budget allows no step after the {len(self.ledger)} that were taken. Nothing was released."
+            )
 
     def accumulate(self, scale: float) -> None:
         """Adds the bounded gradients of one micro-batch, whose backward pass has just run.
@@ -87,69 +122,56 @@ class PrivateStep:
             norms = norms.masked_fill(bad, 0)
         if self.keep_norms:
             self.norms.append(norms)
-        weights = self.clipping.weights(norms) * scale
+        weights = self.clipping.weights(norms) * (scale / self._divisor)
         sums = self._totals()
         for name in list(gradients):
             gradients.pop(name).add_weighted_sum_(sums[name], weights)
 
     def _totals(self) -> dict[str, Tensor]:
-        """The sums so far, one tensor per trainable parameter, in float32 or wider."""
-        if not self._sums:
-            self._sums = {
-                name: torch.zeros(
-                    p.shape, device=p.device, dtype=torch.float64 if p.dtype == torch.float64 else torch.float32
-                )
-                for name, p in self.engine.parameters.items()
-            }
+        """Noise plus the sums so far, over q·N: one tensor per trainable parameter, in float32 or wider."""
+        if self._sums:
+            return self._sums
+        parameters = self.engine.parameters
+        sensitivity = self.clipping.sensitivity(NeighboringRelation.ADD_OR_REMOVE_ONE)
+        scale = self._multiplier * sensitivity / self._divisor
+        step = len(self.ledger)
+        for kind in {(p.device, _wide_dtype(p)) for p in parameters.values()}:
+            device, dtype = kind
+            members = {n: p for n, p in parameters.items() if (p.device, _wide_dtype(p)) == kind}
+            flat = torch.empty(sum(p.numel() for p in members.values()), device=device, dtype=dtype)
+            first = 0 if dtype == torch.float32 else _SECOND_STREAM  # parameters of mixed precision share no generator
+
+            def generator(block: int, device: torch.device = device, first: int = first) -> torch.Generator:
+                return self._randomness.torch("noise", step, device, first + block)
+
+            self.noise.fill_(flat, scale, generator)
+            parts = flat.split([p.numel() for p in members.values()])
+            self._sums |= {name: part.view_as(p) for (name, p), part in zip(members.items(), parts, strict=True)}
         return self._sums
 
-    def release(
-        self,
-        multiplier: float,
-        sampling_rate: float,
-        expected_batch_size: float,
-        limit: Callable[[DpEvent], int] | None = None,
-        others: Iterable[nn.Parameter] = (),
-    ) -> None:
-        """Adds the noise, charges the ledger and sets every parameter's ``grad`` to the noisy mean gradient.
+    def release(self, others: Iterable[nn.Parameter] = ()) -> None:
+        """Charges the ledger and sets every parameter's ``grad`` to the noisy mean gradient.
 
         Args:
-            multiplier: Noise multiplier z.
-            sampling_rate: q, with which the batch was drawn.
-            expected_batch_size: q·N, the public divisor.
-            limit: How many steps the ledger may hold if the next is this event.
             others: Parameters that the optimizer could apply a gradient to, besides the engine's.
 
         Raises:
-            PrivacyLimitReached: The ledger is at its limit; nothing was released.
             RuntimeError: One of ``others`` has a gradient, which did not come through here; nothing was released.
         """
-        event = self.event(multiplier, sampling_rate)
-        bounded = {id(p) for p in self.engine.parameters.values()}
+        parameters = self.engine.parameters
+        bounded = {id(p) for p in parameters.values()}
         if any(p.grad is not None for p in others if id(p) not in bounded):
-            self.begin()
+            self._sums = {}
             raise RuntimeError(
                 "A parameter that private training does not bound has a gradient: layers were exchanged, unfrozen or "
                 "added to the optimizer while a step was under way. Do that between steps (on_train_epoch_start)."
             )
-        if limit is not None and len(self.ledger) >= limit(event):
-            self.begin()
-            raise PrivacyLimitReached(
-                f"The privacy budget allows no step after the {len(self.ledger)} that were taken. Nothing was released."
-            )
-        parameters = self.engine.parameters
-        totals = list(self._totals().values())
-        self._sums = {}
-        self._reduce(totals)
-        sensitivity = self.clipping.sensitivity(NeighboringRelation.ADD_OR_REMOVE_ONE)
-        device = next(iter(parameters.values())).device
-        generator = self._randomness.torch("noise", len(self.ledger), device)
-        self.noise.add_(totals, sensitivity, multiplier, generator)
-        torch._foreach_div_(totals, expected_batch_size)
-        self.ledger.record(event)
-        for parameter, total in zip(parameters.values(), totals, strict=True):
+        sums, self._sums = self._totals(), {}
+        self._reduce(list(sums.values()))
+        self.ledger.record(self._event)
+        for name, parameter in parameters.items():
             # Whatever was there before did not come through here: it is replaced, not added to.
-            parameter.grad = total.to(parameter.dtype)
+            parameter.grad = sums[name].to(parameter.dtype)
 
     def event(self, multiplier: float, sampling_rate: float) -> DpEvent:
         """What one `release` costs."""

@@ -41,17 +41,17 @@ class Randomness:
         """The generator of this stream at this step, for index sampling."""
         return np.random.Generator(np.random.PCG64(self._sequence(stream, step)))
 
-    def torch(self, stream: Stream, step: int, device: torch.device) -> torch.Generator:
-        """The generator of this stream at this step, on this device."""
-        sequence = self._sequence(stream, step)
+    def torch(self, stream: Stream, step: int, device: torch.device, block: int = 0) -> torch.Generator:
+        """The generator of this stream at this step, on this device; independent ones for parts of a long draw."""
+        sequence = self._sequence(stream, step, block)
         generator = torch.Generator(device)
         generator.manual_seed(int(sequence.generate_state(1, np.uint64)[0] >> 1))
         if device.type == "cpu":
             _fill_mersenne_twister(generator, sequence)
         return generator
 
-    def _sequence(self, stream: Stream, step: int) -> np.random.SeedSequence:
-        return np.random.SeedSequence(self._entropy, spawn_key=(_STREAMS[stream], step), pool_size=8)
+    def _sequence(self, stream: Stream, step: int, block: int = 0) -> np.random.SeedSequence:
+        return np.random.SeedSequence(self._entropy, spawn_key=(_STREAMS[stream], step, block), pool_size=8)
 
     def __getstate__(self) -> dict[str, int | None]:
         # Pickled into worker processes, or by accident into a file: the secret stays here.

@@ -232,7 +232,13 @@ class PrivateMixin(Strategy):
                 "release. Use an optimizer that takes one gradient per step."
             )
         self._batch_examples = None
-        step.begin()
+        assert self.noise_multiplier is not None
+        step.begin(
+            self.noise_multiplier,
+            self.sampling_rate,
+            self.expected_batch_size,
+            limit=None if self.budget is None else self._step_limit,
+        )
         self._examples_left_to_backward = 0
         if count == 0:  # an empty draw: the step is pure noise
             return torch.zeros((), device=self.root_device, requires_grad=True)
@@ -271,20 +277,14 @@ class PrivateMixin(Strategy):
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """The last backward pass of a logical batch, and the release: no hook runs between the two."""
         step, module = self.private_step, self._module()
-        assert step is not None and self.noise_multiplier is not None
+        assert step is not None
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
         if self._examples_left_to_backward:
             with step.engine.backward():
                 self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
             step.accumulate(self._loss_scale(self._examples_left_to_backward))
-        step.release(
-            self.noise_multiplier,
-            self.sampling_rate,
-            self.expected_batch_size,
-            limit=None if self.budget is None else self._step_limit,
-            others=[*module.parameters(), *self._optimized_parameters()],
-        )
+        step.release(others=[*module.parameters(), *self._optimized_parameters()])
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)
         self.post_backward(closure_loss)
         return closure_loss

@@ -47,14 +47,14 @@ def bounded_sum(clipping: Clipping, model: nn.Module, inputs: torch.Tensor) -> t
     step = PrivateStep(
         BookKeeping(model), clipping, GaussianNoise(0.0), PrivacyLedger(), Randomness(0), lambda tensors: None
     )
-    step.begin()
+    step.begin(0.0, 0.5, 1.0)
     if len(inputs):
         with step.engine.forward(len(inputs)):
             loss = model(inputs).pow(2).flatten(1).sum(1).mean()
         with step.engine.backward():
             loss.backward()
         step.accumulate(float(len(inputs)))
-    step.release(0.0, 0.5, 1.0)
+    step.release()
     return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
 
 

@@ -7,13 +7,15 @@ import torch
 from dp_accounting import GaussianDpEvent, NonPrivateDpEvent
 from scipy import stats
 
-from lightning_dp.noise import GaussianNoise
+from lightning_dp.noise import BLOCK, GaussianNoise
+from lightning_dp.randomness import Randomness
 
 
 def draw(noise: GaussianNoise, multiplier: float, sensitivity: float, size: int = 20_000) -> torch.Tensor:
-    tensors = [torch.zeros(size // 4, 2), torch.zeros(size // 2)]
-    noise.add_(tensors, sensitivity, multiplier, torch.Generator().manual_seed(5))
-    return torch.cat([t.flatten() for t in tensors]).double()
+    out = torch.empty(size)
+    randomness = Randomness(seed=5)
+    noise.fill_(out, multiplier * sensitivity, lambda block: randomness.torch("noise", 0, out.device, block))
+    return out.double()
 
 
 def is_gaussian_of_std(sample: torch.Tensor, std: float) -> bool:
@@ -38,6 +40,21 @@ def test_coordinates_are_independent() -> None:
     for lag in (1, 2, 10_000):
         correlation = (sample[lag:] * sample[:-lag]).mean().item()
         assert abs(correlation) < 5 / math.sqrt(len(sample) - lag)
+
+
+def test_long_draws_do_not_depend_on_the_number_of_threads_and_repeat_nothing() -> None:
+    """Blocks have generators of their own: none is a copy of another, and threads change nothing."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = draw(GaussianNoise(), 1.0, 1.0, 3 * BLOCK + 5)
+        torch.set_num_threads(2)
+        together = draw(GaussianNoise(), 1.0, 1.0, 3 * BLOCK + 5)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(alone, together)
+    assert is_gaussian_of_std(alone, 1.0)
+    assert abs((alone[:BLOCK] * alone[BLOCK : 2 * BLOCK]).mean()) < 5 / math.sqrt(BLOCK)
 
 
 def test_zero_multiplier_adds_nothing_and_is_not_private() -> None:

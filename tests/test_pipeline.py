@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from dp_accounting import GaussianDpEvent, NonPrivateDpEvent, PoissonSampledDpEvent
@@ -20,13 +22,18 @@ def private_step(model: nn.Module, ledger: PrivacyLedger, max_norm: float = 0.5)
     )
 
 
+def take(step: PrivateStep, multiplier: float, divisor: float = 1.0, limit: Any = None, others: Any = ()) -> None:
+    """A step in which nobody was drawn."""
+    step.begin(multiplier, 0.1, divisor, limit)
+    step.release(others)
+
+
 def test_the_noise_of_one_step_has_std_zC_over_qN() -> None:
     """Also for parameters that no example's gradient reached, and when nobody was drawn."""
     model = nn.Linear(100, 100)
     step = private_step(model, PrivacyLedger(), max_norm=0.5)
     z, expected_batch_size = 3.0, 20.0
-    step.begin()
-    step.release(z, 0.1, expected_batch_size)
+    take(step, z, expected_batch_size)
     assert model.weight.grad is not None
     sample = model.weight.grad.flatten().double()
     std = z * 0.5 / expected_batch_size
@@ -41,8 +48,7 @@ def test_noise_is_fresh_in_every_step() -> None:
     seen = set()
     for _ in range(5):
         model.zero_grad()
-        step.begin()
-        step.release(1.0, 0.1, 1.0)
+        take(step, 1.0)
         assert model.weight.grad is not None
         seen.add(model.weight.grad[0, 0].item())
     assert len(seen) == 5
@@ -58,14 +64,14 @@ def test_the_ledger_is_charged_before_any_gradient_is_visible() -> None:
             super().record(event, count)  # type: ignore[arg-type]
 
     ledger = Watching()
-    private_step(model, ledger).release(1.5, 0.1, 1.0)
+    take(private_step(model, ledger), 1.5)
     assert visible_at_charge == [False]
     assert list(ledger) == [(PoissonSampledDpEvent(0.1, GaussianDpEvent(1.5)), 1)]
 
 
 def test_a_step_without_noise_is_recorded_as_not_private() -> None:
     ledger = PrivacyLedger()
-    private_step(nn.Linear(3, 3), ledger).release(0.0, 0.1, 1.0)
+    take(private_step(nn.Linear(3, 3), ledger), 0.0)
     assert list(ledger) == [(NonPrivateDpEvent(), 1)]
     assert ledger.epsilon(1e-5) == float("inf")
 
@@ -74,10 +80,10 @@ def test_nothing_is_released_beyond_the_limit() -> None:
     model = nn.Linear(3, 3)
     ledger = PrivacyLedger()
     step = private_step(model, ledger)
-    step.release(1.0, 0.1, 1.0, limit=lambda event: 1)
+    take(step, 1.0, limit=lambda event: 1)
     model.zero_grad()
     with pytest.raises(PrivacyLimitReached):
-        step.release(1.0, 0.1, 1.0, limit=lambda event: 1)
+        take(step, 1.0, limit=lambda event: 1)
     assert len(ledger) == 1 and model.weight.grad is None
 
 
@@ -85,23 +91,31 @@ def test_a_gradient_of_a_parameter_that_is_not_bounded_stops_the_release() -> No
     stray = nn.Parameter(torch.zeros(3))
     ledger = PrivacyLedger()
     step = private_step(nn.Linear(3, 3), ledger)
-    step.release(1.0, 0.1, 1.0, others=[stray])
+    take(step, 1.0, others=[stray])
     stray.grad = torch.ones(3)
     with pytest.raises(RuntimeError, match="does not bound"):
-        step.release(1.0, 0.1, 1.0, others=[stray])
+        take(step, 1.0, others=[stray])
     assert len(ledger) == 1
 
 
 def test_an_interrupted_step_leaves_nothing_for_the_next() -> None:
     model = nn.Linear(3, 1)
     step = private_step(model, PrivacyLedger())
-    step.begin()
+    step.begin(0.0, 0.1, 1.0)
     with step.engine.forward(1):
         loss = model(torch.ones(1, 3)).sum()
     with step.engine.backward():
         loss.backward()
     step.accumulate(1.0)
-    step.begin()
-    step.release(0.0, 0.1, 1.0)
+    take(step, 0.0)
     assert model.weight.grad is not None
     assert (model.weight.grad == 0).all()
+
+
+def test_parameters_of_two_precisions_get_independent_noise() -> None:
+    model = nn.Sequential(nn.Linear(100, 100, bias=False), nn.Linear(100, 100, bias=False).double())
+    take(private_step(model, PrivacyLedger(), max_norm=0.5), 2.0)
+    first, second = (layer.weight.grad.flatten().double() for layer in model)
+    assert is_gaussian_of_std(first, 1.0)
+    assert is_gaussian_of_std(second, 1.0)
+    assert abs((first * second).mean()) < 5 / 100

@@ -19,6 +19,8 @@ def test_streams_differ_between_steps_purposes_and_runs() -> None:
     randomness = Randomness()
     assert not torch.equal(normals(randomness, 0), normals(randomness, 1))
     assert not torch.equal(normals(randomness, 0), normals(Randomness(), 0))
+    blocks = [torch.randn(50, generator=randomness.torch("noise", 0, CPU, block)) for block in (0, 1)]
+    assert not torch.equal(*blocks)
     sampling, noise = randomness.numpy("sampling", 0), randomness.numpy("noise", 0)
     assert not np.array_equal(sampling.random(10), noise.random(10))
 
