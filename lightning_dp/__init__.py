@@ -6,7 +6,7 @@ trainer = L.Trainer(max_epochs=20, callbacks=[DifferentialPrivacy(epsilon=3.0, d
 from lightning_dp.accounting import PrivacyLedger, calibrate_noise, epsilon
 from lightning_dp.callbacks import DifferentialPrivacy, PrivacyBudget, PrivacyMonitor
 from lightning_dp.checks import PrivacyConfigurationError
-from lightning_dp.clipping import FlatClipping
+from lightning_dp.clipping import AdaptiveClipping, AutomaticClipping, FlatClipping, PerLayerClipping
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.records import UnsupportedModelError
 from lightning_dp.strategy import PrivateStrategy, register_strategies
@@ -16,9 +16,12 @@ register_strategies()
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "AdaptiveClipping",
+    "AutomaticClipping",
     "DifferentialPrivacy",
     "FlatClipping",
     "GaussianNoise",
+    "PerLayerClipping",
     "PrivacyBudget",
     "PrivacyConfigurationError",
     "PrivacyLedger",

@@ -255,6 +255,8 @@ class PrivacyMonitor(Callback):
             "privacy/delta": self.delta,
             "privacy/noise_multiplier": strategy.noise_multiplier or 0.0,
         }
+        if strategy.private_step is not None:  # public: found with noise
+            metrics |= {f"privacy/clipping_{name}": v for name, v in strategy.private_step.clipping_state.items()}
         target = next((target for target in map(_target_epsilon, trainer_callbacks(trainer)) if target), None)
         if target:
             metrics["privacy/budget_spent"] = self.epsilon / target
@@ -264,8 +266,8 @@ class PrivacyMonitor(Callback):
         step = strategy.private_step
         if step is None or not step.norms:
             return
-        norms = torch.cat(step.norms)
-        clipped = (strategy.clipping.weights(norms) < 1).float().mean()
+        norms, weights = torch.cat(step.norms), torch.cat(step.weights)
+        clipped = (weights < 1).float().mean()
         pl_module.log("not_private/clipped_fraction", clipped, on_step=True, on_epoch=False, batch_size=1)
         pl_module.log("not_private/median_gradient_norm", norms.median(), on_step=True, on_epoch=False, batch_size=1)
 

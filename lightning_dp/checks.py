@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from lightning_dp.engines import BookKeeping, Engine, set_aside
 from lightning_dp.gradients import PerExampleGradient
-from lightning_dp.layers import refusal_for, rule_for, trainable
-from lightning_dp.records import Call, UnsupportedModelError
+from lightning_dp.layers import refusal_for, rule_for, trainable, trained_layers
+from lightning_dp.records import Call, UnsupportedModelError, getattr_path
 
 
 class PrivacyConfigurationError(ValueError):
@@ -82,9 +82,10 @@ def check_model(module: pl.LightningModule, engine: str) -> None:
         reason = refusal_for(child)
         if reason:
             problems.append(f"layer '{name}' ({type(child).__name__}): {reason}")
-        elif engine == "bookkeeping":
-            problems += _without_rule(name, child)
     if engine == "bookkeeping":
+        for name, child in trained_layers(module).items():
+            if not refusal_for(child):
+                problems += _without_rule(name, child)
         problems += _compiled(module) + _tied(module)
     hooked = [name for name, p in module.named_parameters() if p.requires_grad and has_hooks(p)]
     if hooked:
@@ -101,19 +102,34 @@ def check_model(module: pl.LightningModule, engine: str) -> None:
 
 
 def _without_rule(name: str, module: nn.Module) -> list[str]:
+    """What no rule covers and cannot be run once more on its own."""
     own = trainable(module)
     if not own:
         return []
-    where = f"layer '{name}' ({type(module).__name__})" if name else f"the {type(module).__name__} itself"
-    if rule_for(module) is None:
-        listed = ", ".join(f"'{name}.{p}'".replace("'.", "'") for p in own)
+    if isinstance(module, pl.LightningModule) and not name:
         return [
-            f"{where}: no rule gives the per-example gradients of {listed}; freeze them (requires_grad_(False)), use a "
-            f"layer that has a rule, {_WAY_OUT}"
+            f"the {type(module).__name__} itself holds the parameters {own}: training_step uses them in a way that the "
+            "engine cannot see; put them into a module of their own, with a forward that applies them, freeze them "
+            f"(requires_grad_(False)), {_WAY_OUT}"
         ]
-    unknown = [p for p in own if p not in ("weight", "bias")]
+    if isinstance(module, nn.RNNBase):
+        return [
+            f"layer '{name}' ({type(module).__name__}): its fused kernel hides the gradients of the single steps; use "
+            f"opacus.layers.DP{type(module).__name__}, which takes the same arguments and weights (or let "
+            f"`opacus.validators.ModuleValidator.fix` exchange it), {_WAY_OUT}"
+        ]
+    if type(module).forward is nn.Module.forward:
+        return [
+            f"layer '{name}' ({type(module).__name__}) holds the parameters {own} and has no forward of its own (a "
+            "ParameterList, a parametrization): what uses them cannot be seen; hold them in the module that uses them, "
+            f"freeze them (requires_grad_(False)), {_WAY_OUT}"
+        ]
+    unknown = [p for p in own if p not in ("weight", "bias")] if rule_for(module) else []
     if unknown:
-        return [f"{where}: its rule does not know the parameters {unknown} (weight_norm?); remove them, {_WAY_OUT}"]
+        return [
+            f"layer '{name}' ({type(module).__name__}): its rule does not know the parameters {unknown} "
+            f"(weight_norm?); remove them, {_WAY_OUT}"
+        ]
     return []
 
 
@@ -135,9 +151,9 @@ def _compiled(module: pl.LightningModule) -> list[str]:
 def _tied(module: nn.Module) -> list[str]:
     """Tied parameters are exact when every use is a linear map, a look-up, or of a kind that can be materialised."""
     uses: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for name, child in module.named_modules():
+    for name, child in trained_layers(module).items():
         for own in trainable(child):
-            uses.setdefault(id(getattr(child, own)), []).append((name, child, own))
+            uses.setdefault(id(getattr_path(child, own)), []).append((name, child, own))
     problems = []
     for shared in uses.values():
         roles = {own for _, _, own in shared}
@@ -331,19 +347,23 @@ class _ShadowRun:
             if not dropout and isinstance(child, nn.modules.dropout._DropoutNd):
                 child.eval()
         engine = BookKeeping(shadow)
+        recorder = engine.make_recorder(None)
         _set_random_state(self._state)
         with warnings.catch_warnings(), set_aside(engine.parameters.values()):
             warnings.simplefilter("ignore")
             batch = self._take(examples)
-            with engine.recorder.forward(len(examples), keep_requires_grad=compare_with_autograd), self._context():
+            with recorder.forward(len(examples), keep_requires_grad=compare_with_autograd), self._context():
                 loss = loss_of(shadow.training_step(batch, *self._arguments))
             for parameter in engine.parameters.values():
                 parameter.grad = None  # the step may have run backward passes of its own
-            with engine.recorder.backward():
+            with recorder.backward():
                 shadow.backward(loss)
             was_random = not _same_random_state(_random_state(), self._state)
-            calls = engine.recorder.take()
-            gradients = engine.gradients_of(calls)
+            calls = recorder.take()
+            for layer, made in calls.items():
+                for call in made:
+                    engine.consume(layer, call)
+            gradients = engine.gradients()
             if compare_with_autograd:
                 _compare_with_autograd(engine, gradients, calls, len(examples))
         return _Records(

@@ -8,14 +8,14 @@ tests compare everything with.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 
 from lightning_dp.gradients import Dense, PerExampleGradient, add
-from lightning_dp.layers import rule_for, trainable
-from lightning_dp.records import Call, Recorder
+from lightning_dp.layers import recompute, rule_for, trainable, trained_layers
+from lightning_dp.records import Call, Recorder, UnsupportedModelError, getattr_path
 
 ENGINES = ("bookkeeping", "per_example")
 
@@ -59,36 +59,65 @@ def make_engine(name: str, module: nn.Module) -> Engine:
 
 
 class BookKeeping(Engine):
-    """Norms and weighted sums from layer inputs and upstream gradients: one forward and one backward pass."""
+    """Norms and weighted sums from layer inputs and upstream gradients: one forward and one backward pass.
+
+    A layer is dealt with as soon as its upstream gradient is known, within the backward pass: what its weighted sum
+    does not need is freed there.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.layers = {name: m for name, m in module.named_modules() if trainable(m)}
-        self.recorder = Recorder(self.layers)
+        self.layers = trained_layers(module)
+        self.recorder = self.make_recorder(self.consume)
         self._names = {id(p): name for name, p in self.parameters.items()}
+        self._uses: dict[str, list[PerExampleGradient]] = {}
+        #: The layers that use a parameter, by its name: several when it is tied.
+        self._users: dict[str, list[str]] = {}
+        for layer, child in self.layers.items():
+            for own_name in trainable(child):
+                self._users.setdefault(self._names[id(getattr_path(child, own_name))], []).append(layer)
+
+    def make_recorder(self, consume: Callable[[str, Call], None] | None) -> Recorder:
+        """A recorder of this engine's layers."""
+        without_rule = [name for name, layer in self.layers.items() if rule_for(layer) is None]
+        return Recorder(self.layers, without_rule, consume)
 
     def forward(self, batch_size: int) -> AbstractContextManager[None]:
+        self._uses = {}
         return self.recorder.forward(batch_size)
 
     def backward(self) -> AbstractContextManager[None]:
         return self.recorder.backward()
 
-    def gradients(self) -> dict[str, PerExampleGradient]:
-        return self.gradients_of(self.recorder.take())
+    def consume(self, layer: str, call: Call) -> None:
+        """Takes note of one call of a layer, whose gradient is known."""
+        for name, gradient in gradients_of(self.layers[layer], layer, call).items():
+            parameter = self._names[id(getattr_path(self.layers[layer], name))]
+            if sum(map(self.recorder.count, self._users[parameter])) == 1:
+                gradient.squared_norms()
+            self._uses.setdefault(parameter, []).append(gradient)
 
-    def gradients_of(self, recorded: dict[str, list[Call]]) -> dict[str, PerExampleGradient]:
-        """The gradients that follow from these calls."""
-        uses: dict[str, list[PerExampleGradient]] = {}
-        for layer, calls in recorded.items():
-            module = self.layers[layer]
-            rule = rule_for(module)
-            assert rule is not None, f"'{layer}' passed the checks without a rule"
-            for call in calls:
-                assert call.grad_output is not None
-                gradients = rule(module, call.unchanged_input(layer), call.grad_output)
-                for own_name, gradient in gradients.items():
-                    uses.setdefault(self._names[id(getattr(module, own_name))], []).append(gradient)
+    def gradients(self) -> dict[str, PerExampleGradient]:
+        uses, self._uses = self._uses, {}
         return {name: add(gradients) for name, gradients in uses.items()}
+
+
+def gradients_of(module: nn.Module, layer: str, call: Call) -> Mapping[str, PerExampleGradient]:
+    """The gradients, by the layer's own parameter names, that follow from one call of it."""
+    assert call.grad_output is not None
+    input, rule = call.unchanged_input(layer), rule_for(module)
+    if rule is not None:
+        return rule(module, input, call.grad_output)
+    assert call.arguments is not None
+    try:
+        return recompute(module, *call.arguments, call.grad_output)
+    except (RuntimeError, TypeError) as error:
+        raise UnsupportedModelError(
+            f"Layer '{layer}' ({type(module).__name__}) has no rule, and running its forward once more for every "
+            f"example failed: {str(error).splitlines()[0]} Layers that draw random numbers must do that in a module of "
+            "their own (MultiheadAttention: dropout=0.0). Or use engine='per_example', which is slow but takes any "
+            "layer."
+        ) from error
 
 
 class PerExample(Engine):

@@ -13,11 +13,13 @@ has no per-example gradient or keeps statistics of the batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_dp.gradients import Convolution, Dense, OuterProducts, PerExampleGradient, Rows
 
@@ -25,6 +27,7 @@ Rule = Callable[[Any, Tensor, Tensor], Mapping[str, PerExampleGradient]]
 Refusal = Callable[[Any], str | None]
 
 _RULES: dict[type[nn.Module], Rule] = {}
+_RULES_BY_NAME: dict[str, Rule] = {}
 _REFUSALS: dict[type[nn.Module], Refusal] = {}
 
 
@@ -33,6 +36,16 @@ def register_rule(*types: type[nn.Module]) -> Callable[[Rule], Rule]:
 
     def register(rule: Rule) -> Rule:
         _RULES.update(dict.fromkeys(types, rule))
+        return rule
+
+    return register
+
+
+def register_rule_by_name(name: str) -> Callable[[Rule], Rule]:
+    """Registers a rule for a type of a library that need not be installed, by its full name."""
+
+    def register(rule: Rule) -> Rule:
+        _RULES_BY_NAME[name] = rule
         return rule
 
     return register
@@ -57,7 +70,7 @@ def rule_for(module: nn.Module) -> Rule | None:
     for cls in type(module).__mro__:
         if cls in _RULES:
             return _RULES[cls] if _computes_the_same(type(module), cls) else None
-    return None
+    return _RULES_BY_NAME.get(f"{type(module).__module__}.{type(module).__qualname__}")
 
 
 def _computes_the_same(cls: type[nn.Module], parent: type[nn.Module]) -> bool:
@@ -121,6 +134,62 @@ def convolution(
     return gradients
 
 
+@register_rule(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+def transposed_convolution(
+    module: nn.ConvTranspose2d, input: Tensor, grad_output: Tensor
+) -> dict[str, PerExampleGradient]:
+    """The adjoint of a convolution with the same kernel: input and upstream gradient exchange their roles."""
+    gradients: dict[str, PerExampleGradient] = {}
+    if module.weight.requires_grad:
+        padding = cast("tuple[int, ...]", module.padding)
+        gradients["weight"] = Convolution(
+            input, grad_output, module.weight.shape, module.stride, padding, module.dilation, module.groups
+        )
+    if module.bias is not None and module.bias.requires_grad:
+        wide = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
+        gradients["bias"] = Dense(grad_output.sum(tuple(range(2, grad_output.dim())), dtype=wide))
+    return gradients
+
+
+@register_rule(nn.PReLU)
+def prelu(module: nn.PReLU, input: Tensor, grad_output: Tensor) -> dict[str, PerExampleGradient]:
+    """``y = max(x, 0) + w · min(x, 0)``, with one slope or one per channel (dimension 1)."""
+    values = grad_output * input.clamp(max=0)
+    summed = range(1 if module.num_parameters == 1 else 2, values.dim())
+    values = values.sum(tuple(summed)) if len(summed) else values
+    return {"weight": Dense(values.reshape(len(values), -1))}
+
+
+@register_rule(nn.EmbeddingBag)
+def embedding_bag(module: nn.EmbeddingBag, input: Tensor, grad_output: Tensor) -> dict[str, PerExampleGradient]:
+    """Every row of the bag receives ``e``, over the size of the bag when the bag is averaged."""
+    share = grad_output / input.shape[1] if module.mode == "mean" else grad_output
+    values = share[:, None].expand(-1, input.shape[1], -1)
+    if module.padding_idx is not None:
+        values = values.masked_fill((input == module.padding_idx)[..., None], 0)
+    return {"weight": Rows(input, values, len(module.weight))}
+
+
+@register_refusal(nn.EmbeddingBag)
+def _refuse_embedding_bag(module: nn.EmbeddingBag) -> str | None:
+    if module.mode == "max":
+        return "the rows that attain a maximum are not recorded; use mode='sum' or 'mean'"
+    if module.mode == "mean" and module.padding_idx is not None:
+        return "the mean over rows that are not padding is not recorded; use mode='sum'"
+    return _refuse_embedding(module)
+
+
+@register_rule_by_name("transformers.pytorch_utils.Conv1D")
+def transposed_linear(module: Any, input: Tensor, grad_output: Tensor) -> dict[str, PerExampleGradient]:
+    """GPT-2's linear layer, whose weight is ``(inputs, outputs)``."""
+    gradients: dict[str, PerExampleGradient] = {}
+    if module.weight.requires_grad:
+        gradients["weight"] = OuterProducts(_positions(input), _positions(grad_output))
+    if module.bias.requires_grad:
+        gradients["bias"] = Dense(_sum_positions(grad_output))
+    return gradients
+
+
 @register_rule(nn.Embedding)
 def embedding(module: nn.Embedding, input: Tensor, grad_output: Tensor) -> dict[str, PerExampleGradient]:
     """Row ``x_t`` of the table receives ``e_t``; the padding row receives nothing."""
@@ -131,7 +200,7 @@ def embedding(module: nn.Embedding, input: Tensor, grad_output: Tensor) -> dict[
 
 
 @register_refusal(nn.Embedding)
-def _refuse_embedding(module: nn.Embedding) -> str | None:
+def _refuse_embedding(module: nn.Embedding | nn.EmbeddingBag) -> str | None:
     if module.max_norm is not None:
         return (
             "max_norm renormalises the table by the rows that a batch happens to use, without noise; leave max_norm out"
@@ -202,6 +271,55 @@ def _refuse_batch_norm(module: nn.modules.batchnorm._BatchNorm) -> str | None:
     )
 
 
+#: Layers that use the parameters of their children without calling the children.
+OPAQUE: tuple[type[nn.Module], ...] = (nn.MultiheadAttention,)
+
+
 def trainable(module: nn.Module) -> list[str]:
-    """Names of the module's own parameters that require a gradient."""
-    return [name for name, p in module.named_parameters(recurse=False) if p.requires_grad]
+    """Names of the parameters that the module itself uses (not its children, unless it hides them) and that require a
+    gradient."""
+    opaque = isinstance(module, OPAQUE)
+    own = [(name, p) for name, p in module.named_parameters(recurse=opaque) if p.requires_grad]
+    if opaque or not own or not any(True for _ in module.children()):
+        return [name for name, _ in own]
+    # A name for a parameter that a child holds (Opacus's recurrent layers keep PyTorch's names): the child uses it.
+    of_children = {id(p) for child in module.children() for p in child.parameters()}
+    return [name for name, p in own if id(p) not in of_children]
+
+
+def trained_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """The layers that use trainable parameters, by name."""
+    hidden = {id(child) for opaque in module.modules() if isinstance(opaque, OPAQUE) for child in opaque.modules()} - {
+        id(child) for child in module.modules() if isinstance(child, OPAQUE)
+    }
+    return {name: m for name, m in module.named_modules() if id(m) not in hidden and trainable(m)}
+
+
+def recompute(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor
+) -> dict[str, PerExampleGradient]:
+    """Gradients of a layer without a rule: its forward, once more, for every example by itself (``torch.func.vmap``).
+
+    Tensors among the arguments whose leading dimension is the batch are taken apart; all others are shared. The layer
+    must be a function of its arguments: one that draws random numbers raises a ``RuntimeError``.
+    Source: Horace He & Richard Zou 2021, functorch.
+    """
+    batch = len(grad_output)
+    leaves, structure = tree_flatten((args, dict(kwargs)))
+    mapped = [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == batch for leaf in leaves]
+    tensors = [leaf.detach() for leaf, is_mapped in zip(leaves, mapped, strict=True) if is_mapped]
+    names = trainable(module)
+    everything = {name: p.detach() for name, p in module.named_parameters()}
+    own = {name: everything.pop(name) for name in names}
+
+    def inner_product(own: dict[str, Tensor], tensors: list[Tensor], error: Tensor) -> Tensor:
+        remaining = iter(tensors)
+        pairs = zip(leaves, mapped, strict=True)
+        filled = [next(remaining)[None] if is_mapped else leaf for leaf, is_mapped in pairs]
+        args, kwargs = tree_unflatten(filled, structure)
+        output = functional_call(module, {**everything, **own}, args, kwargs)
+        first = output[0] if isinstance(output, tuple) else output
+        return (first * error[None]).sum()
+
+    gradients = vmap(grad(inner_product), in_dims=(None, 0, 0))(own, tensors, grad_output)
+    return {name: Dense(values) for name, values in gradients.items()}

@@ -6,17 +6,22 @@ is in. Nothing here knows about Lightning.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from dp_accounting import DpEvent, NeighboringRelation, NonPrivateDpEvent, PoissonSampledDpEvent
+from dp_accounting import DpEvent, NonPrivateDpEvent, PoissonSampledDpEvent
 from torch import Tensor, nn
 
 from lightning_dp.accounting import PrivacyLedger
-from lightning_dp.clipping import Clipping
+from lightning_dp.clipping import Clipping, State
 from lightning_dp.engines import Engine
+from lightning_dp.gradients import PerExampleGradient
 from lightning_dp.noise import Noise
 from lightning_dp.randomness import Randomness
+
+#: The key of the clipping rule's own query among the sums; no parameter has an empty name.
+_QUERY = ""
 
 #: Generators of parameters in another precision start here, beyond any number of blocks.
 _SECOND_STREAM = 2**31
@@ -66,9 +71,14 @@ class PrivateStep:
         self.ledger = ledger
         #: Examples whose gradient was not finite, so far. Not private.
         self.nonfinite_examples = 0
-        #: Norms before clipping of the examples of the current step, when `keep_norms` is set. Not private.
+        #: Norms ``(B, G)`` before clipping of the examples of the current step, and their weights, one tensor per
+        #: micro-batch, when `keep_norms` is set. Not private.
         self.norms: list[Tensor] = []
+        self.weights: list[Tensor] = []
         self.keep_norms = False
+        #: What the clipping rule has chosen so far: public.
+        self.clipping_state: State = clipping.initial_state()
+        self._groups = clipping.groups(list(engine.parameters))
         self._randomness = randomness
         self._reduce = reduce
         self._sums: dict[str, Tensor] = {}
@@ -96,7 +106,7 @@ class PrivateStep:
             PrivacyLimitReached: The ledger is at its limit.
         """
         self._event = self.event(multiplier, sampling_rate)
-        self.norms = []
+        self.norms, self.weights = [], []
         self._sums = {}
         self._multiplier, self._divisor = multiplier, expected_batch_size
         if limit is not None and len(self.ledger) >= limit(self._event):
@@ -114,26 +124,42 @@ class PrivateStep:
         gradients = self.engine.gradients()
         if not gradients:
             return
-        norms = torch.stack([g.squared_norms() for g in gradients.values()]).sum(0).sqrt_() * scale
-        bad = ~norms.isfinite()
+        norms = self._norms(gradients) * scale
+        bad = ~norms.isfinite().all(1)
         if bad.any():
             self.nonfinite_examples += int(bad.sum())
             gradients = {name: g.without(bad) for name, g in gradients.items()}
-            norms = norms.masked_fill(bad, 0)
+            norms = norms.masked_fill(bad[:, None], 0)
+        weights = self.clipping.weights(norms, self._groups, self.clipping_state)
         if self.keep_norms:
             self.norms.append(norms)
-        weights = self.clipping.weights(norms) * (scale / self._divisor)
+            self.weights.append(weights)
+        query = self.clipping.query(norms, self.clipping_state)
+        if bad.any():
+            query = None if query is None else query.masked_fill(bad, 0)
         sums = self._totals()
-        for name in list(gradients):
-            gradients.pop(name).add_weighted_sum_(sums[name], weights)
+        if query is not None:
+            sums[_QUERY] += query.sum() / self._divisor
+        weights = weights * (scale / self._divisor)
+        for group, column in zip(self._groups, weights.unbind(1), strict=True):
+            for name in group:
+                if name in gradients:
+                    gradients.pop(name).add_weighted_sum_(sums[name], column)
+
+    def _norms(self, gradients: dict[str, PerExampleGradient]) -> Tensor:
+        """Norms ``(B, G)`` of every example's gradient with respect to every group."""
+        squares = {name: g.squared_norms() for name, g in gradients.items()}
+        nothing = torch.zeros_like(next(iter(squares.values())))
+        groups = [[squares[name] for name in group if name in squares] for group in self._groups]
+        return torch.stack([torch.stack(parts).sum(0) if parts else nothing for parts in groups], 1).sqrt_()
 
     def _totals(self) -> dict[str, Tensor]:
         """Noise plus the sums so far, over q·N: one tensor per trainable parameter, in float32 or wider."""
         if self._sums:
             return self._sums
         parameters = self.engine.parameters
-        sensitivity = self.clipping.sensitivity(NeighboringRelation.ADD_OR_REMOVE_ONE)
-        scale = self._multiplier * sensitivity / self._divisor
+        scales = self._noise_scales()
+        query_std = self.clipping.query_std(self._multiplier, self._divisor) / self._divisor
         step = len(self.ledger)
         for kind in {(p.device, _wide_dtype(p)) for p in parameters.values()}:
             device, dtype = kind
@@ -144,10 +170,37 @@ class PrivateStep:
             def generator(block: int, device: torch.device = device, first: int = first) -> torch.Generator:
                 return self._randomness.torch("noise", step, device, first + block)
 
-            self.noise.fill_(flat, scale, generator)
-            parts = flat.split([p.numel() for p in members.values()])
-            self._sums |= {name: part.view_as(p) for (name, p), part in zip(members.items(), parts, strict=True)}
+            parts = dict(zip(members, flat.split([p.numel() for p in members.values()]), strict=True))
+            if len({scales[name] for name in members}) == 1:
+                self.noise.fill_(flat, scales[next(iter(members))], generator)
+            else:
+                self.noise.fill_(flat, 1.0, generator)
+                torch._foreach_mul_(list(parts.values()), [scales[name] for name in parts])
+            self._sums |= {name: part.view_as(members[name]) for name, part in parts.items()}
+        device = next(iter(parameters.values())).device
+        answer = torch.empty(1, device=device)
+        self.noise.fill_(answer, query_std, lambda block: self._randomness.torch("query", step, device, block))
+        self._sums[_QUERY] = answer
         return self._sums
+
+    def _noise_scales(self) -> dict[str, float]:
+        """The scale of the noise on every parameter's sum over q·N.
+
+        Formal guarantee: all sums and the rule's query are together one mechanism of the step's multiplier z. Proof:
+        with ``σ_g = z_Δ S_g √G`` for G groups of sensitivity ``S_g``, ``Σ_g S_g²/σ_g² = z_Δ⁻²``, and
+        ``z_Δ⁻² = z⁻² - (2σ_b)⁻²`` leaves room for the query, of sensitivity 1/2 and noise ``σ_b``.
+        """
+        multiplier = self._multiplier
+        query_std = self.clipping.query_std(multiplier, self._divisor)
+        if query_std:
+            multiplier = (multiplier**-2 - (2 * query_std) ** -2) ** -0.5
+        sensitivities = self.clipping.group_sensitivities(self._groups, self.clipping_state)
+        factor = multiplier * math.sqrt(len(self._groups)) / self._divisor
+        return {
+            name: factor * sensitivity
+            for group, sensitivity in zip(self._groups, sensitivities, strict=True)
+            for name in group
+        }
 
     def release(self, others: Iterable[nn.Parameter] = ()) -> None:
         """Charges the ledger and sets every parameter's ``grad`` to the noisy mean gradient.
@@ -169,6 +222,8 @@ class PrivateStep:
         sums, self._sums = self._totals(), {}
         self._reduce(list(sums.values()))
         self.ledger.record(self._event)
+        if self.clipping_state:
+            self.clipping_state = self.clipping.next_state(sums[_QUERY].item(), self.clipping_state)
         for name, parameter in parameters.items():
             # Whatever was there before did not come through here: it is replaced, not added to.
             parameter.grad = sums[name].to(parameter.dtype)

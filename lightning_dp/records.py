@@ -7,13 +7,16 @@ one forward pass: outside it the user's module is exactly as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
+
+from lightning_dp.layers import trainable
 
 
 class UnsupportedModelError(ValueError):
@@ -27,6 +30,8 @@ class Call:
     input: Tensor
     version: int
     grad_output: Tensor | None = None
+    #: All arguments, of layers whose forward is run once more.
+    arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     def unchanged_input(self, layer: str) -> Tensor:
         if self.input._version != self.version:
@@ -58,11 +63,21 @@ class Recorder:
 
     Args:
         layers: The layers to record, by name.
+        with_arguments: Names of the layers of which all arguments are kept.
+        consume: Called with a layer's name and the call as soon as its gradient is known; the call is then forgotten.
+            ``None``: calls are kept until `take`.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        with_arguments: Collection[str] = (),
+        consume: Callable[[str, Call], None] | None = None,
+    ) -> None:
         self._layers = dict(layers)
-        self._parameters = [p for m in layers.values() for p in m.parameters(recurse=False)]
+        self._with_arguments = set(with_arguments)
+        self._consume = consume
+        self._parameters = [getattr_path(m, name) for m in layers.values() for name in trainable(m)]
         self._calls: dict[str, list[Call]] = {}
         self._listening = False
 
@@ -97,8 +112,18 @@ class Recorder:
         self._listening = True
         try:
             yield
+        except CheckpointError as error:
+            raise UnsupportedModelError(
+                "The model uses activation checkpointing, which runs layers again within the backward pass, where they "
+                "are not recorded. Turn it off and use max_physical_batch_size to save memory, or use "
+                "engine='per_example'."
+            ) from error
         finally:
             self._listening = False
+
+    def count(self, layer: str) -> int:
+        """How often the layer was called in this forward pass."""
+        return len(self._calls.get(layer, ()))
 
     def take(self) -> dict[str, list[Call]]:
         """The calls that contributed to the loss, by layer; the recorder forgets them."""
@@ -106,14 +131,25 @@ class Recorder:
         kept = {name: [call for call in calls if call.grad_output is not None] for name, calls in calls.items()}
         return {name: calls for name, calls in kept.items() if calls}
 
+    def _refuse_second_output(self, name: str) -> None:
+        if self._listening:
+            raise UnsupportedModelError(
+                f"Layer '{name}': the loss depends on its second output (attention weights, say), which is not "
+                "recorded. Use engine='per_example'."
+            )
+
     def _make_hook(self, name: str, batch_size: int, anchor: Tensor) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if not torch.is_grad_enabled():
                 return None
-            input = args[0] if args else kwargs.get("input")
+            rest: list[Any] | None = None
+            if name in self._with_arguments and isinstance(output, tuple) and output:
+                output, *rest = output
+            input = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(input, Tensor) or not isinstance(output, Tensor):
                 raise UnsupportedModelError(
-                    f"Layer '{name}' ({type(module).__name__}) was called without a tensor as its first argument."
+                    f"Layer '{name}' ({type(module).__name__}) was called without a tensor as its first argument, or "
+                    "returned none."
                 )
             input = _with_batch(input, batch_size, name, module)
             if output.dim() == 0 or output.shape[0] != batch_size:
@@ -122,6 +158,8 @@ class Recorder:
             if not output.requires_grad:
                 output = _RequireGrad.apply(output, anchor)
             call = Call(input.detach(), input._version)
+            if name in self._with_arguments:
+                call.arguments = (args, kwargs)
             self._calls.setdefault(name, []).append(call)
 
             def keep(grad: Tensor) -> None:
@@ -130,21 +168,38 @@ class Recorder:
                 if call.grad_output is not None:
                     raise UnsupportedModelError(f"Layer '{name}': more than one backward pass through one forward.")
                 call.grad_output = grad
+                if self._consume is not None:
+                    self._consume(name, call)
+                    call.input = call.grad_output = grad.new_empty(0)
+                    call.arguments = None
 
             # A linear layer over a sequence returns a view. An activation that then works in place would cut the view's
             # own hook off; the view's base keeps it.
-            if output._is_view():
-                base = output._base
-                whole = base is not None and base.grad_fn is not None and base.numel() == output.numel()
-                if whole and base.is_contiguous() and output.is_contiguous():
-                    shape = output.shape
-                    base.register_hook(lambda grad: keep(grad.reshape(shape)))
-                    return output
-                output = output.clone()
-            output.register_hook(keep)
-            return output
+            base, shape = output._base, output.shape
+            if base is not None and base.grad_fn is not None and _same_memory(base, output):
+                base.register_hook(lambda grad: keep(grad.reshape(shape)))
+            else:
+                output = output.clone() if base is not None else output
+                output.register_hook(keep)
+            if rest is None:
+                return output
+            for other in rest:
+                if isinstance(other, Tensor) and other.requires_grad:
+                    other.register_hook(lambda grad: self._refuse_second_output(name))
+            return (output, *rest)
 
         return hook
+
+
+def getattr_path(module: nn.Module, path: str) -> Any:
+    """The attribute of a module, or of its children, at a dotted path."""
+    for part in path.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def _same_memory(base: Tensor, view: Tensor) -> bool:
+    return base.numel() == view.numel() and base.is_contiguous() and view.is_contiguous()
 
 
 def _with_batch(input: Tensor, batch_size: int, name: str, module: nn.Module) -> Tensor:

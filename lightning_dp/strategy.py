@@ -26,7 +26,7 @@ from lightning_dp import checks
 from lightning_dp.accounting import PrivacyLedger
 from lightning_dp.batches import map_examples
 from lightning_dp.checks import PrivacyConfigurationError
-from lightning_dp.clipping import Clipping, FlatClipping
+from lightning_dp.clipping import Clipping, FlatClipping, State
 from lightning_dp.engines import ENGINES, make_engine
 from lightning_dp.noise import GaussianNoise, Noise
 from lightning_dp.pipeline import PrivateStep
@@ -94,6 +94,7 @@ class PrivateMixin(Strategy):
         self.budget: Budget | None = None
         #: The private step of the current fit; ``None`` before it is set up.
         self.private_step: PrivateStep | None = None
+        self._clipping_state: State = {}
         self._randomness = Randomness(seed)
         self._train_loader: PoissonDataLoader | None = None
         self._batch_examples: int | None = None
@@ -138,6 +139,7 @@ class PrivateMixin(Strategy):
             checks.check_model(self.lightning_module, self.engine)
             self._randomness.renew()
             self.ledger.start_run()
+            self.private_step = None
             self._self_check_pending = self.self_check
         super().setup(trainer)
         if fitting:
@@ -148,12 +150,16 @@ class PrivateMixin(Strategy):
         assert self.lightning_module is not None
         engine = make_engine(self.engine, self.lightning_module)
         checks.check_optimizers(trainer, engine)
-        nonfinite = self.private_step.nonfinite_examples if self.private_step else 0
-        keep_norms = self.private_step.keep_norms if self.private_step else False
-        self.private_step = PrivateStep(
+        before = self.private_step
+        step = PrivateStep(
             engine, self.clipping, self.noise, self.ledger, self._randomness, self._add_up_over_processes
         )
-        self.private_step.nonfinite_examples, self.private_step.keep_norms = nonfinite, keep_norms
+        if self._clipping_state.keys() == step.clipping_state.keys():
+            step.clipping_state = self._clipping_state
+        if before is not None:  # layers were frozen or unfrozen: the same training goes on
+            step.clipping_state = before.clipping_state
+            step.nonfinite_examples, step.keep_norms = before.nonfinite_examples, before.keep_norms
+        self.private_step = step
         self._bound = self._fingerprint()
 
     def _fingerprint(self) -> tuple[Any, ...]:
@@ -328,7 +334,8 @@ class PrivateMixin(Strategy):
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        checkpoint[CHECKPOINT_KEY] = {"ledger": self.ledger.state_dict()}
+        state = self.private_step.clipping_state if self.private_step else self._clipping_state
+        checkpoint[CHECKPOINT_KEY] = {"ledger": self.ledger.state_dict(), "clipping": dict(state)}
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -336,6 +343,7 @@ class PrivateMixin(Strategy):
         if CHECKPOINT_KEY in checkpoint:
             # Steps that this process has taken and the checkpoint does not know were taken all the same.
             self.ledger.include(PrivacyLedger.from_state_dict(checkpoint[CHECKPOINT_KEY]["ledger"]))
+            self._clipping_state = dict(checkpoint[CHECKPOINT_KEY]["clipping"])
         elif self._trainer().state.fn == TrainerFn.FITTING:
             raise PrivacyConfigurationError(
                 f"The checkpoint {checkpoint_path} holds no privacy ledger: it comes from training without privacy, "

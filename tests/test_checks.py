@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import opacus.layers
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
@@ -60,15 +62,68 @@ class Scale(nn.Module):
         return x * self.gain
 
 
-def test_a_parameter_without_a_rule_is_named_and_the_ways_out_work() -> None:
-    def net() -> nn.Module:
-        return nn.Sequential(Scale(), nn.Linear(6, 3))
+def test_a_layer_of_the_users_own_is_run_once_more() -> None:
+    train(Net(nn.Sequential(Scale(), nn.Linear(6, 3))))
 
-    refused(Net(net()), r"'net.0' \(Scale\).*'net.0.gain'.*per_example")
-    train(Net(net()), engine="per_example")
-    frozen = net()
-    frozen[0].requires_grad_(False)
+
+class Holder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gains = nn.ParameterList([nn.Parameter(torch.ones(6))])
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(x * self.gains[0])
+
+
+def test_a_parameter_that_cannot_be_followed_is_named_and_the_ways_out_work() -> None:
+    refused(Net(Holder()), r"'net.gains' \(ParameterList\).*per_example")
+    train(Net(Holder()), engine="per_example")
+    frozen = Holder()
+    frozen.gains.requires_grad_(False)
     train(Net(frozen))
+
+
+class Recurrence(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.out = layer, nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.layer(x.view(-1, 3, 2))[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_fused_recurrent_layers_are_refused_and_their_replacements_work(kind: Any) -> None:
+    refused(Net(Recurrence(kind(2, 4, batch_first=True))), f"opacus.layers.DP{kind.__name__}")
+    train(Net(Recurrence(kind(2, 4, batch_first=True))), engine="per_example")
+    train(Net(Recurrence(getattr(opacus.layers, f"DP{kind.__name__}")(2, 4, batch_first=True))))
+
+
+def test_attention_with_dropout_inside_is_refused_and_says_what_to_do() -> None:
+    class Attention(nn.Module):
+        def __init__(self, dropout: float) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(2, 1, dropout=dropout, batch_first=True)
+            self.out = nn.Linear(2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.view(-1, 3, 2)
+            return self.out(self.attention(x, x, x)[0].mean(1))
+
+    refused(Net(Attention(0.1)), r"'net.attention' \(MultiheadAttention\).*dropout=0.0")
+    train(Net(Attention(0.0)))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_is_refused(reentrant: bool) -> None:
+    class Checkpointed(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            inputs = batch[0].requires_grad_()
+            logits = torch.utils.checkpoint.checkpoint(self.net, inputs, use_reentrant=reentrant)
+            return F.cross_entropy(logits, batch[1])
+
+    refused(Checkpointed(), "activation checkpointing")
 
 
 def test_a_parameter_of_the_lightning_module_itself_is_named() -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from dp_accounting import NeighboringRelation
@@ -8,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_dp.accounting import PrivacyLedger
-from lightning_dp.clipping import Clipping, FlatClipping
+from lightning_dp.clipping import AdaptiveClipping, AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
 from lightning_dp.engines import BookKeeping
 from lightning_dp.gradients import OuterProducts
 from lightning_dp.noise import GaussianNoise
@@ -18,30 +21,71 @@ from lightning_dp.randomness import Randomness
 ADD_OR_REMOVE, REPLACE = NeighboringRelation.ADD_OR_REMOVE_ONE, NeighboringRelation.REPLACE_ONE
 
 #: Every clipping rule; a new one inherits the tests below.
-CLIPPINGS = [FlatClipping(1.0), FlatClipping(0.01), FlatClipping(50.0)]
+CLIPPINGS = [
+    FlatClipping(1.0),
+    FlatClipping(0.01),
+    FlatClipping(50.0),
+    PerLayerClipping(1.0),
+    PerLayerClipping(0.02),
+    AutomaticClipping(),
+    AutomaticClipping(gamma=1.0),
+    AdaptiveClipping(0.3),
+]
 
 
 @given(norms=st.lists(st.floats(0, 1e30), min_size=1, max_size=20), max_norm=st.floats(1e-6, 1e6))
-def test_flat_clipping_bounds_every_norm_and_leaves_small_ones(norms: list[float], max_norm: float) -> None:
-    norm = torch.tensor(norms, dtype=torch.float64)
-    clipped = FlatClipping(max_norm).weights(norm) * norm
-    assert (clipped <= max_norm * (1 + 1e-12)).all()
-    assert torch.equal(clipped[norm <= max_norm], norm[norm <= max_norm])
+def test_clipped_norms_are_bounded_and_small_ones_untouched(norms: list[float], max_norm: float) -> None:
+    norm = torch.tensor(norms, dtype=torch.float64)[:, None]
+    for rule in (FlatClipping(max_norm), PerLayerClipping(max_norm), AdaptiveClipping(max_norm)):
+        clipped = rule.weights(norm, [("w",)], rule.initial_state()) * norm
+        assert (clipped <= max_norm * (1 + 1e-12)).all()
+        assert torch.equal(clipped[norm <= max_norm], norm[norm <= max_norm])
+    assert (AutomaticClipping(max_norm).weights(norm, [("w",)]) * norm <= 1).all()
 
 
-def test_sensitivity_doubles_for_replacement() -> None:
-    assert FlatClipping(0.7).sensitivity(ADD_OR_REMOVE) == 0.7
-    assert FlatClipping(0.7).sensitivity(REPLACE) == 1.4
+@pytest.mark.parametrize("rule", CLIPPINGS, ids=repr)
+def test_sensitivity_is_joint_over_the_groups_and_doubles_for_replacement(rule: Clipping) -> None:
+    groups = rule.groups(["a.weight", "a.bias", "b.weight"])
+    single = rule.group_sensitivities(groups, rule.initial_state())
+    assert len(single) == len(groups)
+    assert rule.sensitivity(ADD_OR_REMOVE, groups) == pytest.approx(math.hypot(*single))
+    assert rule.sensitivity(REPLACE, groups) == 2 * rule.sensitivity(ADD_OR_REMOVE, groups)
 
 
-@pytest.mark.parametrize("max_norm", [0.0, -1.0, float("inf"), float("nan")])
-def test_a_bound_that_bounds_nothing_is_refused(max_norm: float) -> None:
-    with pytest.raises(ValueError, match="max_norm must be positive and finite"):
-        FlatClipping(max_norm)
+def test_per_layer_norms_split_the_joint_norm() -> None:
+    rule = PerLayerClipping(2.0)
+    groups = rule.groups(["a.weight", "a.bias", "b.weight", "c.d.weight", "c.d.bias"])
+    assert groups == [("a.weight", "a.bias"), ("b.weight",), ("c.d.weight", "c.d.bias")]
+    assert rule.sensitivity(ADD_OR_REMOVE, groups) == pytest.approx(2.0)
+    named = PerLayerClipping(max_norms={"a": 1.0, "b": 2.0, "c.d": 3.0})
+    assert named.group_sensitivities(named.groups([name for group in groups for name in group])) == [1.0, 2.0, 3.0]
+    with pytest.raises(ValueError, match=r"missing \['b'\], unknown \['z'\]"):
+        PerLayerClipping(max_norms={"a": 1.0, "z": 2.0}).groups(["a.weight", "b.weight"])
 
 
-def bounded_sum(clipping: Clipping, model: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    """The sum that the noise is added to, black box: everything but the noise, through the private step."""
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: FlatClipping(0.0), "max_norm must be positive and finite"),
+        (lambda: FlatClipping(float("inf")), "max_norm must be positive and finite"),
+        (lambda: FlatClipping(float("nan")), "max_norm must be positive and finite"),
+        (lambda: PerLayerClipping(), "either max_norm"),
+        (lambda: PerLayerClipping(1.0, {"a": 1.0}), "either max_norm"),
+        (lambda: PerLayerClipping(max_norms={"a": -1.0}), "a must be positive"),
+        (lambda: AutomaticClipping(0.0), "gamma must be positive"),
+        (lambda: AdaptiveClipping(-1.0), "initial_norm must be positive"),
+        (lambda: AdaptiveClipping(target_quantile=1.0), "target_quantile must lie"),
+        (lambda: AdaptiveClipping(count_std=1.0).query_std(2.0, 100.0), "more than half"),
+    ],
+)
+def test_bounds_that_bound_nothing_are_refused(make: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+def bounded_sums(clipping: Clipping, model: nn.Module, inputs: torch.Tensor) -> tuple[list[torch.Tensor], list[float]]:
+    """The sums that the noise is added to, one vector per group, and their sensitivities: black box, everything but the
+    noise, through the private step."""
     for parameter in model.parameters():
         parameter.grad = None
     step = PrivateStep(
@@ -55,7 +99,10 @@ def bounded_sum(clipping: Clipping, model: nn.Module, inputs: torch.Tensor) -> t
             loss.backward()
         step.accumulate(float(len(inputs)))
     step.release()
-    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+    grads = {name: p.grad.flatten().double() for name, p in model.named_parameters() if p.grad is not None}
+    groups = clipping.groups(list(grads))
+    sensitivities = clipping.group_sensitivities(groups, clipping.initial_state())
+    return [torch.cat([grads[name] for name in group]) for group in groups], sensitivities
 
 
 MODELS = {
@@ -66,6 +113,7 @@ MODELS = {
         lambda: nn.Sequential(nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 2)),
         (2, 8, 8),
     ),
+    "convolution with many channels": (lambda: nn.Sequential(nn.Conv2d(16, 32, 3, padding=1)), (16, 3, 3)),
 }
 
 
@@ -74,7 +122,7 @@ MODELS = {
 )
 @pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("clipping", CLIPPINGS, ids=repr)
-def test_one_record_moves_the_sum_by_at_most_the_sensitivity(clipping: Clipping, model_name: str, extra: str) -> None:
+def test_one_record_moves_every_sum_by_at_most_its_sensitivity(clipping: Clipping, model_name: str, extra: str) -> None:
     make, shape = MODELS[model_name]
     model = make()
     batch = torch.randn(5, *shape)
@@ -91,14 +139,15 @@ def test_one_record_moves_the_sum_by_at_most_the_sensitivity(clipping: Clipping,
         "infinite": torch.full(shape, float("inf")),
         "nan": torch.full(shape, float("nan")),
     }[extra]
-    bound = clipping.sensitivity(ADD_OR_REMOVE)
-    without, alone = bounded_sum(clipping, model, batch), bounded_sum(clipping, model, record[None])
-    with_record = bounded_sum(clipping, model, torch.cat([batch[:2], record[None], batch[2:]]))
-    assert with_record.isfinite().all()
-    assert (with_record - without).norm() <= bound * (1 + 1e-4)
-    assert alone.norm() <= bound * (1 + 1e-5)
-    replaced = bounded_sum(clipping, model, torch.cat([batch[:4], record[None]]))
-    assert (replaced - without).norm() <= clipping.sensitivity(REPLACE) * (1 + 1e-4)
+    without, bounds = bounded_sums(clipping, model, batch)
+    alone, _ = bounded_sums(clipping, model, record[None])
+    with_record, _ = bounded_sums(clipping, model, torch.cat([batch[:2], record[None], batch[2:]]))
+    replaced, _ = bounded_sums(clipping, model, torch.cat([batch[:4], record[None]]))
+    for group, bound in enumerate(bounds):
+        assert with_record[group].isfinite().all()
+        assert (with_record[group] - without[group]).norm() <= bound * (1 + 1e-4)
+        assert alone[group].norm() <= bound * (1 + 1e-5)
+        assert (replaced[group] - without[group]).norm() <= 2 * bound * (1 + 1e-4)
 
 
 def test_low_precision_records_do_not_round_the_sum() -> None:
@@ -106,23 +155,80 @@ def test_low_precision_records_do_not_round_the_sum() -> None:
     left = torch.randn(1, 1, 32).repeat(1024, 1, 1).bfloat16() * 10
     right = torch.randn(1, 1, 32).repeat(1024, 1, 1).bfloat16()
     gradient = OuterProducts(left, right)
-    weights = FlatClipping(1.0).weights(gradient.squared_norms().sqrt())
+    weights = FlatClipping(1.0).weights(gradient.squared_norms().sqrt(), [("w",)])
     with_record, without = torch.zeros(32, 32), torch.zeros(32, 32)
     gradient.add_weighted_sum_(with_record, weights)
     OuterProducts(left[1:], right[1:]).add_weighted_sum_(without, weights[1:])
     assert (with_record - without).norm() <= 1 + 1e-3
 
 
-def test_the_bound_is_attained() -> None:
+@pytest.mark.parametrize("rule", CLIPPINGS, ids=repr)
+def test_the_bound_is_attained(rule: Clipping) -> None:
     """A test of an upper bound alone would pass for a rule that sends nothing."""
-    model = nn.Linear(3, 2)
-    moved = bounded_sum(FlatClipping(0.5), model, torch.full((1, 3), 100.0))
-    assert abs(moved.norm() - 0.5) < 1e-5
+    moved, bounds = bounded_sums(rule, nn.Linear(3, 2), torch.full((1, 3), 1e4))
+    assert moved[0].norm() == pytest.approx(bounds[0], rel=1e-4)
 
 
 def test_an_example_without_a_finite_gradient_contributes_nothing_and_is_counted() -> None:
     model = nn.Linear(3, 2)
     inputs = torch.randn(4, 3)
-    expected = bounded_sum(FlatClipping(1.0), model, inputs)
+    [expected], _ = bounded_sums(FlatClipping(1.0), model, inputs)
     spoiled = torch.cat([inputs, torch.full((1, 3), float("nan"))])
-    assert torch.allclose(bounded_sum(FlatClipping(1.0), model, spoiled), expected, atol=1e-6)
+    [found], _ = bounded_sums(FlatClipping(1.0), model, spoiled)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+# -- noise: one mechanism, however many pieces -------------------------------------------------------------------------
+
+
+def noise_stds(clipping: Clipping, model: nn.Module, multiplier: float, divisor: float, steps: int) -> dict[str, float]:
+    """Measured standard deviation of the noise on every parameter's sum, and on the rule's query (key "")."""
+    step = PrivateStep(
+        BookKeeping(model), clipping, GaussianNoise(), PrivacyLedger(), Randomness(), lambda tensors: None
+    )
+    samples: dict[str, list[torch.Tensor]] = {}
+    for _ in range(steps):
+        step.begin(multiplier, 0.1, divisor)
+        for name, total in step._totals().items():
+            samples.setdefault(name, []).append(total.flatten().double() * divisor)
+    return {name: torch.cat(parts).pow(2).mean().sqrt().item() for name, parts in samples.items()}
+
+
+@pytest.mark.parametrize("rule", [*CLIPPINGS, PerLayerClipping(max_norms={"0": 0.1, "1": 3.0})], ids=repr)
+def test_all_pieces_together_are_one_mechanism_of_the_multiplier(rule: Clipping) -> None:
+    """``Σ_g S_g² / σ_g² = z⁻²`` with the σ_g measured; rejected at 2/3 and 3/2 of the noise."""
+    model = nn.Sequential(nn.Linear(60, 50), nn.Linear(50, 60))
+    multiplier, divisor = 1.3, 40.0
+    stds = noise_stds(rule, model, multiplier, divisor, 60)
+    groups = rule.groups([name for name, _ in model.named_parameters()])
+    sensitivities = rule.group_sensitivities(groups, rule.initial_state())
+    pieces = [s / stds[group[0]] for group, s in zip(groups, sensitivities, strict=True)]
+    if rule.query(torch.ones(1, 1), rule.initial_state()) is not None:
+        many = noise_stds(rule, nn.Linear(1, 1), multiplier, divisor, 4000)
+        pieces.append(0.5 / many[""])
+    found = math.hypot(*pieces) ** -1
+    assert found == pytest.approx(multiplier, rel=0.03)
+    assert 1.5 * found != pytest.approx(multiplier, rel=0.03) != found / 1.5
+
+
+def test_the_adaptive_norm_finds_the_quantile_and_is_frozen_within_a_step() -> None:
+    model = nn.Linear(4, 1, bias=False)
+    rule = AdaptiveClipping(initial_norm=100.0, target_quantile=0.3, learning_rate=0.3)
+    step = PrivateStep(BookKeeping(model), rule, GaussianNoise(), PrivacyLedger(), Randomness(1), lambda tensors: None)
+    # The gradient of this loss is the input, so that norms are known: half normal times 3.
+    inputs = torch.zeros(400, 4)
+    inputs[:, 0] = 3 * torch.randn(400)
+    for _ in range(120):
+        step.begin(1.0, 0.1, 400.0)
+        before = step.clipping_state
+        for part in inputs.split(150):
+            with step.engine.forward(len(part)):
+                loss = model(part).sum()
+            with step.engine.backward():
+                loss.backward()
+            step.accumulate(1.0)
+            assert step.clipping_state == before
+        step.release()
+        assert step.clipping_state != before
+    below = (inputs[:, 0].abs() <= step.clipping_state["max_norm"]).double().mean()
+    assert abs(below - 0.3) < 0.1

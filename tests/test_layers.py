@@ -66,6 +66,26 @@ EXAMPLES: dict[type[nn.Module], dict[str, Callable[[], tuple[nn.Module, Tensor]]
         "padding": lambda: (nn.Embedding(5, 3, padding_idx=1), torch.randint(5, (BATCH, 8))),
         "two dimensions": lambda: (nn.Embedding(5, 3), torch.randint(5, (BATCH, 2, 4))),
     },
+    nn.ConvTranspose1d: {
+        "strided": lambda: (nn.ConvTranspose1d(2, 3, 3, stride=2, padding=1, output_padding=1), randn(BATCH, 2, 5)),
+    },
+    nn.ConvTranspose2d: {
+        "plain": lambda: (nn.ConvTranspose2d(2, 3, 3), randn(BATCH, 2, 4, 5)),
+        "grouped, dilated": lambda: (
+            nn.ConvTranspose2d(4, 6, (2, 3), stride=(2, 1), dilation=2, groups=2, bias=False),
+            randn(BATCH, 4, 3, 4),
+        ),
+    },
+    nn.ConvTranspose3d: {"plain": lambda: (nn.ConvTranspose3d(2, 2, 2, stride=2), randn(BATCH, 2, 2, 3, 2))},
+    nn.PReLU: {
+        "one slope": lambda: (nn.PReLU(), randn(BATCH, 4, 3)),
+        "a slope per channel": lambda: (nn.PReLU(4), randn(BATCH, 4, 3)),
+        "vectors": lambda: (nn.PReLU(4), randn(BATCH, 4)),
+    },
+    nn.EmbeddingBag: {
+        "mean": lambda: (nn.EmbeddingBag(6, 3), torch.randint(6, (BATCH, 4))),
+        "sum, padding": lambda: (nn.EmbeddingBag(6, 3, mode="sum", padding_idx=2), torch.randint(6, (BATCH, 4))),
+    },
     nn.LayerNorm: {
         "vectors": lambda: (nn.LayerNorm(4), randn(BATCH, 4)),
         "sequence": lambda: (nn.LayerNorm(4), randn(BATCH, 3, 4)),
@@ -223,6 +243,8 @@ def test_a_subclass_that_overrides_forward_has_no_rule() -> None:
         (nn.Embedding(3, 2, scale_grad_by_freq=True), "scale_grad_by_freq"),
         (nn.Embedding(3, 2, sparse=True), "sparse"),
         (nn.InstanceNorm2d(3, track_running_stats=True), "track_running_stats"),
+        (nn.EmbeddingBag(3, 2, mode="max"), "attain a maximum"),
+        (nn.EmbeddingBag(3, 2, mode="mean", padding_idx=0), "not padding"),
         (nn.BatchNorm1d(3), "GroupNorm"),
         (nn.SyncBatchNorm(3), "GroupNorm"),
     ],

@@ -22,7 +22,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
-from lightning_dp import DifferentialPrivacy, FlatClipping, GaussianNoise, PrivateStrategy
+from lightning_dp import (
+    AdaptiveClipping,
+    AutomaticClipping,
+    DifferentialPrivacy,
+    FlatClipping,
+    GaussianNoise,
+    PerLayerClipping,
+    PrivacyMonitor,
+    PrivateStrategy,
+)
 from lightning_dp.checks import PrivacyConfigurationError
 from lightning_dp.randomness import Randomness
 from lightning_dp.sampling import draw_poisson_sample
@@ -456,7 +465,7 @@ def test_a_run_interrupted_within_an_epoch_resumes(tmp_path: Path) -> None:
 def test_a_checkpoint_is_plain_data_without_any_generator_state(tmp_path: Path) -> None:
     _, private = run_and_save(tmp_path / "run.ckpt", None, 1)
     checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
-    assert set(checkpoint["lightning_dp"]) == {"ledger"}
+    assert set(checkpoint["lightning_dp"]) == {"ledger", "clipping"}
     secret = private._randomness._entropy
     for form in (str(secret).encode(), secret.to_bytes(32, "little"), secret.to_bytes(32, "big")):
         assert form not in (tmp_path / "run.ckpt").read_bytes()
@@ -509,6 +518,38 @@ def test_resuming_from_training_without_privacy_is_refused(tmp_path: Path) -> No
     run.save_checkpoint(tmp_path / "plain.ckpt")
     with pytest.raises(PrivacyConfigurationError, match="no privacy ledger"):
         fit(trainer(strategy=strategy(1.0), max_epochs=2), Net(), loader(), ckpt_path=tmp_path / "plain.ckpt")
+
+
+def test_an_adaptive_norm_is_resumed_and_the_same_for_every_clipping_rule(tmp_path: Path) -> None:
+    def adaptive(epochs: int, resume: Path | None = None) -> Any:
+        private = PrivateStrategy(AdaptiveClipping(5.0), GaussianNoise(1.0), seed=2)
+        run = trainer(strategy=private, max_epochs=epochs)
+        torch.manual_seed(0)
+        fit(run, Net(), loader(), ckpt_path=resume)
+        run.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return private.private_step.clipping_state
+
+    whole = adaptive(4)
+    half = adaptive(2)
+    assert half != {"max_norm": 5.0}
+    assert adaptive(4, tmp_path / "2.ckpt") == whole
+
+
+@pytest.mark.parametrize("clipping", [PerLayerClipping(0.5), AutomaticClipping(), AdaptiveClipping(0.5)], ids=repr)
+def test_every_clipping_rule_trains_and_micro_batches_change_nothing(clipping: Any) -> None:
+    def trained(micro: int | None) -> list[Tensor]:
+        torch.manual_seed(0)
+        module = Net()
+        private = PrivateStrategy(clipping, GaussianNoise(1.0), max_physical_batch_size=micro, seed=1)
+        fit(
+            trainer(strategy=private, max_steps=4, callbacks=[PrivacyMonitor(1e-3, log_not_private=True)]),
+            module,
+            loader(),
+        )
+        return list(module.parameters())
+
+    for one, other in zip(trained(3), trained(None), strict=True):
+        assert_close(one, other, 1e-5)
 
 
 # -- entries -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,193 @@
+"""Whole models of the kinds that people train: every one against the loop, or refused; and the table in the docs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import opacus.layers
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_dp.engines import BookKeeping
+from lightning_dp.layers import OPAQUE, registered_types, rule_for, trained_layers
+from tests.conftest import assert_close, oracle_gradients
+
+TABLE = Path(__file__).parent.parent / "docs" / "coverage.md"
+
+
+class ClassToken(nn.Module):
+    """Bare parameters: a class token, positions and a layer scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 4))
+        self.positions = nn.Parameter(torch.randn(1, 4, 4))
+        self.scale = nn.Parameter(torch.rand(4))
+        self.project = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(x), -1, -1), self.project(x)], 1) + self.positions
+        return x * self.scale
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True, **kwargs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.triu(torch.ones(x.shape[1], x.shape[1], dtype=torch.bool), 1)
+        return self.attention(x, x[:, :, :4], x, attn_mask=mask)[0]
+
+
+class First(nn.Module):
+    """The first output of a layer that returns several."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)[0]
+
+
+def encoder_layer() -> nn.Module:
+    return nn.TransformerEncoderLayer(4, 2, dim_feedforward=6, dropout=0.0, batch_first=True)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "bare parameters (class token, positions, layer scale)": (ClassToken, lambda: torch.randn(5, 3, 3)),
+    "MultiheadAttention": (SelfAttention, lambda: torch.randn(5, 3, 4)),
+    "MultiheadAttention, no bias, keys of other width": (
+        lambda: SelfAttention(bias=False, kdim=4, vdim=4, add_zero_attn=True),
+        lambda: torch.randn(5, 3, 4),
+    ),
+    "TransformerEncoderLayer": (encoder_layer, lambda: torch.randn(5, 3, 4)),
+    "TransformerEncoder of two layers": (
+        lambda: nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=False),
+        lambda: torch.randn(5, 3, 4),
+    ),
+    "Bilinear": (lambda: OneInput(nn.Bilinear(3, 3, 2)), lambda: torch.randn(5, 3)),
+    "opacus.layers.DPLSTM": (
+        lambda: First(opacus.layers.DPLSTM(3, 4, num_layers=2, batch_first=True)),
+        lambda: torch.randn(5, 3, 3),
+    ),
+    "opacus.layers.DPGRU": (
+        lambda: First(opacus.layers.DPGRU(3, 4, batch_first=True, bidirectional=True)),
+        lambda: torch.randn(5, 3, 3),
+    ),
+}
+
+
+class OneInput(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x, x.flip(0).flip(0))
+
+
+def check(model: nn.Module, run: Callable[[slice], Tensor], count: int) -> None:
+    expected = oracle_gradients(model, lambda i: run(slice(i, i + 1)), count)
+    engine = BookKeeping(model)
+    with engine.forward(count):
+        loss = run(slice(None))
+    with engine.backward():
+        loss.backward()
+    gradients = engine.gradients()
+    weights = torch.rand(count, dtype=torch.float64)
+    for name, rows in expected.items():
+        if name not in gradients:
+            assert rows.abs().max() == 0, name
+            continue
+        assert_close(gradients[name].squared_norms(), rows.flatten(1).pow(2).sum(1), 1e-8)
+        total = torch.zeros_like(rows[0])
+        gradients[name].add_weighted_sum_(total, weights)
+        assert_close(total, torch.einsum("b,b...->...", weights, rows), 1e-8)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_equal_the_loop(name: str) -> None:
+    make, draw = MODELS[name]
+    model, inputs = make().double(), draw().double()
+    target = torch.randn_like(model(inputs))
+    check(model, lambda rows: ((model(inputs[rows]) - target[rows]) ** 2).sum(), len(inputs))
+
+
+def language_model(kind: str) -> nn.Module:
+    import transformers as hf
+
+    if kind == "GPT-2":
+        config = hf.GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11, n_positions=6)
+        return hf.GPT2LMHeadModel(config)
+    config = hf.BertConfig(
+        num_hidden_layers=2, hidden_size=8, num_attention_heads=2, intermediate_size=12, vocab_size=11,
+        max_position_embeddings=6,
+    )  # fmt: skip
+    return hf.BertForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("kind", ["GPT-2", "BERT"])
+def test_hugging_face_text_models_equal_the_loop(kind: str) -> None:
+    model = language_model(kind).double().eval()
+    tokens = torch.randint(1, 11, (4, 6))
+    check(model, lambda rows: model(tokens[rows]).logits.pow(2).sum(), 4)
+
+
+def test_hugging_face_vision_transformer_equals_the_loop() -> None:
+    import transformers as hf
+
+    config = hf.ViTConfig(
+        num_hidden_layers=2, hidden_size=8, num_attention_heads=2, intermediate_size=12, image_size=8, patch_size=4,
+        num_channels=1,
+    )  # fmt: skip
+    model = hf.ViTForImageClassification(config).double()
+    images = torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    check(model, lambda rows: model(images[rows]).logits.pow(2).sum(), 4)
+
+
+def test_lora_adapters_equal_the_loop() -> None:
+    import peft
+
+    adapted = peft.get_peft_model(language_model("BERT"), peft.LoraConfig(target_modules=["query", "value"], r=2))
+    model = adapted.double().eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    tokens = torch.randint(1, 11, (4, 6))
+    check(model, lambda rows: model(tokens[rows]).logits.pow(2).sum(), 4)
+    assert all("lora" in name for name in BookKeeping(model).parameters)
+
+
+def coverage_table() -> str:
+    """The table of docs/coverage.md, from what the tests above run."""
+    lines = ["| layer | how |", "|---|---|"]
+    lines += [f"| `torch.nn.{cls.__name__}` | rule |" for cls in registered_types()]
+    for name, (make, _) in MODELS.items():
+        layers = trained_layers(make()).values()
+        rerun = sorted({type(layer).__name__ for layer in layers if rule_for(layer) is None})
+        how = f"run once more for every example: {', '.join(f'`{r}`' for r in rerun)}" if rerun else "rules"
+        lines.append(f"| {name} | {how} |")
+    lines += [
+        "| GPT-2, BERT (Hugging Face `transformers`) | rules |",
+        "| ViT (Hugging Face `transformers`) | rules; its embeddings are run once more for every example |",
+        "| LoRA adapters (`peft`) | rules |",
+        "| `torch.nn.LSTM`, `GRU`, `RNN` | refused: use `opacus.layers.DPLSTM`, `DPGRU`, `DPRNN` |",
+        '| `MultiheadAttention` with `dropout > 0` | refused: `dropout=0.0`, or `engine="per_example"` |',
+        '| activation checkpointing | refused: `max_physical_batch_size`, or `engine="per_example"` |',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def test_the_table_in_the_docs_is_what_is_tested() -> None:
+    assert nn.MultiheadAttention in OPAQUE
+    assert coverage_table() in TABLE.read_text(), "run: python -m tests.test_coverage"
+
+
+if __name__ == "__main__":
+    text = TABLE.read_text().split("| layer | how |")[0] if TABLE.exists() else ""
+    TABLE.write_text(text + coverage_table())
