@@ -5,28 +5,21 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
 from torch import Tensor
 
-#: Coordinates that are drawn from one generator: the result does not depend on the number of threads.
+#: Coordinates that are drawn from one generator on the CPU. Several threads could draw blocks with the same result; in
+#: Python threads that was measured to be no faster, because OpenMP's idle workers spin after a matrix product.
 BLOCK = 2**18
 
 
 def in_blocks(out: Tensor, draw: Callable[[int, Tensor], object]) -> None:
-    """Calls ``draw(number, block)`` for all blocks of a flat tensor, on the CPU in as many threads as torch uses: its
-    generators are serial, and noise is a large part of what privacy costs there."""
-    blocks = list(enumerate(out.split(BLOCK))) if out.device.type == "cpu" else [(0, out)]
-    threads = min(torch.get_num_threads(), len(blocks))
-    if threads <= 1:
-        for number, block in blocks:
-            draw(number, block)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda numbered: draw(*numbered), blocks))
+    """Calls ``draw(number, block)`` for all blocks of a flat tensor."""
+    for number, block in enumerate(out.split(BLOCK if out.device.type == "cpu" else max(len(out), 1))):
+        draw(number, block)
 
 
 class Noise(ABC):

@@ -157,13 +157,9 @@ class PrivateStep:
         """Noise plus the sums so far, over q·N: one tensor per trainable parameter, in float32 or wider."""
         if self._sums:
             return self._sums
-        parameters = self.engine.parameters
-        scales = self._noise_scales()
-        query_std = self.clipping.query_std(self._multiplier, self._divisor) / self._divisor
-        step = len(self.ledger)
-        for kind in {(p.device, _wide_dtype(p)) for p in parameters.values()}:
-            device, dtype = kind
-            members = {n: p for n, p in parameters.items() if (p.device, _wide_dtype(p)) == kind}
+        parameters, scales, step = self.engine.parameters, self._noise_scales(), len(self.ledger)
+        for device, dtype in {(p.device, _wide_dtype(p)) for p in parameters.values()}:
+            members = {n: p for n, p in parameters.items() if (p.device, _wide_dtype(p)) == (device, dtype)}
             flat = torch.empty(sum(p.numel() for p in members.values()), device=device, dtype=dtype)
             first = 0 if dtype == torch.float32 else _SECOND_STREAM  # parameters of mixed precision share no generator
 
@@ -179,6 +175,7 @@ class PrivateStep:
             self._sums |= {name: part.view_as(members[name]) for name, part in parts.items()}
         device = next(iter(parameters.values())).device
         answer = torch.empty(1, device=device)
+        query_std = self.clipping.query_std(self._multiplier, self._divisor) / self._divisor
         self.noise.fill_(answer, query_std, lambda block: self._randomness.torch("query", step, device, block))
         self._sums[_QUERY] = answer
         return self._sums

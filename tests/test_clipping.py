@@ -191,6 +191,7 @@ def noise_stds(clipping: Clipping, model: nn.Module, multiplier: float, divisor:
         step.begin(multiplier, 0.1, divisor)
         for name, total in step._totals().items():
             samples.setdefault(name, []).append(total.flatten().double() * divisor)
+        step.release()  # the next step has other noise
     return {name: torch.cat(parts).pow(2).mean().sqrt().item() for name, parts in samples.items()}
 
 
