@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 # The data sets of the recipes: unset, they come from the Hugging Face hub.
 export LIGHTNING_DP_DATA
 
-.PHONY: demo test test-slow lint mnist clean
+.PHONY: demo test test-slow lint digits mnist speed clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,8 +27,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+digits: $(INSTALLED)  ## the digits recipe as shipped, three seeds
+	$(BIN)/python benchmarks/seeds.py recipes/digits/dp_sgd.yaml --seeds 1 2 3
+
 mnist: $(INSTALLED)  ## the MNIST recipe as shipped, three seeds
 	$(BIN)/python benchmarks/seeds.py recipes/mnist/dp_sgd.yaml --seeds 1 2 3
+
+speed: $(INSTALLED)  ## step times beside non-private Lightning and Opacus, in about ten minutes
+	$(BIN)/python benchmarks/speed.py --out runs/speed
 
 clean:
 	rm -rf $(VENV) dist runs

@@ -191,7 +191,8 @@ def noise_stds(clipping: Clipping, model: nn.Module, multiplier: float, divisor:
         step.begin(multiplier, 0.1, divisor)
         for name, total in step._totals().items():
             samples.setdefault(name, []).append(total.flatten().double() * divisor)
-        step.release()  # the next step has other noise
+        step.release()  # the next step has other noise, and here the same clipping norm
+        step.clipping_state = clipping.initial_state()
     return {name: torch.cat(parts).pow(2).mean().sqrt().item() for name, parts in samples.items()}
 
 
