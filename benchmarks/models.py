@@ -90,7 +90,7 @@ def images(*shape: int) -> Callable[[int], tuple[Tensor, Tensor]]:
 def token_sequences(length: int, vocabulary: int) -> Callable[[int], tuple[Tensor, Tensor]]:
     def draw(count: int) -> tuple[Tensor, Tensor]:
         tokens = torch.randint(vocabulary, (count, length + 1))
-        return tokens[:, :-1], tokens[:, 1:]
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
     return draw
 
