@@ -73,6 +73,10 @@ class PerExampleGradient(ABC):
 #: Kernel elements per output channel up to which unfolding the input beats a grouped convolution (measured on a CPU).
 _FEW_INPUTS = 32
 
+#: How many times the memory of what they are made of materialised gradients may take for a moment. Less is slower: at 1,
+#: a small network's step took 1.57 instead of 1.35 times the ordinary one, and 1.34 instead of 1.72 times its memory.
+_MATERIALISED = 4
+
 #: Rows of a Gram matrix that are computed at once: large enough for a matrix product to be efficient.
 _GRAM_BLOCK = 32
 
@@ -301,12 +305,18 @@ class Convolution(PerExampleGradient):
         gram = pixels**2 * self.input.shape[1] + positions**2 * (self.grad.shape[1] + 8 * taps * self.groups)
         if gram < positions * size and batch * (pixels**2 + positions**2) * self.groups <= 2**26:
             return self._squared_norms_by_gram()
-        values = self.materialise()
-        norms = _squares(values)
-        if values.numel() <= self.grad.numel() + self.input.numel():
-            self.values = values
-            self.grad = self.input = values.new_empty(0)
-        return norms
+        held = self.grad.numel() + self.input.numel()
+        if batch * size > held:  # not worth keeping; and some examples at a time when it is much more than what is held
+            rows = max(1, _MATERIALISED * held // size)
+            starts = range(0, batch, rows)
+            return torch.cat([_squares(self._examples(start, start + rows).materialise()) for start in starts])
+        self.values = self.materialise()
+        self.grad = self.input = self.values.new_empty(0)
+        return _squares(self.values)
+
+    def _examples(self, start: int, stop: int) -> Convolution:
+        grad, input = self.grad[start:stop], self.input[start:stop]
+        return Convolution(grad, input, self.shape, self.stride, self.padding, self.dilation, self.groups)
 
     def _padded_pixels(self) -> int:
         return math.prod(n + 2 * pad for n, pad in zip(self.input.shape[2:], self.padding, strict=True))
