@@ -74,7 +74,7 @@ class PerExampleGradient(ABC):
 _FEW_INPUTS = 32
 
 #: How many times the memory of what they are made of, materialised gradients may take for a moment. Less is slower: at
-#: 1, a small network's step took 1.57 instead of 1.35 times the ordinary one, and 1.34 instead of 1.72 times its memory.
+#: 1, a small network took 1.57 instead of 1.35 times the ordinary step time, and 1.34 instead of 1.72 times its memory.
 _MATERIALISED = 4
 
 #: Rows of a Gram matrix that are computed at once: large enough for a matrix product to be efficient.
