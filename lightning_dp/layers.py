@@ -307,6 +307,9 @@ def recompute(
     batch = len(grad_output)
     leaves, structure = tree_flatten((args, dict(kwargs)))
     mapped = [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == batch for leaf in leaves]
+    if any(isinstance(leaf, Tensor) and leaf.requires_grad and not m for leaf, m in zip(leaves, mapped, strict=True)):
+        # Shared by all examples, it would let one example's data into another's gradient.
+        raise RuntimeError("an argument that depends on the data does not have the batch as its leading dimension.")
     tensors = [leaf.detach() for leaf, is_mapped in zip(leaves, mapped, strict=True) if is_mapped]
     names = trainable(module)
     everything = {name: p.detach() for name, p in module.named_parameters()}

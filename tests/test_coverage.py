@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_dp.engines import BookKeeping
 from lightning_dp.layers import OPAQUE, registered_types, rule_for, trained_layers
+from lightning_dp.records import UnsupportedModelError
 from tests.conftest import assert_close, oracle_gradients
 
 TABLE = Path(__file__).parent.parent / "docs" / "coverage.md"
@@ -116,6 +117,25 @@ def test_gradients_equal_the_loop(name: str) -> None:
     model, inputs = make().double(), draw().double()
     target = torch.randn_like(model(inputs))
     check(model, lambda rows: ((model(inputs[rows]) - target[rows]) ** 2).sum(), len(inputs))
+
+
+def test_data_that_a_layer_without_a_rule_shares_among_examples_is_refused() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor, context: Tensor) -> Tensor:
+            return x * self.gain + context
+
+    before, shared = nn.Linear(3, 3), Shared()
+    model = nn.ModuleList([before, shared])
+    x = torch.randn(5, 3)
+    engine = BookKeeping(model)
+    with engine.forward(5):
+        loss = shared(x, before(x).mean(0)).sum()
+    with pytest.raises(UnsupportedModelError, match="leading dimension"), engine.backward():
+        loss.backward()
 
 
 def language_model(kind: str) -> nn.Module:
