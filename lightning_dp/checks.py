@@ -346,6 +346,8 @@ class _ShadowRun:
         for child in shadow.modules():
             if not dropout and isinstance(child, nn.modules.dropout._DropoutNd):
                 child.eval()
+            if not dropout and isinstance(child, nn.MultiheadAttention):
+                child.dropout = 0.0
         engine = BookKeeping(shadow)
         recorder = engine.make_recorder(None)
         _set_random_state(self._state)

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from torch import Tensor, nn
 
 from lightning_dp.gradients import Dense, PerExampleGradient, add
-from lightning_dp.layers import recompute, rule_for, trainable, trained_layers
+from lightning_dp.layers import calls_linear, of_linear_map, recompute, rule_for, trainable, trained_layers
 from lightning_dp.records import Call, Recorder, UnsupportedModelError, getattr_path
 
 ENGINES = ("bookkeeping", "per_example")
@@ -79,7 +79,9 @@ class BookKeeping(Engine):
 
     def make_recorder(self, consume: Callable[[str, Call], None] | None) -> Recorder:
         """A recorder of this engine's layers."""
-        without_rule = [name for name, layer in self.layers.items() if rule_for(layer) is None]
+        without_rule = [
+            name for name, layer in self.layers.items() if rule_for(layer) is None and not calls_linear(layer)
+        ]
         return Recorder(self.layers, without_rule, consume)
 
     def forward(self, batch_size: int) -> AbstractContextManager[None]:
@@ -106,6 +108,8 @@ def gradients_of(module: nn.Module, layer: str, call: Call) -> Mapping[str, PerE
     """The gradients, by the layer's own parameter names, that follow from one call of it."""
     assert call.grad_output is not None
     input, rule = call.unchanged_input(layer), rule_for(module)
+    if call.linear is not None:
+        return of_linear_map(module, call.linear, input, call.grad_output)
     if rule is not None:
         return rule(module, input, call.grad_output)
     assert call.arguments is not None
@@ -115,7 +119,7 @@ def gradients_of(module: nn.Module, layer: str, call: Call) -> Mapping[str, PerE
         raise UnsupportedModelError(
             f"Layer '{layer}' ({type(module).__name__}) has no rule, and running its forward once more for every "
             f"example failed: {str(error).splitlines()[0]} Layers that draw random numbers must do that in a module of "
-            "their own (MultiheadAttention: dropout=0.0). Or use engine='per_example', which is slow but takes any "
+            "their own (MultiheadAttention: add_bias_kv=False). Or use engine='per_example', which is slow but takes any "
             "layer."
         ) from error
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -237,6 +237,38 @@ class Rows(PerExampleGradient):
         return Rows(self.index, _masked(self.values, examples), self.rows)
 
 
+class Blocks(PerExampleGradient):
+    """Gradients of blocks of a parameter's rows that do not overlap: attention's projections in one matrix.
+
+    Args:
+        parts: By the block's first row and the one after its last, the gradients of the block.
+        shape: Shape of the parameter.
+    """
+
+    __slots__ = ("parts", "shape")
+
+    def __init__(self, parts: Mapping[tuple[int, int], PerExampleGradient], shape: Sequence[int]) -> None:
+        self.parts, self.shape = dict(parts), tuple(shape)
+
+    def _squared_norms(self) -> Tensor:
+        return torch.stack([part.squared_norms() for part in self.parts.values()]).sum(0)
+
+    def add_weighted_sum_(self, total: Tensor, weights: Tensor) -> None:
+        for (start, stop), part in self.parts.items():
+            part.add_weighted_sum_(total[start:stop], weights)
+
+    def materialise(self) -> Tensor:
+        parts = {rows: part.materialise() for rows, part in self.parts.items()}
+        first = next(iter(parts.values()))
+        whole = first.new_zeros(len(first), *self.shape)
+        for (start, stop), part in parts.items():
+            whole[:, start:stop] = part
+        return whole
+
+    def without(self, examples: Tensor) -> Blocks:
+        return Blocks({rows: part.without(examples) for rows, part in self.parts.items()}, self.shape)
+
+
 class RowsAndOuterProducts(PerExampleGradient):
     """A table that is both looked up and multiplied with (an embedding tied to an output head), cross term included:
     ``⟨onehot(x_t) v_tᵀ, l_s r_sᵀ⟩ = l_s[x_t] ⟨v_t, r_s⟩``."""
@@ -412,6 +444,8 @@ def add(gradients: Sequence[PerExampleGradient]) -> PerExampleGradient:
     """The gradient of a parameter that was used several times: the sum over its uses, cross terms included."""
     if len(gradients) == 1:
         return gradients[0]
+    if all(isinstance(g, Blocks) for g in gradients):
+        return _add_blocks(gradients)  # type: ignore[arg-type]
     products = [g for g in gradients if isinstance(g, OuterProducts)]
     rows = [g for g in gradients if isinstance(g, Rows)]
     others = [g for g in gradients if not isinstance(g, OuterProducts | Rows)]
@@ -427,6 +461,18 @@ def add(gradients: Sequence[PerExampleGradient]) -> PerExampleGradient:
     if all_products is not None and all_rows is not None:
         return RowsAndOuterProducts(all_rows, all_products)
     return all_products or all_rows  # type: ignore[return-value]
+
+
+def _add_blocks(gradients: Sequence[Blocks]) -> PerExampleGradient:
+    """Block by block, unless blocks overlap without being the same."""
+    parts: dict[tuple[int, int], list[PerExampleGradient]] = {}
+    for gradient in gradients:
+        for rows, part in gradient.parts.items():
+            parts.setdefault(rows, []).append(part)
+    ordered = sorted(parts)
+    if any(after[0] < before[1] for before, after in itertools.pairwise(ordered)):
+        return add([Dense(gradient.materialise()) for gradient in gradients])
+    return Blocks({rows: add(parts[rows]) for rows in ordered}, gradients[0].shape)
 
 
 def _joined(tensors: Iterable[Tensor]) -> Tensor:

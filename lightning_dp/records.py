@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from lightning_dp.layers import trainable
+from lightning_dp.layers import LinearMap, calls_linear, forward_with_linear, linear_map, trainable
 
 
 class UnsupportedModelError(ValueError):
@@ -32,6 +33,8 @@ class Call:
     grad_output: Tensor | None = None
     #: All arguments, of layers whose forward is run once more.
     arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    #: The parameters used, of layers that are made of several linear maps.
+    linear: LinearMap | None = None
 
     def unchanged_input(self, layer: str) -> Tensor:
         if self.input._version != self.version:
@@ -92,19 +95,30 @@ class Recorder:
         self._calls = {}
         frozen = [] if keep_requires_grad else [p for p in self._parameters if p.requires_grad]
         anchor = torch.zeros((), requires_grad=True)
+        of_linear_maps = {name: module for name, module in self._layers.items() if calls_linear(module)}
         handles = [
             module.register_forward_hook(self._make_hook(name, batch_size, anchor), with_kwargs=True)
             for name, module in self._layers.items()
+            if name not in of_linear_maps
         ]
+        for name, module in of_linear_maps.items():
+            module.forward = forward_with_linear(module, self._make_linear(name, module, batch_size, anchor))
         for parameter in frozen:
             parameter.requires_grad_(False)
+        fused = (
+            torch.backends.mha.get_fastpath_enabled()
+        )  # taken in eval mode, past all layers, when nothing needs grad
+        torch.backends.mha.set_fastpath_enabled(False)
         try:
             yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
             for parameter in frozen:
                 parameter.requires_grad_(True)
             for handle in handles:
                 handle.remove()
+            for module in of_linear_maps.values():
+                del module.forward
 
     @contextmanager
     def backward(self) -> Iterator[None]:
@@ -138,6 +152,60 @@ class Recorder:
                 "recorded. Use engine='per_example'."
             )
 
+    def _record(
+        self, name: str, call: Call, output: Tensor, anchor: Tensor, arrange: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Keeps a call until the gradient at its output is known; returns the output to go on with.
+
+        Args:
+            arrange: Brings a tensor of the output's shape into the order that the call's input is in.
+        """
+        if not output.requires_grad:
+            output = _RequireGrad.apply(output, anchor)
+        self._calls.setdefault(name, []).append(call)
+
+        def keep(grad: Tensor) -> None:
+            if not self._listening:
+                return
+            if call.grad_output is not None:
+                raise UnsupportedModelError(f"Layer '{name}': more than one backward pass through one forward.")
+            call.grad_output = grad if arrange is None else arrange(grad)
+            if self._consume is not None:
+                self._consume(name, call)
+                call.input = call.grad_output = grad.new_empty(0)
+                call.arguments = None
+
+        # A linear layer over a sequence returns a view. An activation that then works in place would cut the view's
+        # own hook off; the view's base keeps it.
+        base, shape = output._base, output.shape
+        if base is not None and base.grad_fn is not None and _same_memory(base, output):
+            base.register_hook(lambda grad: keep(grad.reshape(shape)))
+        else:
+            output = output.clone() if base is not None else output
+            output.register_hook(keep)
+        return output
+
+    def _make_linear(
+        self, name: str, module: nn.Module, batch_size: int, anchor: Tensor
+    ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+        """A recorded `torch.nn.functional.linear`, for time in front of the batch: ``(T, B, d)`` or ``(T · B, d)``."""
+
+        def arrange(tensor: Tensor) -> Tensor:
+            return (
+                tensor.unflatten(0, (-1, batch_size)).transpose(0, 1) if tensor.dim() == 2 else tensor.transpose(0, 1)
+            )
+
+        def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            output = F.linear(input, weight, bias)
+            if not torch.is_grad_enabled():
+                return output
+            if (input.dim() == 3 and input.shape[1] != batch_size) or (input.dim() == 2 and len(input) % batch_size):
+                raise _no_batch(name, module, input, batch_size)
+            call = Call(arrange(input.detach()), input._version, linear=linear_map(module, weight, bias))
+            return self._record(name, call, output, anchor, arrange)
+
+        return linear
+
     def _make_hook(self, name: str, batch_size: int, anchor: Tensor) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if not torch.is_grad_enabled():
@@ -155,32 +223,10 @@ class Recorder:
             if output.dim() == 0 or output.shape[0] != batch_size:
                 # A layer whose input is the same for all examples (position numbers): every example gets its own copy.
                 output = output.expand(batch_size, *output.shape[1:])
-            if not output.requires_grad:
-                output = _RequireGrad.apply(output, anchor)
             call = Call(input.detach(), input._version)
             if name in self._with_arguments:
                 call.arguments = (args, kwargs)
-            self._calls.setdefault(name, []).append(call)
-
-            def keep(grad: Tensor) -> None:
-                if not self._listening:
-                    return
-                if call.grad_output is not None:
-                    raise UnsupportedModelError(f"Layer '{name}': more than one backward pass through one forward.")
-                call.grad_output = grad
-                if self._consume is not None:
-                    self._consume(name, call)
-                    call.input = call.grad_output = grad.new_empty(0)
-                    call.arguments = None
-
-            # A linear layer over a sequence returns a view. An activation that then works in place would cut the view's
-            # own hook off; the view's base keeps it.
-            base, shape = output._base, output.shape
-            if base is not None and base.grad_fn is not None and _same_memory(base, output):
-                base.register_hook(lambda grad: keep(grad.reshape(shape)))
-            else:
-                output = output.clone() if base is not None else output
-                output.register_hook(keep)
+            output = self._record(name, call, output, anchor)
             if rest is None:
                 return output
             for other in rest:
@@ -207,7 +253,11 @@ def _with_batch(input: Tensor, batch_size: int, name: str, module: nn.Module) ->
         return input
     if input.dim() and input.shape[0] == 1:
         return input.expand(batch_size, *input.shape[1:])
-    raise UnsupportedModelError(
+    raise _no_batch(name, module, input, batch_size)
+
+
+def _no_batch(name: str, module: nn.Module, input: Tensor, batch_size: int) -> UnsupportedModelError:
+    return UnsupportedModelError(
         f"Layer '{name}' ({type(module).__name__}) received an input of shape {tuple(input.shape)} for a batch of "
         f"{batch_size} examples: the leading dimension must be the batch (or 1, for an input that all examples share), "
         "or the examples cannot be told apart. Put the batch first (batch_first=True; no flattening of batch and time "

@@ -100,19 +100,26 @@ def test_fused_recurrent_layers_are_refused_and_their_replacements_work(kind: An
     train(Net(Recurrence(getattr(opacus.layers, f"DP{kind.__name__}")(2, 4, batch_first=True))))
 
 
-def test_attention_with_dropout_inside_is_refused_and_says_what_to_do() -> None:
-    class Attention(nn.Module):
-        def __init__(self, dropout: float) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(2, 1, dropout=dropout, batch_first=True)
-            self.out = nn.Linear(2, 3)
+class Attention(nn.Module):
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(2, 1, **kwargs)
+        self.out = nn.Linear(2, 3)
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = x.view(-1, 3, 2)
-            return self.out(self.attention(x, x, x)[0].mean(1))
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(-1, 3, 2)
+        return self.out(self.attention(x, x, x)[0].mean(1))
 
-    refused(Net(Attention(0.1)), r"'net.attention' \(MultiheadAttention\).*dropout=0.0")
-    train(Net(Attention(0.0)))
+
+def test_attention_that_draws_random_numbers_and_has_to_be_run_again_is_refused_and_says_what_to_do() -> None:
+    kwargs = {"dropout": 0.1, "batch_first": True}
+    refused(Net(Attention(**kwargs, add_bias_kv=True)), r"'net.attention' \(MultiheadAttention\).*add_bias_kv=False")
+    train(Net(Attention(**kwargs)))
+    train(Net(Attention(batch_first=True, add_bias_kv=True)))
+
+
+def test_attention_across_the_batch_is_refused() -> None:
+    refused(Net(Attention(batch_first=False)), r"'net.attention' \(MultiheadAttention\).*leading dimension")
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
