@@ -119,8 +119,8 @@ def gradients_of(module: nn.Module, layer: str, call: Call) -> Mapping[str, PerE
         raise UnsupportedModelError(
             f"Layer '{layer}' ({type(module).__name__}) has no rule, and running its forward once more for every "
             f"example failed: {str(error).splitlines()[0]} Layers that draw random numbers must do that in a module of "
-            "their own (MultiheadAttention: add_bias_kv=False). Or use engine='per_example', which is slow but takes any "
-            "layer."
+            "their own (MultiheadAttention: add_bias_kv=False). Or use engine='per_example', which is slow but takes "
+            "any layer."
         ) from error
 
 

@@ -275,7 +275,7 @@ def _refuse_batch_norm(module: nn.modules.batchnorm._BatchNorm) -> str | None:
 
 @dataclass(frozen=True)
 class LinearMap:
-    """One use of ``linear`` inside a layer: which of its parameters, and which of their rows, from and to (``None``: all)."""
+    """One use of ``linear`` inside a layer: its parameters, and from and to which of their rows (``None``: all)."""
 
     weight: str
     weight_rows: tuple[int, int] | None

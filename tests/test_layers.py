@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from opacus import GradSampleModule
 from torch import Tensor, nn
 
+from lightning_dp import gradients
 from lightning_dp.engines import BookKeeping
 from lightning_dp.gradients import OuterProducts, PerExampleGradient
 from lightning_dp.layers import convolution, refusal_for, registered_types, rule_for
@@ -267,6 +268,23 @@ def test_pixel_grams_equal_the_materialised_norms(kernel: tuple[int, ...], strid
     expected = gradient.materialise().flatten(1).pow(2).sum(1)
     assert_close(gradient._squared_norms_by_gram(), expected, 1e-10)  # type: ignore[attr-defined]
     assert_close(gradient.squared_norms(), expected, 1e-10)
+
+
+@pytest.mark.parametrize("shape", [(7, 3, 20, 30), (7, 9, 4, 3), (7, 1, 4, 3)])
+def test_low_precision_is_widened_a_few_examples_at_a_time(
+    shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, steps, p, d = shape
+    left = torch.randn(batch, steps, p).bfloat16()
+    right = torch.randn(batch, steps, d).bfloat16()
+    weights = torch.rand(batch)
+    exact = torch.bmm(left.double().transpose(1, 2), right.double())
+    monkeypatch.setattr(gradients, "_WIDENED", 2 * (left[0].numel() + right[0].numel()))
+    found = OuterProducts(left, right)
+    assert steps == 1 or len(found._parts()) == 4
+    assert_close(found.squared_norms().double(), exact.flatten(1).pow(2).sum(1), 1e-5)
+    expected = torch.einsum("b,bpd->pd", weights.double(), exact)
+    assert_close(weighted_sum(found, weights, exact[0]).double(), expected, 1e-5)
 
 
 #: Where Opacus 1.6 computes something else than autograd (with which `check_against_oracle` compares), or raises.
