@@ -383,9 +383,7 @@ def log_moments(distribution: LossDistribution) -> np.ndarray:
 
 
 def _composed(parts: Sequence[_Part], adjacency: Adjacency, resolution: float, rough: float) -> _Worst:
-    interval = min(_interval(rate, multiplier, resolution) for rate, multiplier, _ in parts)
-    # The grid must reach beyond ε: coarser, still pessimistic, where ε is large.
-    interval *= 2.0 ** max(0, math.ceil(math.log2(rough / 100))) if rough > 0 else 1.0
+    interval = _common_interval([(rate, multiplier) for rate, multiplier, _ in parts], resolution, rough)
     total: list[LossDistribution] = []
     for rate, multiplier, count in parts:
         step = _step(rate, multiplier, interval, adjacency)
@@ -415,17 +413,24 @@ class _Worst:
         return max(direction.delta(epsilon) for direction in self.directions)
 
 
-def _interval(rate: float, multiplier: float, resolution: float) -> float:
-    """A cell that resolves the losses of one step, which rounding up would otherwise multiply over many steps.
+def _common_interval(kinds: Sequence[tuple[float, float]], resolution: float, rough: float) -> float:
+    """A cell that resolves the losses of all kinds of steps, and is wide enough for the whole range of losses.
 
-    The size of these losses is the total variation distance ``q (2Φ(1/2z) - 1)``; their range is that of the
-    log-likelihood ratio over eleven standard deviations.
+    Rounding up the losses of a step to a cell wider than they are would multiply over many steps. The size of these
+    losses is the total variation distance ``q (2Φ(1/2z) - 1)``; their range is that of the log-likelihood ratio over
+    eleven standard deviations.
     """
-    if rate == 1:
-        return min(resolution, 0.02 / multiplier)
-    distance = rate * (2 * norm.cdf(0.5 / multiplier) - 1)
-    span = float(np.logaddexp(0, math.log(rate) + 11 / multiplier + 0.5 / multiplier**2))
-    return min(resolution, max(distance / 4 * (2.0 if resolution > FINE else 1.0), span / _MOST_CELLS))
+    needed, span = resolution, 0.0
+    for rate, multiplier in kinds:
+        distance = rate * (2 * norm.cdf(0.5 / multiplier) - 1)
+        needed = min(needed, distance / 4 * (2.0 if resolution > FINE else 1.0))
+        if rate < 1:
+            span = max(span, float(np.logaddexp(0, math.log(rate) + 11 / multiplier + 0.5 / multiplier**2)))
+        else:
+            span = max(span, 11 / multiplier + 0.5 / multiplier**2)
+    interval = min(resolution, max(needed, span / _MOST_CELLS))
+    # A grid that reaches beyond a large ε is coarser, still pessimistic; by powers of two, so that steps are reused.
+    return interval * 2.0 ** max(0, math.ceil(math.log2(rough * 1e-6 / interval))) if rough > 0 else interval
 
 
 @lru_cache(maxsize=16)
