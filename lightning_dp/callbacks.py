@@ -350,7 +350,9 @@ class PrivacyMonitor(Callback):
             return
         epsilon = self._metrics(trainer, private_strategy(trainer, "PrivacyMonitor"), exact=False)["privacy/epsilon"]
         names = [name for name in trainer.callback_metrics if not name.startswith(("privacy/", "not_private/"))]
-        self._chart.add(epsilon, {name: float(trainer.callback_metrics[name]) for name in names})
+        metrics = {name: float(trainer.callback_metrics[name]) for name in names}
+        self._chart.add(epsilon, metrics)
+        dashboards.utility(trainer.loggers, max(trainer.global_step - 1, 0), epsilon, metrics)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """States the exact ε, also where the last step was none that is logged."""

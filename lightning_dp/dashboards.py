@@ -35,8 +35,9 @@ class UtilityChart:
 def begin(loggers: Iterable[Logger], configuration: Mapping[str, Any]) -> None:
     """States the private training's parameters, and lets metrics be drawn against ε.
 
-    Weights & Biases: ``define_metric`` makes ``privacy/epsilon`` an axis of every validation metric (``val*``), and the
-    parameters stand under ``privacy`` in the run's configuration. Other loggers: as hyper-parameters ``privacy/…``.
+    Weights & Biases: ``define_metric`` makes ``privacy/epsilon`` the axis of all ``privacy_utility/…`` (see `utility`),
+    and the parameters stand under ``privacy`` in the run's configuration. MLflow and CSV: as hyper-parameters
+    ``privacy/…``.
     """
     for logger in loggers:
         if isinstance(logger, WandbLogger):
@@ -45,6 +46,18 @@ def begin(loggers: Iterable[Logger], configuration: Mapping[str, Any]) -> None:
             logger.experiment.define_metric("privacy_utility/*", step_metric=EPSILON)
         elif not isinstance(logger, TensorBoardLogger):  # which writes hyper-parameters once, with the model's
             logger.log_hyperparams({f"privacy/{name}": value for name, value in configuration.items()})
+
+
+@rank_zero_only
+def utility(loggers: Iterable[Logger], step: int, epsilon: float, metrics: Mapping[str, float]) -> None:
+    """Logs validation metrics beside the ε of the model that was validated.
+
+    Weights & Biases: as ``privacy_utility/…``, drawn against ε; the metrics themselves keep the axis that they had.
+    """
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            values = {f"privacy_utility/{name}": value for name, value in metrics.items()}
+            logger.experiment.log({**values, EPSILON: epsilon, "trainer/global_step": step})
 
 
 @rank_zero_only
@@ -69,7 +82,7 @@ def _finish_wandb(logger: WandbLogger, metrics: Mapping[str, float], chart: Util
         if len(points) > 1:
             table = wandb.Table(columns=["epsilon", name], data=[list(point) for point in points])
             title = f"{name} against ε"
-            run.log({f"privacy_utility/{name}": wandb.plot.line(table, "epsilon", name, title=title)})
+            run.log({f"privacy_utility_chart/{name}": wandb.plot.line(table, "epsilon", name, title=title)})
     run.summary.update(dict(metrics))
 
 

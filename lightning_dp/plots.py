@@ -10,7 +10,7 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,22 +110,47 @@ def _read_tensorboard(path: Path, run: RunLog) -> None:
 def _read_wandb(path: Path, run: RunLog) -> None:
     try:
         from wandb.proto import wandb_internal_pb2
-        from wandb.sdk.internal.datastore import DataStore
     except ImportError as error:
         raise _missing("wandb", "Weights & Biases' run files", "wandb") from error
-    store = DataStore()
-    store.open_for_scan(str(path))
-    while (data := store.scan_data()) is not None:
+    for data in wandb_records(path):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         if record.WhichOneof("record_type") != "history":
             continue
-        values: dict[str, Any] = {item.key or "/".join(item.nested_key): json.loads(item.value_json)
-                                  for item in record.history.item}  # fmt: skip
+        values: dict[str, Any] = {
+            item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
+        }
         step = next((int(values[key]) for key in _STEP_KEYS if key in values), record.history.step.num)
         for name, value in values.items():
             if isinstance(value, int | float) and name not in (*_STEP_KEYS, "epoch", "_runtime", "_timestamp"):
                 run.add(name, step, float(value))
+
+
+def wandb_records(path: Path) -> Iterator[bytes]:
+    """The serialised records of a ``run-*.wandb`` file, up to its end or to where a crash cut it off.
+
+    The format is LevelDB's log: after a header of 7 bytes, blocks of 32 KiB (the header belongs to the first) that
+    hold chunks of a checksum (4 bytes), a length (2) and a type (1: whole, 2: first, 3: middle, 4: last).
+
+    Raises:
+        ValueError: It is no such file.
+    """
+    data = path.read_bytes()
+    if data[:4] != b":W&B":
+        raise ValueError(f"{path} is no run file of Weights & Biases.")
+    position, block, record = 7, 2**15, b""
+    while position + 7 <= len(data):
+        if block - position % block < 7:  # the rest of a block that no chunk header fits into
+            position += block - position % block
+            continue
+        length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+        chunk = data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if len(chunk) < length or kind not in (1, 2, 3, 4):
+            return
+        record = chunk if kind in (1, 2) else record + chunk
+        if kind in (1, 4):
+            yield record
 
 
 def _missing(package: str, purpose: str, extra: str) -> ImportError:
