@@ -51,8 +51,8 @@ _ALL_ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(11, 64), 128, 256, 5
 #: Cell of the grid of privacy losses, and of one that is good to half a per cent of ε, and far cheaper.
 FINE, COARSE = 1e-4, 2e-3
 
-#: The most cells for the losses of one step: a second's work.
-_MOST_CELLS = 1e5
+#: The most cells for the losses of one step, a second's work, unless `FINE` asks for more; and the most altogether.
+_ENOUGH_CELLS, _MOST_CELLS = 1e5, 4e5
 
 #: Mass that may be cut off the tails of a composition; it is charged to δ.
 _CUT = 1e-15
@@ -107,6 +107,8 @@ def event_epsilon(
     if accountant == "rdp":
         return _rdp_epsilon(parts, delta, adjacency)
     rough = _rdp_epsilon(parts, delta, adjacency, _FEW_ORDERS)
+    if rough == 0:
+        return 0.0
     if rough > _MEANINGLESS_EPSILON:
         return _rdp_epsilon(parts, delta, adjacency)
     composed = _composed(parts, adjacency, resolution, rough)
@@ -428,7 +430,7 @@ def _common_interval(kinds: Sequence[tuple[float, float]], resolution: float, ro
             span = max(span, float(np.logaddexp(0, math.log(rate) + 11 / multiplier + 0.5 / multiplier**2)))
         else:
             span = max(span, 11 / multiplier + 0.5 / multiplier**2)
-    interval = min(resolution, max(needed, span / _MOST_CELLS))
+    interval = max(min(resolution, max(needed, span / _ENOUGH_CELLS)), span / _MOST_CELLS)
     # A grid that reaches beyond a large ε is coarser, still pessimistic; by powers of two, so that steps are reused.
     return interval * 2.0 ** max(0, math.ceil(math.log2(rough * 1e-6 / interval))) if rough > 0 else interval
 

@@ -42,7 +42,7 @@ def begin(loggers: Iterable[Logger], configuration: Mapping[str, Any]) -> None:
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.config.update({"privacy": dict(configuration)}, allow_val_change=True)
-            logger.experiment.define_metric(EPSILON, summary="last")
+            logger.experiment.define_metric(EPSILON)
             logger.experiment.define_metric("privacy_utility/*", step_metric=EPSILON)
         elif not isinstance(logger, TensorBoardLogger):  # which writes hyper-parameters once, with the model's
             logger.log_hyperparams({f"privacy/{name}": value for name, value in configuration.items()})

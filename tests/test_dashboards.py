@@ -79,7 +79,7 @@ def test_a_wandb_run_holds_metrics_axis_configuration_summary_chart_and_card(
     axes = {metric.name or metric.glob_name: metric.step_metric for metric in of["metric"]}
     assert axes["privacy_utility/*"] == "privacy/epsilon"
     assert "privacy_utility/val_accuracy" in logged
-    assert "privacy_utility_chart/val_accuracy_table" in logged
+    assert "privacy_utility_chart/val_accuracy_table/path" in logged
 
     config = {item.key: json.loads(item.value_json) for update in of["config"] for item in update.update}
     assert config["privacy"]["target_epsilon"] == 50.0
