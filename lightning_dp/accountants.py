@@ -88,7 +88,7 @@ def event_epsilon(
     p under N(0) accepts N(u) with at most, and N(v) with at least, the probability of the half-line of size p under
     N(1) and N(-1) (Neyman & Pearson), both at once, so for every α the divergence
     ``sup_A q N_u(A) - α q N_v(A) - (α-1)(1-q) N_0(A)`` is largest for u = 1, v = -1. Domination composes: Zhu, Dong &
-    Wang 2022, theorem 10. It is *not* the subsampled Gaussian of multiplier z/2, which is smaller.
+    Wang 2022, theorem 10. The pair is tighter than the subsampled Gaussian of multiplier z/2, and equal to it at q = 1.
 
     Args:
         event: What was released.
@@ -213,9 +213,7 @@ def _rdp_delta(parts: Sequence[_Part], epsilon: float, adjacency: Adjacency) -> 
     return min(1.0, float(compute_delta(usable, divergence, epsilon)[0])) if usable else 1.0
 
 
-def _rdp(
-    parts: Sequence[_Part], adjacency: Adjacency, orders: tuple[float, ...]
-) -> tuple[list[float], list[float]]:
+def _rdp(parts: Sequence[_Part], adjacency: Adjacency, orders: tuple[float, ...]) -> tuple[list[float], list[float]]:
     """The orders at which the divergence is a usable number, and the divergences."""
     with np.errstate(over="ignore", invalid="ignore"):
         total = sum(count * _step_rdp(rate, multiplier, adjacency, orders) for rate, multiplier, count in parts)
@@ -258,7 +256,9 @@ def _replacement_divergence(rate: float, multiplier: float, order: float) -> flo
     stay, move = math.log1p(-rate), math.log(rate)
     log_p = np.logaddexp(stay, move + shift * x - shift**2 / 2)
     log_q = np.logaddexp(stay, move - shift * x - shift**2 / 2)
-    log_integral = logsumexp(order * log_p + (1 - order) * log_q - x**2 / 2) + math.log(step) - math.log(2 * math.pi) / 2
+    log_integral = (
+        logsumexp(order * log_p + (1 - order) * log_q - x**2 / 2) + math.log(step) - math.log(2 * math.pi) / 2
+    )
     return min(max(0.0, float(log_integral)) / (order - 1), unsampled)
 
 

@@ -102,15 +102,11 @@ class PrivacyLedger:
             counts[event] = counts.get(event, 0) + count
         return ComposedDpEvent([SelfComposedDpEvent(event, count) for event, count in counts.items()])
 
-    def epsilon(
-        self, delta: float, accountant: Accountant = "pld", adjacency: Adjacency = "add_or_remove"
-    ) -> float:
+    def epsilon(self, delta: float, accountant: Accountant = "pld", adjacency: Adjacency = "add_or_remove") -> float:
         """ε at this δ of everything recorded: 0.0 for an empty ledger, infinity when a step had no noise."""
         return event_epsilon(self.event(), delta, accountant, adjacency)
 
-    def delta(
-        self, epsilon: float, accountant: Accountant = "pld", adjacency: Adjacency = "add_or_remove"
-    ) -> float:
+    def delta(self, epsilon: float, accountant: Accountant = "pld", adjacency: Adjacency = "add_or_remove") -> float:
         """δ at this ε of everything recorded: 0.0 for an empty ledger, 1.0 when a step had no noise."""
         return event_delta(self.event(), epsilon, accountant, adjacency)
 
@@ -312,7 +308,9 @@ def calibrate_schedule(
         if phase.steps < 1:
             raise ValueError(f"steps must be at least 1, got {phase.steps}.")
         if not 0 < phase.noise_multiplier < math.inf:
-            raise ValueError(f"A schedule's noise_multiplier must be positive and finite, got {phase.noise_multiplier}.")
+            raise ValueError(
+                f"A schedule's noise_multiplier must be positive and finite, got {phase.noise_multiplier}."
+            )
         phase.event()  # checks the rate
     spent = spent or PrivacyLedger()
 

@@ -385,7 +385,9 @@ def _is_last_step(trainer: pl.Trainer) -> bool:
     """Whether the step that has just been taken is known to be the last one of this fit."""
     if trainer.should_stop or trainer.global_step >= trainer.max_steps >= 0:
         return True
-    return trainer.is_last_batch and trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch + 1
+    return (
+        trainer.is_last_batch and trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch + 1
+    )
 
 
 def _target(trainer: pl.Trainer) -> float | None:

@@ -73,8 +73,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
 def _description() -> str:
     others = "; ".join(f"{name}: {purpose}" for name, (purpose, _) in COMMANDS.items())
     return (
-        "Differentially private training for PyTorch Lightning. "
-        f"Further commands, each with its own --help: {others}."
+        f"Differentially private training for PyTorch Lightning. Further commands, each with its own --help: {others}."
     )
 
 

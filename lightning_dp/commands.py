@@ -18,8 +18,12 @@ _ADJACENCY_TEXT = {"add_or_remove": "adding or removing one record", "replace_on
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"lightning-dp {command}", description=description)
     parser.add_argument("--delta", type=float, required=True, help="the δ at which ε is stated; well below 1/N")
-    parser.add_argument("--sampling-rate", type=float, nargs="+", metavar="Q", help="probability that a record joins a batch")
-    parser.add_argument("--dataset-size", type=int, metavar="N", help="number of records; with --batch-size, instead of Q")
+    parser.add_argument(
+        "--sampling-rate", type=float, nargs="+", metavar="Q", help="probability that a record joins a batch"
+    )
+    parser.add_argument(
+        "--dataset-size", type=int, metavar="N", help="number of records; with --batch-size, instead of Q"
+    )
     parser.add_argument("--batch-size", type=float, nargs="+", metavar="B", help="expected batch size")
     parser.add_argument("--steps", type=int, nargs="+", metavar="T", help="number of private steps")
     parser.add_argument("--epochs", type=float, nargs="+", metavar="E", help="passes over the data, instead of steps")
@@ -101,8 +105,12 @@ def calibrate_command(arguments: Sequence[str]) -> None:
     """``lightning-dp calibrate``: the noise for a target ε, or with given noise the number of steps."""
     parser = _parser("calibrate", "The noise multiplier with which a training meets a target ε; or, with "
                      "--noise-multiplier, the most steps that stay within it.")  # fmt: skip
-    parser.add_argument("--epsilon", type=float, nargs="+", required=True, metavar="EPS", help="targets, never exceeded")
-    parser.add_argument("--noise-multiplier", type=float, nargs="+", metavar="Z", help="given: find the number of steps")
+    parser.add_argument(
+        "--epsilon", type=float, nargs="+", required=True, metavar="EPS", help="targets, never exceeded"
+    )
+    parser.add_argument(
+        "--noise-multiplier", type=float, nargs="+", metavar="Z", help="given: find the number of steps"
+    )
     args = parser.parse_args(arguments)
     common = {"delta": args.delta, "accountant": args.accountant, "adjacency": args.adjacency}
     rates = _rates(parser, args)

@@ -109,4 +109,6 @@ def log_card(loggers: Iterable[Logger], path: str | Path) -> None:
             logger.experiment.log_artifact(logger.run_id, str(path))
         elif isinstance(logger, TensorBoardLogger):
             text = path.read_text(encoding="utf-8")
-            logger.experiment.add_text(f"privacy_card/{path.name}", text if path.suffix == ".md" else f"```\n{text}\n```")
+            logger.experiment.add_text(
+                f"privacy_card/{path.name}", text if path.suffix == ".md" else f"```\n{text}\n```"
+            )
