@@ -439,7 +439,7 @@ def _common_interval(kinds: Sequence[tuple[float, float]], resolution: float, ro
 def _step(
     rate: float, multiplier: float, interval: float, adjacency: Adjacency
 ) -> list[tuple[LossDistribution, np.ndarray]]:
-    """The privacy losses of one step, pessimistic, with their moments: most of the cost of ε, the same for all steps."""
+    """The privacy losses of one step, pessimistic, with their moments: most of the cost of ε, and the same every step."""
     relation = {
         "add_or_remove": NeighboringRelation.ADD_OR_REMOVE_ONE,
         "replace_one": NeighboringRelation.REPLACE_ONE,

@@ -188,15 +188,17 @@ class PrivacyBudget(Callback):
         event = step.event(multiplier, strategy.sampling_rate)
         if len(strategy.ledger) < self.step_limit(strategy.ledger, event):
             return
+        # The Trainer ignores should_stop while a minimum is not met; a budget admits no minimum.
+        trainer.fit_loop.min_epochs = 0
+        trainer.fit_loop.epoch_loop.min_steps = None
+        trainer.should_stop = True
+        if self._remaining_steps(trainer) == 0 < len(strategy.ledger):
+            return  # all that was planned has been done: `on_train_end` says so
         self._stopped = True
         rank_zero_info(
             f"PrivacyBudget: stopping after {len(strategy.ledger)} private steps, because one more would exceed the "
             f"budget: {self._balance(strategy)}."
         )
-        # The Trainer ignores should_stop while a minimum is not met; a budget admits no minimum.
-        trainer.fit_loop.min_epochs = 0
-        trainer.fit_loop.epoch_loop.min_steps = None
-        trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reports what is left, when something other than the budget ended the training."""

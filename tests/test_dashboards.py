@@ -67,6 +67,7 @@ def test_a_wandb_run_holds_metrics_axis_configuration_summary_chart_and_card(
     card = tmp_path / "privacy_card.md"
     card.write_text("# Privacy card\n")
     log_card([logger], card)
+    wandb.finish()
     wandb.teardown()  # returns when everything is on disk
 
     records = wandb_records(tmp_path)
@@ -111,6 +112,7 @@ def test_the_logged_epsilon_is_that_of_the_steps_taken(
     if isinstance(logger, WandbLogger):
         import wandb
 
+        wandb.finish()
         wandb.teardown()  # returns when everything is on disk
     run = read_run(tmp_path)
     assert run.metrics.keys() >= NAMES
