@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 from dp_accounting import (
@@ -235,7 +235,7 @@ def _step_rdp(rate: float, multiplier: float, adjacency: Adjacency, orders: tupl
     with _quiet(), np.errstate(all="ignore"):
         accountant = RdpAccountant(orders).compose(PoissonSampledDpEvent(rate, GaussianDpEvent(multiplier)))
     # There is no public way to the divergences. NaN is "not known", and fails the comparison with zero.
-    return cast(np.ndarray, np.asarray(accountant._rdp, dtype=float))
+    return np.asarray(accountant._rdp, dtype=float)
 
 
 def _replacement_divergence(rate: float, multiplier: float, order: float) -> float:
@@ -439,7 +439,7 @@ def _common_interval(kinds: Sequence[tuple[float, float]], resolution: float, ro
 def _step(
     rate: float, multiplier: float, interval: float, adjacency: Adjacency
 ) -> list[tuple[LossDistribution, np.ndarray]]:
-    """The privacy losses of one step, pessimistic, with their moments: most of the cost of ε, and the same every step."""
+    """The privacy losses of one step, pessimistic, with their moments: most of the cost of ε, the same every step."""
     relation = {
         "add_or_remove": NeighboringRelation.ADD_OR_REMOVE_ONE,
         "replace_one": NeighboringRelation.REPLACE_ONE,

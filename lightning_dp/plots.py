@@ -113,7 +113,7 @@ def _read_wandb(path: Path, run: RunLog) -> None:
     except ImportError as error:
         raise _missing("wandb", "Weights & Biases' run files", "wandb") from error
     for data in wandb_records(path):
-        record = wandb_internal_pb2.Record()
+        record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
         record.ParseFromString(data)
         if record.WhichOneof("record_type") != "history":
             continue
