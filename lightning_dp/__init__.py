@@ -3,7 +3,15 @@
 trainer = L.Trainer(max_epochs=20, callbacks=[DifferentialPrivacy(epsilon=3.0, delta=1e-5)])
 """
 
-from lightning_dp.accounting import PrivacyLedger, calibrate_noise, epsilon
+from lightning_dp.accounting import (
+    Phase,
+    PrivacyLedger,
+    calibrate_noise,
+    calibrate_schedule,
+    calibrate_steps,
+    delta,
+    epsilon,
+)
 from lightning_dp.callbacks import DifferentialPrivacy, PrivacyBudget, PrivacyMonitor
 from lightning_dp.checks import PrivacyConfigurationError
 from lightning_dp.clipping import AdaptiveClipping, AutomaticClipping, FlatClipping, PerLayerClipping
@@ -22,6 +30,7 @@ __all__ = [
     "FlatClipping",
     "GaussianNoise",
     "PerLayerClipping",
+    "Phase",
     "PrivacyBudget",
     "PrivacyConfigurationError",
     "PrivacyLedger",
@@ -29,5 +38,8 @@ __all__ = [
     "PrivateStrategy",
     "UnsupportedModelError",
     "calibrate_noise",
+    "calibrate_schedule",
+    "calibrate_steps",
+    "delta",
     "epsilon",
 ]

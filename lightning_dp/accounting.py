@@ -1,20 +1,18 @@
 """What has been released, and what it costs: the ledger of private steps, ε, and noise for a target ε.
 
-dp-accounting does the mathematics. Accountants: ``"pld"`` (privacy loss distributions: tight, the default) and
-``"rdp"`` (Rényi differential privacy: the moments accountant's successor, a few per cent to 20 % above). Adjacency is
-add-or-remove-one-record unless said otherwise.
+Accountants: ``"pld"`` (privacy loss distributions: tight, the default) and ``"rdp"`` (Rényi differential privacy: the
+moments accountant's successor, a few per cent to 20 % above). Adjacency is ``"add_or_remove"`` one record unless said
+otherwise; ``"replace_one"`` is the other. The mathematics lies in `lightning_dp.accountants`.
 """
 
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from dp_accounting import (
     ComposedDpEvent,
@@ -24,11 +22,40 @@ from dp_accounting import (
     PoissonSampledDpEvent,
     SelfComposedDpEvent,
 )
-from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism, identity
-from dp_accounting.rdp import RdpAccountant
 
-Accountant = Literal["pld", "rdp"]
-ACCOUNTANTS: tuple[Accountant, ...] = ("pld", "rdp")
+from lightning_dp.accountants import (
+    ACCOUNTANTS,
+    ADJACENCIES,
+    COARSE,
+    Accountant,
+    Adjacency,
+    check_delta,
+    event_delta,
+    event_epsilon,
+    rough_epsilon,
+)
+
+__all__ = [
+    "ACCOUNTANTS",
+    "ADJACENCIES",
+    "Accountant",
+    "Adjacency",
+    "EpsilonMonitor",
+    "Phase",
+    "PrivacyLedger",
+    "affordable_steps",
+    "calibrate_noise",
+    "calibrate_schedule",
+    "calibrate_steps",
+    "delta",
+    "epsilon",
+    "event_delta",
+    "event_epsilon",
+    "subsampled_gaussian",
+]
+
+#: The most steps that are looked for.
+_MOST_STEPS = 10**9
 
 
 class PrivacyLedger:
@@ -75,9 +102,21 @@ class PrivacyLedger:
             counts[event] = counts.get(event, 0) + count
         return ComposedDpEvent([SelfComposedDpEvent(event, count) for event, count in counts.items()])
 
-    def epsilon(self, delta: float, accountant: Accountant = "pld") -> float:
+    def epsilon(self, delta: float, accountant: Accountant = "pld", adjacency: Adjacency = "add_or_remove") -> float:
         """ε at this δ of everything recorded: 0.0 for an empty ledger, infinity when a step had no noise."""
-        return event_epsilon(self.event(), delta, accountant) if self._runs else 0.0
+        return event_epsilon(self.event(), delta, accountant, adjacency)
+
+    def delta(self, epsilon: float, accountant: Accountant = "pld", adjacency: Adjacency = "add_or_remove") -> float:
+        """δ at this ε of everything recorded: 0.0 for an empty ledger, 1.0 when a step had no noise."""
+        return event_delta(self.event(), epsilon, accountant, adjacency)
+
+    @classmethod
+    def of(cls, schedule: Sequence[Phase]) -> PrivacyLedger:
+        """The ledger of a training that follows this schedule."""
+        ledger = cls()
+        for phase in schedule:
+            ledger.record(phase.event(), phase.steps)
+        return ledger
 
     def copy(self) -> PrivacyLedger:
         """A ledger with the same entries."""
@@ -85,6 +124,11 @@ class PrivacyLedger:
         ledger._runs = {name: list(run) for name, run in self._runs.items()}
         ledger._current = self._current
         return ledger
+
+    def extend(self, other: PrivacyLedger) -> None:
+        """Records the steps of the other after one's own."""
+        for event, count in other:
+            self.record(event, count)
 
     def include(self, other: PrivacyLedger) -> None:
         """Makes this ledger account for the steps of the other as well, counting common ones once.
@@ -151,83 +195,27 @@ def subsampled_gaussian(noise_multiplier: float, sampling_rate: float) -> DpEven
     return PoissonSampledDpEvent(sampling_rate, GaussianDpEvent(noise_multiplier))
 
 
-def _check_delta(delta: float) -> None:
-    if not 0 < delta < 1:
-        raise ValueError(f"delta must lie strictly between 0 and 1, got {delta}.")
+@dataclass(frozen=True)
+class Phase:
+    """Some steps of a training with the same noise multiplier and sampling rate; a schedule is a list of phases."""
 
+    steps: int
+    sampling_rate: float
+    noise_multiplier: float = 1.0
 
-def event_epsilon(event: DpEvent, delta: float, accountant: Accountant = "pld") -> float:
-    """ε at this δ of any event, by either accountant."""
-    _check_delta(delta)
-    if accountant not in ACCOUNTANTS:
-        raise ValueError(f"accountant must be one of {ACCOUNTANTS}, got {accountant!r}.")
-    if _is_non_private(event):
-        return math.inf
-    if accountant == "rdp":
-        with _quiet():
-            return float(RdpAccountant().compose(event).get_epsilon(delta))
-    rough = _rough_epsilon(event, delta)
-    if rough > _MEANINGLESS_EPSILON:
-        return rough
-    # The grid of privacy losses must reach beyond ε: coarser, still pessimistic, where ε is large.
-    interval = 1e-4 * 2 ** max(0, math.ceil(math.log2(rough / 100))) if rough > 0 else 1e-4
-    loss: Any = identity(interval)
-    for part in event.events if isinstance(event, ComposedDpEvent) else [event]:
-        single, count = (part.event, part.count) if isinstance(part, SelfComposedDpEvent) else (part, 1)
-        loss = loss.compose(_single_loss_distribution(single, interval).self_compose(count))
-    return float(loss.get_epsilon_for_delta(delta))
-
-
-@lru_cache(maxsize=16)
-def _single_loss_distribution(event: DpEvent, interval: float) -> Any:
-    """The privacy loss distribution of one step, pessimistic: most of the cost of ε, and the same for all steps."""
-    rate = 1.0
-    if isinstance(event, PoissonSampledDpEvent):
-        rate, event = event.sampling_probability, event.event
-    if not isinstance(event, GaussianDpEvent):
-        raise TypeError(f"No privacy loss distribution for a {type(event).__name__}.")
-    return from_gaussian_mechanism(event.noise_multiplier, value_discretization_interval=interval, sampling_prob=rate)
-
-
-#: Beyond this, ε is stated by Rényi differential privacy (an upper bound as well): the tight computation costs memory
-#: in proportion to ε, and says no more about privacy.
-_MEANINGLESS_EPSILON = 1000.0
-
-#: Rényi orders that are enough to know the size of ε.
-_FEW_ORDERS = (1.25, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 128, 256)
-
-
-def _rough_epsilon(event: DpEvent, delta: float) -> float:
-    """An upper bound on ε in about a millisecond."""
-    if _is_non_private(event):
-        return math.inf
-    with _quiet():
-        return float(RdpAccountant(_FEW_ORDERS).compose(event).get_epsilon(delta))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without dp-accounting's warnings about Rényi orders that it leaves out, which only makes ε larger."""
-    logger = logging.getLogger("absl")
-    disabled, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = disabled
-
-
-def _is_non_private(event: DpEvent) -> bool:
-    if isinstance(event, ComposedDpEvent):
-        return any(_is_non_private(part) for part in event.events)
-    if isinstance(event, SelfComposedDpEvent):
-        return event.count > 0 and _is_non_private(event.event)
-    if isinstance(event, PoissonSampledDpEvent):
-        return _is_non_private(event.event)
-    return isinstance(event, NonPrivateDpEvent)
+    def event(self) -> DpEvent:
+        """What one step costs."""
+        return subsampled_gaussian(self.noise_multiplier, self.sampling_rate)
 
 
 def epsilon(
-    *, noise_multiplier: float, sampling_rate: float, steps: int, delta: float, accountant: Accountant = "pld"
+    *,
+    noise_multiplier: float,
+    sampling_rate: float,
+    steps: int,
+    delta: float,
+    accountant: Accountant = "pld",
+    adjacency: Adjacency = "add_or_remove",
 ) -> float:
     """ε of DP-SGD: ``steps`` Poisson-subsampled Gaussian mechanisms.
 
@@ -237,11 +225,28 @@ def epsilon(
         steps: Number of private steps.
         delta: The δ to state ε at, strictly between 0 and 1.
         accountant: ``"pld"`` or ``"rdp"``.
+        adjacency: ``"add_or_remove"`` or ``"replace_one"``.
     """
-    _check_delta(delta)
-    ledger = PrivacyLedger()
-    ledger.record(subsampled_gaussian(noise_multiplier, sampling_rate), steps)
-    return ledger.epsilon(delta, accountant)
+    return PrivacyLedger.of([Phase(steps, sampling_rate, noise_multiplier)]).epsilon(delta, accountant, adjacency)
+
+
+def delta(
+    *,
+    noise_multiplier: float,
+    sampling_rate: float,
+    steps: int,
+    epsilon: float,
+    accountant: Accountant = "pld",
+    adjacency: Adjacency = "add_or_remove",
+) -> float:
+    """δ of DP-SGD at a given ε ≥ 0; the other arguments as for `epsilon`. 1.0 without noise."""
+    return PrivacyLedger.of([Phase(steps, sampling_rate, noise_multiplier)]).delta(epsilon, accountant, adjacency)
+
+
+def _check_target(epsilon: float, delta: float) -> None:
+    if not epsilon > 0:
+        raise ValueError(f"epsilon must be positive, got {epsilon}.")
+    check_delta(delta)
 
 
 def calibrate_noise(
@@ -251,6 +256,7 @@ def calibrate_noise(
     sampling_rate: float,
     steps: int,
     accountant: Accountant = "pld",
+    adjacency: Adjacency = "add_or_remove",
     spent: PrivacyLedger | None = None,
 ) -> float:
     """The noise multiplier with which ``steps`` steps, after those in ``spent``, cost ε, or up to 0.1 % less.
@@ -260,32 +266,85 @@ def calibrate_noise(
     Raises:
         ValueError: No noise can meet the target, because ``spent`` exceeds it already.
     """
-    if not epsilon > 0:
-        raise ValueError(f"epsilon must be positive, got {epsilon}.")
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
-    _check_delta(delta)
-    if math.isinf(epsilon):
-        return 0.0
+    [phase] = calibrate_schedule(
+        [Phase(steps, sampling_rate)],
+        epsilon=epsilon,
+        delta=delta,
+        accountant=accountant,
+        adjacency=adjacency,
+        spent=spent,
+    )
+    return phase.noise_multiplier
+
+
+def calibrate_schedule(
+    schedule: Sequence[Phase],
+    *,
+    epsilon: float,
+    delta: float,
+    accountant: Accountant = "pld",
+    adjacency: Adjacency = "add_or_remove",
+    spent: PrivacyLedger | None = None,
+) -> list[Phase]:
+    """The schedule with all noise multipliers scaled by one factor, so that it costs ε, or up to 0.1 % less.
+
+    Formal guarantee: the ε of the returned schedule, after ``spent``, is at most ``epsilon``; it has been computed.
+
+    Args:
+        schedule: Phases whose noise multipliers are in the wanted proportion to each other, and positive.
+        epsilon: The target, positive.
+        delta: The δ of the target.
+        accountant: ``"pld"`` or ``"rdp"``.
+        adjacency: ``"add_or_remove"`` or ``"replace_one"``.
+        spent: What has been released before.
+
+    Raises:
+        ValueError: No noise can meet the target, because ``spent`` exceeds it already, or it is too small for any.
+    """
+    _check_target(epsilon, delta)
+    if not schedule:
+        raise ValueError("schedule must hold at least one Phase.")
+    for phase in schedule:
+        if phase.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {phase.steps}.")
+        if not 0 < phase.noise_multiplier < math.inf:
+            raise ValueError(
+                f"A schedule's noise_multiplier must be positive and finite, got {phase.noise_multiplier}."
+            )
+        phase.event()  # checks the rate
     spent = spent or PrivacyLedger()
 
-    def cost(multiplier: float, exact: bool = True) -> float:
-        ledger = spent.copy()
-        ledger.record(subsampled_gaussian(multiplier, sampling_rate), steps)
-        return ledger.epsilon(delta, accountant) if exact else _rough_epsilon(ledger.event(), delta)
+    def scaled(scale: float) -> list[Phase]:
+        return [replace(phase, noise_multiplier=scale * phase.noise_multiplier) for phase in schedule]
 
+    def cost(scale: float, exact: bool = True) -> float:
+        ledger = spent.copy()
+        ledger.extend(PrivacyLedger.of(scaled(scale)))
+        if exact:
+            return ledger.epsilon(delta, accountant, adjacency)
+        return rough_epsilon(ledger.event(), delta, adjacency)
+
+    if math.isinf(epsilon):
+        return scaled(0.0)
+    return scaled(_smallest_scale(cost, epsilon, delta))
+
+
+def _smallest_scale(cost: Callable[..., float], epsilon: float, delta: float) -> float:
+    """About the smallest scale of the noise (to 0.1 % of ε) with a cost of at most ε; its cost has been computed."""
     # A bracket by the fast accountant, then a few evaluations of the tight one.
-    high = _smallest_power(lambda multiplier: cost(multiplier, exact=False) <= epsilon, start=1.0, end=2.0**20)
+    high = _smallest_power(lambda scale: cost(scale, exact=False) <= epsilon, start=1.0, end=2.0**20)
     high_cost = cost(high)
     while high_cost > epsilon:
         if high > 2**20:
-            raise ValueError(f"No noise keeps ε within {epsilon} at δ = {delta}: the budget is spent already.")
+            raise ValueError(
+                f"No noise keeps ε within {epsilon} at δ = {delta}: the budget is spent already, or too small."
+            )
         high *= 1.05
         high_cost = cost(high)
     low, low_cost = high, high_cost
     while low_cost <= epsilon:
         high, high_cost = low, low_cost
-        if high < 2**-10:
+        if high < 2**-20:
             return high
         low /= 1.3
         low_cost = cost(low)
@@ -294,7 +353,7 @@ def calibrate_noise(
             middle = (low + high) / 2
         else:  # ε falls about like a power of the multiplier: interpolate, and aim a little below the target
             slope = math.log(high_cost / low_cost) / math.log(high / low)
-            middle = high * (0.9995 * epsilon / high_cost) ** (1 / slope)
+            middle = high * (0.9995 * epsilon / high_cost) ** (1 / slope) if slope else (low + high) / 2
             margin = 0.02 * (high - low)
             middle = min(max(middle, low + margin), high - margin)
         middle_cost = cost(middle)
@@ -302,6 +361,7 @@ def calibrate_noise(
             high, high_cost = middle, middle_cost
         else:
             low, low_cost = middle, middle_cost
+    assert high_cost <= epsilon
     return high
 
 
@@ -321,17 +381,51 @@ def _smallest_power(holds: Callable[[float], bool], start: float, end: float) ->
     return high
 
 
+def calibrate_steps(
+    *,
+    epsilon: float,
+    delta: float,
+    noise_multiplier: float,
+    sampling_rate: float,
+    accountant: Accountant = "pld",
+    adjacency: Adjacency = "add_or_remove",
+    spent: PrivacyLedger | None = None,
+) -> int:
+    """The most steps, after those in ``spent``, with which ε stays within the target: 0 when not one does.
+
+    Formal guarantee: the ε of the returned number of steps is at most ``epsilon``, unless ``spent`` exceeds it
+    already; it has been computed. At most 10⁹ steps are looked for.
+    """
+    _check_target(epsilon, delta)
+    return affordable_steps(
+        spent or PrivacyLedger(),
+        subsampled_gaussian(noise_multiplier, sampling_rate),
+        epsilon=epsilon,
+        delta=delta,
+        at_most=_MOST_STEPS,
+        accountant=accountant,
+        adjacency=adjacency,
+    )
+
+
 def affordable_steps(
-    spent: PrivacyLedger, event: DpEvent, *, epsilon: float, delta: float, at_most: int, accountant: Accountant = "pld"
+    spent: PrivacyLedger,
+    event: DpEvent,
+    *,
+    epsilon: float,
+    delta: float,
+    at_most: int,
+    accountant: Accountant = "pld",
+    adjacency: Adjacency = "add_or_remove",
 ) -> int:
     """How many more steps of this event fit into the budget: the largest ``n ≤ at_most`` with total ε ≤ ``epsilon``."""
 
     def cost(steps: int, exact: bool) -> float:
         ledger = spent.copy()
         ledger.record(event, steps)
-        if len(ledger) == 0:
-            return 0.0
-        return ledger.epsilon(delta, accountant) if exact else _rough_epsilon(ledger.event(), delta)
+        if exact:
+            return ledger.epsilon(delta, accountant, adjacency)
+        return rough_epsilon(ledger.event(), delta, adjacency)
 
     def largest(fits: Callable[[int], bool], start: int, growth: float) -> int:
         """The largest n in [0, at_most] that fits, searched from ``start`` upwards and downwards."""
@@ -353,3 +447,74 @@ def affordable_steps(
         return at_most
     rough = largest(lambda steps: cost(steps, exact=False) <= epsilon, start=1, growth=2.0)
     return largest(lambda steps: cost(steps, exact=True) <= epsilon, start=rough, growth=1.1)
+
+
+class EpsilonMonitor:
+    """ε of a growing ledger at little cost, for display while training runs.
+
+    Formal guarantee: a value is never below the exact ε. Proof: it is ε, on a coarser grid (never lower, see
+    `event_epsilon`), of the ledger or of the ledger with some more steps of its last kind; ε grows with every step.
+    It is at most 1 % above: the further steps raise ε by half a per cent, which is checked, and the coarser grid by
+    less than that, which is measured by the tests rather than proven.
+
+    Cost: an evaluation, of some milliseconds, per half a per cent of ε and never more than one per call, but for a
+    misjudged look ahead; their number grows with the logarithm of the number of steps.
+
+    Args:
+        delta: The δ at which ε is stated.
+        accountant: ``"pld"`` or ``"rdp"``.
+        adjacency: ``"add_or_remove"`` or ``"replace_one"``.
+    """
+
+    _TOLERANCE, _AIM = 1.005, 1.0045
+
+    def __init__(self, delta: float, accountant: Accountant = "pld", adjacency: Adjacency = "add_or_remove") -> None:
+        check_delta(delta)
+        self.delta, self.accountant, self.adjacency = delta, accountant, adjacency
+        #: How often ε has been computed.
+        self.evaluations = 0
+        self._before: list[tuple[DpEvent, int]] = []
+        self._last: DpEvent | None = None
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        #: The value serves for these numbers of steps of the last kind; it is ε of the last of them.
+        self._from, self._until, self._value = 0, 0, 0.0
+        #: d log ε / d log steps, as last seen.
+        self._slope = 1.0
+
+    def bound(self, ledger: PrivacyLedger) -> float:
+        """An upper bound on ε of the ledger, within 1 % of it."""
+        entries = list(ledger)
+        if not entries:
+            return 0.0
+        *before, (event, steps) = entries
+        if event != self._last or before != self._before:
+            self._last, self._before = event, before
+            self._start_anew()
+        if not self._from <= steps <= self._until:
+            self._advance(steps)
+        return self._value
+
+    def _advance(self, steps: int) -> None:
+        """Computes a value for this number of steps, and for as many more as it serves for."""
+        known, at = self._value, self._until
+        if at == 0 or steps < at:
+            known, reach = 0.0, steps
+        else:
+            reach = math.floor(at * (self._AIM ** (1 / self._slope) if known else 2.0))
+        until = max(steps, reach)
+        value = self._evaluate(until)
+        if until > steps and value > self._TOLERANCE * known:
+            until, value = steps, self._evaluate(steps)
+        # ε of every number of steps beyond ``at`` is at least what is known of ``at``.
+        self._from = at + 1 if at and steps > at and value <= self._TOLERANCE * known else steps
+        if 0 < known < value < math.inf and until > at > 0:
+            self._slope = max(0.1, math.log(value / known) / math.log(until / at))
+        self._until, self._value = until, value
+
+    def _evaluate(self, steps: int) -> float:
+        assert self._last is not None
+        self.evaluations += 1
+        parts = [SelfComposedDpEvent(event, count) for event, count in [*self._before, (self._last, steps)]]
+        return event_epsilon(ComposedDpEvent(parts), self.delta, self.accountant, self.adjacency, COARSE)

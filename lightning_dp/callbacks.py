@@ -13,9 +13,11 @@ import torch
 from dp_accounting import DpEvent
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_dp.accounting import Accountant, PrivacyLedger, affordable_steps, calibrate_noise
+from lightning_dp import dashboards
+from lightning_dp.accounting import Accountant, EpsilonMonitor, PrivacyLedger, affordable_steps, calibrate_noise
 from lightning_dp.checks import PrivacyConfigurationError, warn_about_delta
 from lightning_dp.clipping import Clipping, FlatClipping
 from lightning_dp.noise import GaussianNoise, Noise
@@ -73,6 +75,7 @@ class PrivacyBudget(Callback):
         self.epsilon, self.delta, self.accountant = epsilon, delta, accountant
         self._chosen: dict[str, float] = {}
         self._limits: dict[DpEvent, int] = {}
+        self._verified = 0
         self._stopped = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -86,7 +89,7 @@ class PrivacyBudget(Callback):
                 "for, and would spend the budget. Search on public data, or give GaussianNoise(multiplier=…): then "
                 "the steps of the search are charged like all others."
             )
-        self._limits = {}
+        self._limits, self._verified = {}, 0
         self._stopped = False
         strategy.budget = self
 
@@ -126,7 +129,12 @@ class PrivacyBudget(Callback):
                 ledger, event, epsilon=self.epsilon, delta=self.delta, at_most=10**9, accountant=self.accountant
             )
             self._limits = {event: len(ledger) + more}
+            self._verified = len(ledger) + more if more else 0
         return self._limits[event]
+
+    def holds_for(self, ledger: PrivacyLedger) -> bool:
+        """Whether ε of this ledger, the strategy's, has been found to be within the target."""
+        return 0 < len(ledger) <= self._verified
 
     def _remaining_steps(self, trainer: pl.Trainer) -> int | None:
         """Private steps that the Trainer still plans; ``None`` when it plans to train forever."""
@@ -180,16 +188,31 @@ class PrivacyBudget(Callback):
         event = step.event(multiplier, strategy.sampling_rate)
         if len(strategy.ledger) < self.step_limit(strategy.ledger, event):
             return
-        self._stopped = True
-        spent = strategy.ledger.epsilon(self.delta, self.accountant)
-        rank_zero_info(
-            f"PrivacyBudget: stopping after {len(strategy.ledger)} private steps: ε = {spent:.4g} of {self.epsilon:g} "
-            f"(δ = {self.delta:g}) is spent, and one more step would exceed it."
-        )
         # The Trainer ignores should_stop while a minimum is not met; a budget admits no minimum.
         trainer.fit_loop.min_epochs = 0
         trainer.fit_loop.epoch_loop.min_steps = None
         trainer.should_stop = True
+        if self._remaining_steps(trainer) == 0 < len(strategy.ledger):
+            return  # all that was planned has been done: `on_train_end` says so
+        self._stopped = True
+        rank_zero_info(
+            f"PrivacyBudget: stopping after {len(strategy.ledger)} private steps, because one more would exceed the "
+            f"budget: {self._balance(strategy)}."
+        )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Reports what is left, when something other than the budget ended the training."""
+        strategy = private_strategy(trainer, "PrivacyBudget")
+        if not self._stopped:
+            rank_zero_info(
+                f"PrivacyBudget: training ended after {len(strategy.ledger)} private steps, within the budget: "
+                f"{self._balance(strategy)}."
+            )
+
+    def _balance(self, strategy: PrivateMixin) -> str:
+        spent = strategy.ledger.epsilon(self.delta, self.accountant)
+        left = f"{self.epsilon - spent:.3g} is left" if spent <= self.epsilon else "it was exceeded before this fit"
+        return f"ε = {spent:.4g} of {self.epsilon:g} is spent at δ = {self.delta:g}, {left}"
 
     def state_dict(self) -> dict[str, Any]:
         return {"chosen": dict(self._chosen)}
@@ -202,23 +225,33 @@ class PrivacyMonitor(Callback):
     """Shows what has been spent: to every logger, to the progress bar, and to callbacks that monitor metrics.
 
     Logged every ``log_every_n_steps`` private steps and at the end of every epoch: ``privacy/epsilon``,
-    ``privacy/delta``, ``privacy/noise_multiplier`` and, when the Trainer has a `PrivacyBudget`,
-    ``privacy/budget_spent`` (the fraction of its ε).
+    ``privacy/delta``, ``privacy/noise_multiplier``; with a `PrivacyBudget`, ``privacy/budget_spent`` (the fraction of
+    its ε); and ``privacy/signal_to_noise``, estimated from the noisy gradient alone, and so without further cost.
+
+    While training runs, the ε shown is never below the exact one and at most 1 % above it, which costs far less than
+    the exact one at every step (see `EpsilonMonitor`). The last value of a fit is exact.
+
+    In Weights & Biases, every metric can be drawn against ``privacy/epsilon``, the final values stand in the run's
+    summary, and a chart of the validation metrics against ε is added at the end.
 
     Args:
         delta: The δ at which ε is stated.
         accountant: ``"pld"`` or ``"rdp"``.
-        log_not_private: Also log ``not_private/clipped_fraction`` and the median gradient norm,
-            ``not_private/median_gradient_norm``. **These are computed from the data without noise: whoever sees them
-            learns more than ε says.**
+        log_not_private: Also log ``not_private/clipped_fraction`` and quantiles of the gradient norms before clipping,
+            ``not_private/median_gradient_norm``, ``not_private/gradient_norm_p10`` and ``…_p90``. **These are computed
+            from the data without noise: whoever sees them learns more than ε says.**
     """
 
     def __init__(self, delta: float, accountant: Accountant = "pld", log_not_private: bool = False) -> None:
         _check_delta("PrivacyMonitor", delta)
         self.delta, self.accountant, self.log_not_private = delta, accountant, log_not_private
-        #: ε as last computed.
+        #: ε as last shown.
         self.epsilon = 0.0
-        self._computed_at = -1
+        self._monitor = EpsilonMonitor(delta, accountant)
+        self._computed_at, self._exact_at = -1, -1
+        self._noise_square = 0.0
+        self._signal_to_noise: float | None = None
+        self._chart: dashboards.UtilityChart | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -227,28 +260,78 @@ class PrivacyMonitor(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         strategy = private_strategy(trainer, "PrivacyMonitor")
         warn_about_delta(self.delta, strategy.num_records)
-        self._computed_at = -1
+        self._computed_at, self._exact_at = -1, -1
         if strategy.private_step is not None:
             strategy.private_step.keep_norms = self.log_not_private
+        self._chart = dashboards.UtilityChart()
+        dashboards.begin(trainer.loggers, self._configuration(trainer, strategy))
+
+    def _configuration(self, trainer: pl.Trainer, strategy: PrivateMixin) -> dict[str, Any]:
+        """What a dashboard should state beside the curves: all of it public."""
+        return {
+            "delta": self.delta,
+            "accountant": self.accountant,
+            "adjacency": "add_or_remove",
+            "target_epsilon": _target(trainer),
+            "noise_multiplier": strategy.noise_multiplier,
+            "sampling_rate": strategy.sampling_rate,
+            "expected_batch_size": strategy.expected_batch_size,
+            "clipping": repr(strategy.clipping),
+            "noise": repr(strategy.noise),
+            "engine": strategy.engine,
+        }
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        """Notes the expected square of the noise's norm, before the clipping norm of the next step is known."""
+        step = private_strategy(trainer, "PrivacyMonitor").private_step
+        if step is None or not self._due(trainer, ahead=1):
+            return
+        scales, parameters = step._noise_scales(), step.engine.parameters
+        self._noise_square = sum(parameters[name].numel() * scale**2 for name, scale in scales.items())
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Estimates the signal-to-noise ratio: ``E‖signal + noise‖² = ‖signal‖² + E‖noise‖²``."""
+        self._signal_to_noise = None
+        step = private_strategy(trainer, "PrivacyMonitor").private_step
+        if step is None or not self._noise_square:
+            return
+        gradients = [p.grad for p in step.engine.parameters.values() if p.grad is not None]
+        square = float(torch.stack(torch._foreach_norm(gradients)).double().square().sum())
+        self._signal_to_noise = math.sqrt(max(0.0, square / self._noise_square - 1))
+        self._noise_square = 0.0
+
+    def _due(self, trainer: pl.Trainer, ahead: int = 0) -> bool:
+        return (trainer.global_step + ahead) % max(_setting(trainer, "log_every_n_steps"), 1) == 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         strategy = private_strategy(trainer, "PrivacyMonitor")
-        due = trainer.global_step % max(_setting(trainer, "log_every_n_steps"), 1) == 0
         first_or_last = self._computed_at < 0 or trainer.is_last_batch or trainer.should_stop
-        if not (due or first_or_last):
+        if not (self._due(trainer) or first_or_last):
             return
-        metrics = self._metrics(trainer, strategy)
+        metrics = self._metrics(trainer, strategy, exact=_is_last_step(trainer))
         for name, value in metrics.items():
             pl_module.log(name, value, on_step=True, on_epoch=False, prog_bar=name == "privacy/epsilon", batch_size=1)
         if self.log_not_private:
             self._log_not_private(pl_module, strategy)
 
-    def _metrics(self, trainer: pl.Trainer, strategy: PrivateMixin) -> dict[str, float]:
+    def _metrics(self, trainer: pl.Trainer, strategy: PrivateMixin, exact: bool) -> dict[str, float]:
+        target = _target(trainer)
         steps = len(strategy.ledger)
-        if steps != self._computed_at:
+        if exact and steps != self._exact_at:
             self.epsilon = strategy.ledger.epsilon(self.delta, self.accountant)
+            self._computed_at = self._exact_at = steps
+        elif steps != self._computed_at:
+            # Lightning keeps metrics in single precision: rounded upwards.
+            self.epsilon = self._monitor.bound(strategy.ledger) * (1 + 1e-6)
+            budget = strategy.budget
+            if (
+                isinstance(budget, PrivacyBudget)
+                and (budget.delta, budget.accountant) == (self.delta, self.accountant)
+                and budget.holds_for(strategy.ledger)
+            ):
+                self.epsilon = min(self.epsilon, budget.epsilon)  # a lower bound that is proven as well
             self._computed_at = steps
         metrics = {
             "privacy/epsilon": self.epsilon,
@@ -257,19 +340,61 @@ class PrivacyMonitor(Callback):
         }
         if strategy.private_step is not None:  # public: found with noise
             metrics |= {f"privacy/clipping_{name}": v for name, v in strategy.private_step.clipping_state.items()}
-        target = next((target for target in map(_target_epsilon, trainer_callbacks(trainer)) if target), None)
+        if self._signal_to_noise is not None:
+            metrics["privacy/signal_to_noise"] = self._signal_to_noise
         if target:
             metrics["privacy/budget_spent"] = self.epsilon / target
         return metrics
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notes the validation metrics beside ε, for the chart."""
+        if self._chart is None or _setting(trainer, "sanity_checking") or trainer.state.fn != TrainerFn.FITTING:
+            return
+        epsilon = self._metrics(trainer, private_strategy(trainer, "PrivacyMonitor"), exact=False)["privacy/epsilon"]
+        names = [name for name in trainer.callback_metrics if not name.startswith(("privacy/", "not_private/"))]
+        metrics = {name: float(trainer.callback_metrics[name]) for name in names}
+        self._chart.add(epsilon, metrics)
+        dashboards.utility(trainer.loggers, max(trainer.global_step - 1, 0), epsilon, metrics)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """States the exact ε, also where the last step was none that is logged."""
+        strategy = private_strategy(trainer, "PrivacyMonitor")
+        logged = self._exact_at == len(strategy.ledger) and (self._due(trainer) or trainer.should_stop)
+        metrics = self._metrics(trainer, strategy, exact=True)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in metrics.items()})
+        if not logged:
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=max(trainer.global_step - 1, 0))
+        dashboards.finish(trainer.loggers, {**metrics, "privacy/steps": len(strategy.ledger)}, self._chart)
 
     def _log_not_private(self, pl_module: pl.LightningModule, strategy: PrivateMixin) -> None:
         step = strategy.private_step
         if step is None or not step.norms:
             return
-        norms, weights = torch.cat(step.norms), torch.cat(step.weights)
-        clipped = (weights < 1).float().mean()
-        pl_module.log("not_private/clipped_fraction", clipped, on_step=True, on_epoch=False, batch_size=1)
-        pl_module.log("not_private/median_gradient_norm", norms.median(), on_step=True, on_epoch=False, batch_size=1)
+        norms, weights = torch.cat(step.norms).flatten().float(), torch.cat(step.weights)
+        low, median, high = norms.quantile(torch.tensor([0.1, 0.5, 0.9], device=norms.device)).tolist()
+        values = {
+            "clipped_fraction": (weights < 1).float().mean().item(),
+            "gradient_norm_p10": low,
+            "median_gradient_norm": median,
+            "gradient_norm_p90": high,
+        }
+        for name, value in values.items():
+            pl_module.log(f"not_private/{name}", value, on_step=True, on_epoch=False, batch_size=1)
+
+
+def _is_last_step(trainer: pl.Trainer) -> bool:
+    """Whether the step that has just been taken is known to be the last one of this fit."""
+    if trainer.should_stop or trainer.global_step >= trainer.max_steps >= 0:
+        return True
+    return (
+        trainer.is_last_batch and trainer.max_epochs is not None and 0 < trainer.max_epochs <= trainer.current_epoch + 1
+    )
+
+
+def _target(trainer: pl.Trainer) -> float | None:
+    """ε of the Trainer's budget, if it has one."""
+    return next((target for target in map(_target_epsilon, trainer_callbacks(trainer)) if target), None)
 
 
 def _setting(trainer: pl.Trainer, name: str) -> Any:
@@ -367,6 +492,20 @@ class DifferentialPrivacy(Callback):
         if self.budget:
             self.budget.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self.monitor.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        self.monitor.on_before_backward(trainer, pl_module, loss)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.monitor.on_after_backward(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.monitor.on_validation_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.budget:
+            self.budget.on_train_end(trainer, pl_module)
+        self.monitor.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         return self.budget.state_dict() if self.budget else {}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from lightning_dp import commands, plots
 from lightning_dp.callbacks import DifferentialPrivacy, PrivacyMonitor, trainer_callbacks
 from lightning_dp.strategy import PrivateMixin
 
@@ -60,15 +62,34 @@ def summary(trainer: pl.Trainer, metrics: Mapping[str, float]) -> str:
     return "lightning-dp: " + "; ".join(parts)
 
 
+#: Commands besides LightningCLI's: what they are for, and what runs them.
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+    "epsilon": ("the ε that a training costs", commands.epsilon_command),
+    "calibrate": ("the noise, or the number of steps, for a target ε", commands.calibrate_command),
+    "plot": ("draw ε against steps and accuracy against ε, from logs", plots.plot_command),
+}
+
+
+def _description() -> str:
+    others = "; ".join(f"{name}: {purpose}" for name, (purpose, _) in COMMANDS.items())
+    return (
+        f"Differentially private training for PyTorch Lightning. Further commands, each with its own --help: {others}."
+    )
+
+
 def main(args: list[str] | None = None) -> None:
-    """Entry point of ``lightning-dp fit|validate|test|predict --config …``."""
+    """Entry point of ``lightning-dp fit|validate|test|predict --config …`` and of `COMMANDS`."""
+    arguments = sys.argv[1:] if args is None else args
+    if arguments and arguments[0] in COMMANDS:
+        COMMANDS[arguments[0]][1](arguments[1:])
+        return
     PrivateCLI(
         pl.LightningModule,
         pl.LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         args=args,
-        parser_kwargs={"prog": "lightning-dp", "description": "Differentially private training for PyTorch Lightning."},
+        parser_kwargs={"prog": "lightning-dp", "description": _description()},
     )
 
 

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from lightning_dp.cli import main
+from lightning_dp.plots import RunLog, accuracy_metric, draw, read_run, wandb_records
+
+
+def write_csv(folder: Path, slope: float = 1.0) -> Path:
+    folder.mkdir(parents=True)
+    lines = ["epoch,privacy/epsilon,step,val_accuracy"]
+    for step in range(0, 50, 10):
+        lines += [f"0,{slope * (step + 1) ** 0.5},{step},", f"0,,{step + 5},{0.5 + step / 100}"]
+    path = folder / "metrics.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_a_metric_is_paired_with_the_epsilon_of_its_step(tmp_path: Path) -> None:
+    run = read_run(write_csv(tmp_path / "run").parent)
+    pairs = run.against_epsilon("val_accuracy")
+    assert pairs == [((step + 1) ** 0.5, 0.5 + step / 100) for step in range(0, 50, 10)]
+    assert run.against_epsilon("absent") == []
+    assert RunLog("empty", {"acc": [(0, 1.0)]}).against_epsilon("acc") == []
+
+
+def test_plot_writes_png_and_svg_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_csv(tmp_path / "one")
+    write_csv(tmp_path / "two", 2.0)
+    main(["plot", str(tmp_path / "one"), str(tmp_path / "two" / "metrics.csv"), "--names", "small", "large",
+          "--out", str(tmp_path / "figures" / "v1.5")])  # fmt: skip
+    png, svg = (tmp_path / "figures" / f"v1.5{end}" for end in (".png", ".svg"))
+    assert capsys.readouterr().out.split() == [str(png), str(svg)]
+    assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert ElementTree.parse(svg).getroot().tag.endswith("svg")
+
+
+def test_the_figure_shows_every_run_in_both_panels(tmp_path: Path) -> None:
+    runs = [read_run(write_csv(tmp_path / name)) for name in ("one", "two")]
+    left, right = draw(runs).axes
+    assert len(left.lines) == len(right.lines) == 2
+    assert (left.get_ylabel(), right.get_xlabel(), right.get_ylabel()) == ("ε", "ε", "val_accuracy")
+    assert left.lines[0].get_xdata()[0] == 1, "the first step is the first, not the zeroth"
+    for run in runs:
+        del run.metrics["val_accuracy"]
+    assert len(draw(runs).axes) == 1
+
+
+def test_validation_accuracy_is_preferred() -> None:
+    values = [(0, 0.5)]
+    assert accuracy_metric([RunLog("a", {"test_acc": values, "val_acc": values, "loss": values})]) == "val_acc"
+    assert accuracy_metric([RunLog("a", {"loss": values})]) is None
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda folder: [folder / "absent"], "There is no"),
+        (lambda folder: [folder], "holds no metrics.csv"),
+        (lambda folder: [write_csv(folder / "a").parent, write_csv(folder / "b").parent, "--metric", "f1"],
+         "No metric 'f1'.*val_accuracy"),
+        (lambda folder: [write_csv(folder / "a" / "x").parents[1], write_csv(folder / "a" / "y").parents[1]],
+         "logs of 2 runs"),
+        (lambda folder: [write_csv(folder / "a"), "--names", "p", "q"], "2 names for 1 runs"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_an_error_that_says_what(make, says: str, tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    import re
+
+    with pytest.raises(SystemExit):
+        main(["plot", *map(str, make(tmp_path)), "--out", str(tmp_path / "out")])
+    assert re.search(says, capsys.readouterr().err.replace("\n", " "))
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_runs_without_epsilon_are_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_text("epoch,step,val_accuracy\n0,1,0.5\n")
+    with pytest.raises(ValueError, match="No privacy/epsilon.*PrivacyMonitor"):
+        draw([read_run(path)])
+
+
+def chunks(data: bytes, sizes: list[int]) -> bytes:
+    """A wandb file with one record per size, written by the format's definition."""
+    out, block = bytearray(b":W&B\xe1\xbe\x00"), 2**15
+    for number, size in enumerate(sizes):
+        record, first = bytes([number % 256]) * size, True
+        while True:
+            left = block - len(out) % block
+            if left < 7:
+                out += bytes(left)
+                continue
+            piece, record = record[: left - 7], record[left - 7 :]
+            kind = (1 if first else 4) if not record else (2 if first else 3)
+            out += struct.pack("<IHB", 0, len(piece), kind) + piece
+            first = False
+            if not record:
+                break
+    return bytes(out)
+
+
+@pytest.mark.parametrize("sizes", [[1, 2, 3], [32768 - 14, 5], [32768 - 7 - 7 - 3, 40, 1], [100_000, 7, 32_761, 0, 4]])
+def test_records_that_span_blocks_are_read_whole(sizes: list[int], tmp_path: Path) -> None:
+    path = tmp_path / "run-x.wandb"
+    path.write_bytes(chunks(b"", sizes))
+    assert [len(record) for record in wandb_records(path)] == sizes
+    path.write_bytes(path.read_bytes()[:-1])  # cut off by a crash
+    assert [len(record) for record in wandb_records(path)] == sizes[:-1]
+    path.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="no run file"):
+        list(wandb_records(path))
