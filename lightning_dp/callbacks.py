@@ -302,9 +302,11 @@ class DifferentialPrivacy(Callback):
     Args:
         epsilon: The most that ε may become. ``None``: no limit; ``noise`` must then have a multiplier.
         delta: The δ at which ε is stated; well below 1/N.
-        clipping, noise, max_physical_batch_size, engine, loss_reduction, self_check, seed: As for `PrivateStrategy`.
+        clipping, noise, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal: As for
+            `PrivateStrategy`.
         accountant: ``"pld"`` or ``"rdp"``.
         log_not_private: As for `PrivacyMonitor`.
+        card: Whether a `PrivacyCard` is written beside the logs at the end.
     """
 
     def __init__(
@@ -320,6 +322,8 @@ class DifferentialPrivacy(Callback):
         seed: int | None = None,
         accountant: Accountant = "pld",
         log_not_private: bool = False,
+        journal: bool = True,
+        card: bool = True,
     ) -> None:
         if epsilon is None and noise.multiplier is None:
             raise ValueError(
@@ -336,6 +340,7 @@ class DifferentialPrivacy(Callback):
             "loss_reduction": loss_reduction,
             "self_check": self_check,
             "seed": seed,
+            "journal": journal,
         }
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
