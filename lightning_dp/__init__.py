@@ -5,8 +5,10 @@ trainer = L.Trainer(max_epochs=20, callbacks=[DifferentialPrivacy(epsilon=3.0, d
 
 from lightning_dp.accounting import PrivacyLedger, calibrate_noise, epsilon
 from lightning_dp.callbacks import DifferentialPrivacy, PrivacyBudget, PrivacyMonitor
+from lightning_dp.card import PrivacyCard, card_of_run, privacy_card, render_card
 from lightning_dp.checks import PrivacyConfigurationError
 from lightning_dp.clipping import AdaptiveClipping, AutomaticClipping, FlatClipping, PerLayerClipping
+from lightning_dp.journal import JournalError
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.records import UnsupportedModelError
 from lightning_dp.strategy import PrivateStrategy, register_strategies
@@ -21,13 +23,18 @@ __all__ = [
     "DifferentialPrivacy",
     "FlatClipping",
     "GaussianNoise",
+    "JournalError",
     "PerLayerClipping",
     "PrivacyBudget",
+    "PrivacyCard",
     "PrivacyConfigurationError",
     "PrivacyLedger",
     "PrivacyMonitor",
     "PrivateStrategy",
     "UnsupportedModelError",
     "calibrate_noise",
+    "card_of_run",
     "epsilon",
+    "privacy_card",
+    "render_card",
 ]

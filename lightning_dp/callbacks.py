@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_dp.accounting import Accountant, PrivacyLedger, affordable_steps, calibrate_noise
+from lightning_dp.card import PrivacyCard
 from lightning_dp.checks import PrivacyConfigurationError, warn_about_delta
 from lightning_dp.clipping import Clipping, FlatClipping
 from lightning_dp.noise import GaussianNoise, Noise
@@ -292,7 +293,7 @@ def _target_epsilon(callback: Callback) -> float | None:
 
 
 class DifferentialPrivacy(Callback):
-    """Makes a plain Trainer train privately: strategy, budget and monitor in one callback.
+    """Makes a plain Trainer train privately: strategy, budget, monitor and privacy card in one callback.
 
     Example::
 
@@ -332,6 +333,7 @@ class DifferentialPrivacy(Callback):
             )
         self.budget = None if epsilon is None else PrivacyBudget(epsilon, delta, accountant)
         self.monitor = PrivacyMonitor(delta, accountant, log_not_private)
+        self.card = PrivacyCard(delta=delta) if card else None
         self._configuration = {
             "clipping": clipping,
             "noise": noise,
@@ -356,11 +358,15 @@ class DifferentialPrivacy(Callback):
         make_private(trainer.strategy, **self._configuration)
         if self.budget:
             self.budget.setup(trainer, pl_module, stage)
+        if self.card:
+            self.card.setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.budget:
             self.budget.on_train_start(trainer, pl_module)
         self.monitor.on_train_start(trainer, pl_module)
+        if self.card:
+            self.card.on_train_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.budget:
@@ -372,6 +378,26 @@ class DifferentialPrivacy(Callback):
         if self.budget:
             self.budget.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self.monitor.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.card:
+            self.card.on_validation_start(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.card:
+            self.card.on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.card:
+            self.card.on_train_epoch_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.card:
+            self.card.on_train_end(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self.card:
+            self.card.on_exception(trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
         return self.budget.state_dict() if self.budget else {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_dp.callbacks import DifferentialPrivacy, PrivacyMonitor, trainer_callbacks
+from lightning_dp.card import card_command
 from lightning_dp.strategy import PrivateMixin
 
 
@@ -61,7 +63,11 @@ def summary(trainer: pl.Trainer, metrics: Mapping[str, float]) -> str:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point of ``lightning-dp fit|validate|test|predict --config …``."""
+    """Entry point of ``lightning-dp fit|validate|test|predict --config …`` and ``lightning-dp card <run>``."""
+    args = sys.argv[1:] if args is None else args
+    if args and args[0] == "card":
+        card_command(args[1:])
+        return
     PrivateCLI(
         pl.LightningModule,
         pl.LightningDataModule,

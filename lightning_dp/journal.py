@@ -78,13 +78,13 @@ def boot_identifier() -> str | None:
         return None
 
 
-def run_directory(trainer: Trainer) -> Path:
+def run_directory(trainer: Trainer) -> str:
     """Where `ModelCheckpoint` makes its folder ``checkpoints``: the first logger's directory, or the Trainer's root."""
     if not trainer.loggers:
-        return Path(trainer.default_root_dir)
+        return str(trainer.default_root_dir)
     logger = trainer.loggers[0]
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return Path(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
+    return os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
 
 
 def software_versions() -> dict[str, str]:
@@ -331,7 +331,7 @@ class PrivacyJournal:
             written.
     """
 
-    def __init__(self, directory: Path, *, num_records: int, configuration: Mapping[str, Any]) -> None:
+    def __init__(self, directory: str | Path, *, num_records: int, configuration: Mapping[str, Any]) -> None:
         if "://" in str(directory):
             raise JournalError(
                 f"The privacy journal must be a local file, and this training's directory is {directory}. Give the "

@@ -309,6 +309,7 @@ class PrivateMixin(Strategy):
             "max_physical_batch_size": self.max_physical_batch_size,
             "self_check": self.self_check,
             "seed_given": self.seed is not None,
+            "journal": self.keep_journal,
             "precision": str(self._trainer().precision),
             "model": type(self._module()).__name__,
             "trainable_parameters": sum(p.numel() for p in step.engine.parameters.values()) if step else None,
