@@ -64,9 +64,9 @@ def summary(trainer: pl.Trainer, metrics: Mapping[str, float]) -> str:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``lightning-dp fit|validate|test|predict --config …`` and ``lightning-dp card <run>``."""
-    args = sys.argv[1:] if args is None else args
-    if args and args[0] == "card":
-        card_command(args[1:])
+    words = sys.argv[1:] if args is None else args
+    if words and words[0] == "card":
+        card_command(words[1:])
         return
     PrivateCLI(
         pl.LightningModule,
