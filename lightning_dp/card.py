@@ -366,6 +366,9 @@ class PrivacyCard(Callback):
                 f"PrivacyCard cannot write to {directory}. Give PrivacyCard(path=…) a directory that it can write to, "
                 "or card=False to DifferentialPrivacy."
             )
+        if strategy.journal is not None:  # what earlier runs of this training logged
+            self._training_metrics |= set(strategy.journal.contents.notes.get("training_metrics", ()))
+            self._validation_metrics |= set(strategy.journal.contents.notes.get("validation_metrics", ()))
         self._note(strategy, delta=self.delta, target_epsilon=self._target_epsilon)
 
     def _directory(self, trainer: pl.Trainer) -> str:

@@ -61,6 +61,9 @@ _MOST_RESERVED = 256
 #: The share of the training's time that may be spent waiting for reservations to reach the disk.
 _SYNC_SHARE = 0.01
 
+#: For so long a process that has just been killed may still hold its lock.
+_LOCK_SECONDS = 1.0
+
 _OWN_DIRECTORY = (
     "Give this training a directory of its own (a logger with a new version, or Trainer(default_root_dir=…))"
 )
@@ -159,7 +162,7 @@ class JournalContents:
         self.runs: dict[str, JournalRun] = {}
         #: Journals that training went on in, from a checkpoint of this one.
         self.continued: list[dict[str, str]] = []
-        #: Public facts that callbacks noted, the last one by each key.
+        #: Public facts that callbacks noted, the last one by each key; lists grow.
         self.notes: dict[str, Any] = {}
         self._included = PrivacyLedger()
         self._current: JournalRun | None = None
@@ -231,7 +234,9 @@ class JournalContents:
                 run.close_reservation(int(value["used"]))
                 run.ended, run.killed, self._current = True, bool(value["killed"]), None
             case "note":
-                self.notes |= value["note"]
+                for key, fact in value["note"].items():
+                    lists = isinstance(fact, list) and isinstance(self.notes.get(key), list)
+                    self.notes[key] = sorted({*self.notes[key], *fact}) if lists else fact
             case other:
                 raise ValueError(f"a record of unknown type {other!r}; was it written by a newer version?")
 
@@ -406,11 +411,9 @@ class PrivacyJournal:
 
         ``None`` when the journal is not found.
         """
-        if reference["name"] == self.name:
-            return self.known()
         found = find_journal(reference, checkpoint_directory)
-        if found is None:
-            return None
+        if found is None or found.samefile(self.path):
+            return None if found is None and reference["name"] != self.name else self.known()
         if not os.access(found, os.W_OK):
             check_same_training(JournalContents(found), self._num_records, self.contents.configuration)
             rank_zero_warn(
@@ -421,7 +424,7 @@ class PrivacyJournal:
         other = PrivacyJournal(found.parent, num_records=self._num_records, configuration=self.contents.configuration)
         try:
             self.uncertain_steps += other.uncertain_steps
-            if self.name not in [link["name"] for link in other.contents.continued]:
+            if self.name not in [other.name, *(link["name"] for link in other.contents.continued)]:
                 relative = os.path.relpath(self.path, other.path.parent)
                 other._append({"type": "continued", **self.reference(), "relative": relative}, sync=True)
             return other.known()
@@ -568,17 +571,23 @@ def _open_locked(path: Path, create: bool) -> int:
         ) from error
     if fcntl is None:
         return fd
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(fd)
-        raise JournalError(
-            f"Another process{_process_of(path)} is training in {path.parent}, and one journal cannot serve two. "
-            f"{_OWN_DIRECTORY}, or wait for the other to end."
-        ) from error
-    except OSError as error:
-        rank_zero_warn(f"{path.parent} does not support locks ({error.strerror}): let only one process train there.")
-    return fd
+    end = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError as error:
+            if time.monotonic() < end:
+                time.sleep(0.02)
+                continue
+            os.close(fd)
+            raise JournalError(
+                f"Another process{_process_of(path)} is training in {path.parent}, and one journal cannot serve two. "
+                f"{_OWN_DIRECTORY}, or wait for the other to end."
+            ) from error
+        except OSError as error:
+            rank_zero_warn(f"{path.parent} has no locks ({error.strerror}): let only one process train there.")
+            return fd
 
 
 def _process_of(path: Path) -> str:

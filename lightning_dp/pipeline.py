@@ -41,8 +41,8 @@ class PrivateStep:
     A step is `begin`, then `accumulate` after the backward pass of every micro-batch, then `release`.
 
     Formal guarantee: with multiplier z and sampling rate q, a step is a Poisson-subsampled Gaussian mechanism of
-    noise multiplier z with respect to adding or removing a record, and the ledger holds that event before any
-    parameter's ``grad`` is set.
+    noise multiplier z with respect to adding or removing a record, and the ledger holds that event, and ``charge``
+    has returned, before any parameter's ``grad`` is set.
     Proof: `accumulate` adds to the sums one term per example, of joint norm at most the clipping rule's sensitivity S,
     that depends on that example alone; the noise has standard deviation z·S on every coordinate of every trainable
     parameter; the divisor q·N is public.

@@ -148,7 +148,9 @@ def test_an_error_before_training_leaves_no_card(tmp_path: Path) -> None:
 
 
 def test_the_card_lies_beside_the_checkpoints(tmp_path: Path) -> None:
-    run = trainer(logger=CSVLogger(tmp_path), enable_checkpointing=True, callbacks=[one_callback()])
+    run = trainer(
+        logger=CSVLogger(tmp_path), enable_checkpointing=True, callbacks=[one_callback()], log_every_n_steps=1
+    )
     fit(run, Net(), loader())
     [card] = tmp_path.rglob("privacy_card.md")
     assert (card.parent / "checkpoints").is_dir() and (card.parent / "metrics.csv").is_file()
@@ -248,8 +250,12 @@ def test_the_command_writes_and_prints_the_card(tmp_path: Path, capsys: pytest.C
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["absent"], "No privacy journal absent"), (["."], "There is one in: .*run"), (["run", "--delta", "2"], "strictly between")],
-)  # fmt: skip
+    [
+        (["absent"], "No privacy journal absent"),
+        (["."], "There is one in: .*run"),
+        (["run", "--delta", "2"], "strictly between"),
+    ],
+)
 def test_the_command_says_what_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: Any, says: str
 ) -> None:

@@ -145,6 +145,7 @@ def test_no_more_is_reserved_than_a_budget_has_room_for(tmp_path: Path, monkeypa
     assert charged(tmp_path) == 40
 
 
+@pytest.mark.filterwarnings("ignore:The last line of the privacy journal")
 def test_every_beginning_of_a_journal_can_be_opened(tmp_path: Path) -> None:
     found = opened(tmp_path / "whole")
     found._steps_to_reserve = lambda at_most: 12  # type: ignore[method-assign]
