@@ -18,8 +18,11 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_dp import DifferentialPrivacy, FlatClipping, GaussianNoise, PrivacyBudget, PrivateStrategy, journal
 from lightning_dp import strategy as strategy_module
-from lightning_dp.accounting import subsampled_gaussian
+from lightning_dp.accounting import PrivacyLedger, subsampled_gaussian
+from lightning_dp.engines import BookKeeping
 from lightning_dp.journal import JOURNAL_NAME, JournalContents, JournalError, PrivacyJournal, read_with_continuations
+from lightning_dp.pipeline import PrivateStep
+from lightning_dp.randomness import Randomness
 from tests.conftest import Net, fit, loader, trainer
 
 ROOT = Path(__file__).parent.parent
@@ -252,6 +255,30 @@ class AtEveryGradient(Callback):
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         self.look(trainer)
+
+
+def test_nothing_of_a_step_is_used_before_it_is_charged() -> None:
+    model = torch.nn.Linear(3, 3)
+    ledger = PrivacyLedger()
+    seen: list[Any] = []
+
+    def charge(event: Any, at_most: int | None) -> None:
+        seen.append((event, at_most, len(ledger), model.weight.grad))
+        if len(seen) == 2:
+            raise JournalError("full")
+
+    step = PrivateStep(
+        BookKeeping(model), FlatClipping(1.0), GaussianNoise(), ledger, Randomness(), lambda tensors: None, charge
+    )
+    step.begin(1.0, 0.1, 1.0, limit=lambda event: 5)
+    step.release()
+    assert seen == [(step.event(1.0, 0.1), 5, 0, None)]
+    model.zero_grad()
+    step.begin(1.0, 0.1, 1.0)
+    with pytest.raises(JournalError):
+        step.release()
+    assert seen[1] == (step.event(1.0, 0.1), None, 1, None)
+    assert len(ledger) == 1 and model.weight.grad is None
 
 
 @pytest.mark.parametrize("logged", [True, False])
