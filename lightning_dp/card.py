@@ -30,6 +30,11 @@ from lightning_dp.strategy import PrivateMixin
 #: The card's files, within its directory.
 CARD_NAME = "privacy_card"
 
+#: Parts of the configuration that the card states under their own headings.
+_STATED_ELSEWHERE = frozenset(
+    ("clipping", "sensitivity", "groups", "noise", "num_records", "sampling_rate", "expected_batch_size", "software")
+)
+
 
 def without_amplification(ledger: PrivacyLedger) -> PrivacyLedger:
     """The same steps, each as if every record had been in its batch.
@@ -120,7 +125,7 @@ def privacy_card(
             "by_mechanism": [{"event": _in_words(event), "steps": count} for event, count in mechanisms.items()],
         },
         "not_covered": _not_covered(configuration, training_metrics, validation_metrics),
-        "configuration": {k: v for k, v in configuration.items() if k not in ("clipping", "noise", "software")},
+        "configuration": {key: value for key, value in configuration.items() if key not in _STATED_ELSEWHERE},
         "software": configuration["software"],
     }
 
@@ -174,8 +179,8 @@ def _not_covered(
         },
         {
             "what": "validation and test data",
-            "why": "Records that were used to validate, to choose a checkpoint or to stop early are protected only if "
-            "they are not private.",
+            "why": "Records that were used to validate, to choose a checkpoint or to stop early are not protected by "
+            "this guarantee.",
             "metrics": list(validation),
         },
         {
