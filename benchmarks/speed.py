@@ -13,6 +13,7 @@ import json
 import logging
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -61,6 +62,7 @@ def lightning_steps(
         watch = Stopwatch()
         trainer = pl.Trainer(
             max_steps=count + WARM_UP + 1,
+            default_root_dir=tempfile.mkdtemp(prefix="speed_"),  # a journal of its own
             accelerator="gpu" if device == "cuda" else device,
             devices=1,
             precision=precision,

@@ -13,8 +13,10 @@ from lightning_dp.accounting import (
     epsilon,
 )
 from lightning_dp.callbacks import DifferentialPrivacy, PrivacyBudget, PrivacyMonitor
+from lightning_dp.card import PrivacyCard, card_of_run, privacy_card, render_card
 from lightning_dp.checks import PrivacyConfigurationError
 from lightning_dp.clipping import AdaptiveClipping, AutomaticClipping, FlatClipping, PerLayerClipping
+from lightning_dp.journal import JournalError
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.records import UnsupportedModelError
 from lightning_dp.strategy import PrivateStrategy, register_strategies
@@ -29,9 +31,11 @@ __all__ = [
     "DifferentialPrivacy",
     "FlatClipping",
     "GaussianNoise",
+    "JournalError",
     "PerLayerClipping",
     "Phase",
     "PrivacyBudget",
+    "PrivacyCard",
     "PrivacyConfigurationError",
     "PrivacyLedger",
     "PrivacyMonitor",
@@ -40,6 +44,9 @@ __all__ = [
     "calibrate_noise",
     "calibrate_schedule",
     "calibrate_steps",
+    "card_of_run",
     "delta",
     "epsilon",
+    "privacy_card",
+    "render_card",
 ]

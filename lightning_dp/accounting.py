@@ -74,6 +74,11 @@ class PrivacyLedger:
         """What is recorded from now on belongs to a new run."""
         self._current = secrets.token_hex(8)
 
+    @property
+    def run(self) -> str:
+        """The name of the run that is being recorded."""
+        return self._current
+
     def __len__(self) -> int:
         """Number of private steps."""
         return sum(count for run in self._runs.values() for _, count in run)

@@ -18,6 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_dp import dashboards
 from lightning_dp.accounting import Accountant, EpsilonMonitor, PrivacyLedger, affordable_steps, calibrate_noise
+from lightning_dp.card import PrivacyCard
 from lightning_dp.checks import PrivacyConfigurationError, warn_about_delta
 from lightning_dp.clipping import Clipping, FlatClipping
 from lightning_dp.noise import GaussianNoise, Noise
@@ -286,7 +287,7 @@ class PrivacyMonitor(Callback):
         step = private_strategy(trainer, "PrivacyMonitor").private_step
         if step is None or not self._due(trainer, ahead=1):
             return
-        scales, parameters = step._noise_scales(), step.engine.parameters
+        scales, parameters = step.noise_scales(), step.engine.parameters
         self._noise_square = sum(parameters[name].numel() * scale**2 for name, scale in scales.items())
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -417,7 +418,7 @@ def _target_epsilon(callback: Callback) -> float | None:
 
 
 class DifferentialPrivacy(Callback):
-    """Makes a plain Trainer train privately: strategy, budget and monitor in one callback.
+    """Makes a plain Trainer train privately: strategy, budget, monitor and privacy card in one callback.
 
     Example::
 
@@ -427,9 +428,11 @@ class DifferentialPrivacy(Callback):
     Args:
         epsilon: The most that ε may become. ``None``: no limit; ``noise`` must then have a multiplier.
         delta: The δ at which ε is stated; well below 1/N.
-        clipping, noise, max_physical_batch_size, engine, loss_reduction, self_check, seed: As for `PrivateStrategy`.
+        clipping, noise, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal: As for
+            `PrivateStrategy`.
         accountant: ``"pld"`` or ``"rdp"``.
         log_not_private: As for `PrivacyMonitor`.
+        card: Whether a `PrivacyCard` is written beside the logs at the end.
     """
 
     def __init__(
@@ -445,6 +448,8 @@ class DifferentialPrivacy(Callback):
         seed: int | None = None,
         accountant: Accountant = "pld",
         log_not_private: bool = False,
+        journal: bool = True,
+        card: bool = True,
     ) -> None:
         if epsilon is None and noise.multiplier is None:
             raise ValueError(
@@ -453,6 +458,7 @@ class DifferentialPrivacy(Callback):
             )
         self.budget = None if epsilon is None else PrivacyBudget(epsilon, delta, accountant)
         self.monitor = PrivacyMonitor(delta, accountant, log_not_private)
+        self.card = PrivacyCard(delta=delta) if card else None
         self._configuration = {
             "clipping": clipping,
             "noise": noise,
@@ -461,6 +467,7 @@ class DifferentialPrivacy(Callback):
             "loss_reduction": loss_reduction,
             "self_check": self_check,
             "seed": seed,
+            "journal": journal,
         }
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -476,11 +483,15 @@ class DifferentialPrivacy(Callback):
         make_private(trainer.strategy, **self._configuration)
         if self.budget:
             self.budget.setup(trainer, pl_module, stage)
+        if self.card:
+            self.card.setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.budget:
             self.budget.on_train_start(trainer, pl_module)
         self.monitor.on_train_start(trainer, pl_module)
+        if self.card:
+            self.card.on_train_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.budget:
@@ -499,13 +510,29 @@ class DifferentialPrivacy(Callback):
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.monitor.on_after_backward(trainer, pl_module)
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.card:
+            self.card.on_validation_start(trainer, pl_module)
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.monitor.on_validation_end(trainer, pl_module)
+        if self.card:
+            self.card.on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.card:
+            self.card.on_train_epoch_end(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.budget:
             self.budget.on_train_end(trainer, pl_module)
         self.monitor.on_train_end(trainer, pl_module)
+        if self.card:
+            self.card.on_train_end(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self.card:
+            self.card.on_exception(trainer, pl_module, exception)
 
     def state_dict(self) -> dict[str, Any]:
         return self.budget.state_dict() if self.budget else {}

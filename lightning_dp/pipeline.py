@@ -41,8 +41,8 @@ class PrivateStep:
     A step is `begin`, then `accumulate` after the backward pass of every micro-batch, then `release`.
 
     Formal guarantee: with multiplier z and sampling rate q, a step is a Poisson-subsampled Gaussian mechanism of
-    noise multiplier z with respect to adding or removing a record, and the ledger holds that event before any
-    parameter's ``grad`` is set.
+    noise multiplier z with respect to adding or removing a record, and the ledger holds that event, and ``charge``
+    has returned, before any parameter's ``grad`` is set.
     Proof: `accumulate` adds to the sums one term per example, of joint norm at most the clipping rule's sensitivity S,
     that depends on that example alone; the noise has standard deviation z·S on every coordinate of every trainable
     parameter; the divisor q·N is public.
@@ -54,6 +54,8 @@ class PrivateStep:
         ledger: Charged for every release.
         randomness: Where the noise comes from.
         reduce: Adds up the tensors over all processes, in place.
+        charge: Makes the event of a step durable before anything of the step is used; the most steps, this one
+            included, that are allowed is its second argument.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class PrivateStep:
         ledger: PrivacyLedger,
         randomness: Randomness,
         reduce: Callable[[Sequence[Tensor]], None],
+        charge: Callable[[DpEvent, int | None], None] = lambda event, at_most: None,
     ) -> None:
         self.engine = engine
         self.clipping = clipping
@@ -78,12 +81,15 @@ class PrivateStep:
         self.keep_norms = False
         #: What the clipping rule has chosen so far: public.
         self.clipping_state: State = clipping.initial_state()
-        self._groups = clipping.groups(list(engine.parameters))
+        #: Names of parameters that are clipped together.
+        self.groups = clipping.groups(list(engine.parameters))
         self._randomness = randomness
         self._reduce = reduce
+        self._charge = charge
         self._sums: dict[str, Tensor] = {}
         self._event: DpEvent = NonPrivateDpEvent()
         self._multiplier, self._divisor = 0.0, 1.0
+        self._allowed: int | None = None
 
     def begin(
         self,
@@ -109,7 +115,8 @@ class PrivateStep:
         self.norms, self.weights = [], []
         self._sums = {}
         self._multiplier, self._divisor = multiplier, expected_batch_size
-        if limit is not None and len(self.ledger) >= limit(self._event):
+        self._allowed = None if limit is None else limit(self._event) - len(self.ledger)
+        if self._allowed is not None and self._allowed <= 0:
             raise PrivacyLimitReached(
                 f"The privacy budget allows no step after the {len(self.ledger)} that were taken. Nothing was released."
             )
@@ -130,7 +137,7 @@ class PrivateStep:
             self.nonfinite_examples += int(bad.sum())
             gradients = {name: g.without(bad) for name, g in gradients.items()}
             norms = norms.masked_fill(bad[:, None], 0)
-        weights = self.clipping.weights(norms, self._groups, self.clipping_state)
+        weights = self.clipping.weights(norms, self.groups, self.clipping_state)
         if self.keep_norms:
             self.norms.append(norms)
             self.weights.append(weights)
@@ -141,7 +148,7 @@ class PrivateStep:
         if query is not None:
             sums[_QUERY] += query.sum() / self._divisor
         weights = weights * (scale / self._divisor)
-        for group, column in zip(self._groups, weights.unbind(1), strict=True):
+        for group, column in zip(self.groups, weights.unbind(1), strict=True):
             for name in group:
                 if name in gradients:
                     gradients.pop(name).add_weighted_sum_(sums[name], column)
@@ -150,14 +157,14 @@ class PrivateStep:
         """Norms ``(B, G)`` of every example's gradient with respect to every group."""
         squares = {name: g.squared_norms() for name, g in gradients.items()}
         nothing = torch.zeros_like(next(iter(squares.values())))
-        groups = [[squares[name] for name in group if name in squares] for group in self._groups]
+        groups = [[squares[name] for name in group if name in squares] for group in self.groups]
         return torch.stack([torch.stack(parts).sum(0) if parts else nothing for parts in groups], 1).sqrt_()
 
     def _totals(self) -> dict[str, Tensor]:
         """Noise plus the sums so far, over q·N: one tensor per trainable parameter, in float32 or wider."""
         if self._sums:
             return self._sums
-        parameters, scales, step = self.engine.parameters, self._noise_scales(), len(self.ledger)
+        parameters, scales, step = self.engine.parameters, self.noise_scales(), len(self.ledger)
         for device, dtype in {(p.device, _wide_dtype(p)) for p in parameters.values()}:
             members = {n: p for n, p in parameters.items() if (p.device, _wide_dtype(p)) == (device, dtype)}
             flat = torch.empty(sum(p.numel() for p in members.values()), device=device, dtype=dtype)
@@ -180,7 +187,7 @@ class PrivateStep:
         self._sums[_QUERY] = answer
         return self._sums
 
-    def _noise_scales(self) -> dict[str, float]:
+    def noise_scales(self) -> dict[str, float]:
         """The scale of the noise on every parameter's sum over q·N.
 
         Formal guarantee: all sums and the rule's query are together one mechanism of the step's multiplier z. Proof:
@@ -191,11 +198,11 @@ class PrivateStep:
         query_std = self.clipping.query_std(multiplier, self._divisor)
         if query_std:
             multiplier = (multiplier**-2 - (2 * query_std) ** -2) ** -0.5
-        sensitivities = self.clipping.group_sensitivities(self._groups, self.clipping_state)
-        factor = multiplier * math.sqrt(len(self._groups)) / self._divisor
+        sensitivities = self.clipping.group_sensitivities(self.groups, self.clipping_state)
+        factor = multiplier * math.sqrt(len(self.groups)) / self._divisor
         return {
             name: factor * sensitivity
-            for group, sensitivity in zip(self._groups, sensitivities, strict=True)
+            for group, sensitivity in zip(self.groups, sensitivities, strict=True)
             for name in group
         }
 
@@ -218,6 +225,7 @@ class PrivateStep:
             )
         sums, self._sums = self._totals(), {}
         self._reduce(list(sums.values()))
+        self._charge(self._event, self._allowed)
         self.ledger.record(self._event)
         if self.clipping_state:
             self.clipping_state = self.clipping.next_state(sums[_QUERY].item(), self.clipping_state)

@@ -6,19 +6,22 @@ One Lightning batch is one logical batch is one private step, so that `global_st
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from dp_accounting import DpEvent
+from dp_accounting import DpEvent, NeighboringRelation
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import CheckpointIO, MixedPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -28,6 +31,7 @@ from lightning_dp.batches import map_examples
 from lightning_dp.checks import PrivacyConfigurationError
 from lightning_dp.clipping import Clipping, FlatClipping, State
 from lightning_dp.engines import ENGINES, make_engine
+from lightning_dp.journal import PrivacyJournal, run_directory, software_versions
 from lightning_dp.noise import GaussianNoise, Noise
 from lightning_dp.pipeline import PrivateStep
 from lightning_dp.randomness import Randomness
@@ -71,6 +75,7 @@ class PrivateMixin(Strategy):
         loss_reduction: str,
         self_check: bool,
         seed: int | None,
+        journal: bool,
     ) -> None:
         """Checks and keeps the configuration; arguments as for `PrivateStrategy`."""
         if not isinstance(clipping, Clipping):
@@ -94,6 +99,12 @@ class PrivateMixin(Strategy):
         self.budget: Budget | None = None
         #: The private step of the current fit; ``None`` before it is set up.
         self.private_step: PrivateStep | None = None
+        #: Whether steps are kept in a file before their results are used.
+        self.keep_journal = journal
+        #: The journal of the current fit; ``None`` without one, and between fits.
+        self.journal: PrivacyJournal | None = None
+        self._journal_reference: dict[str, str] | None = None
+        self._resumed: _Resumed | None = None
         self._clipping_state: State = {}
         self._randomness = Randomness(seed)
         self._train_loader: PoissonDataLoader | None = None
@@ -152,7 +163,13 @@ class PrivateMixin(Strategy):
         checks.check_optimizers(trainer, engine)
         before = self.private_step
         step = PrivateStep(
-            engine, self.clipping, self.noise, self.ledger, self._randomness, self._add_up_over_processes
+            engine,
+            self.clipping,
+            self.noise,
+            self.ledger,
+            self._randomness,
+            self._add_up_over_processes,
+            self._charge_journal,
         )
         if self._clipping_state.keys() == step.clipping_state.keys():
             step.clipping_state = self._clipping_state
@@ -195,6 +212,7 @@ class PrivateMixin(Strategy):
             num_shards=trainer.world_size,
         )
         self._train_loader = PoissonDataLoader.replacing(dataloader, sampler)  # type: ignore[arg-type]
+        self._open_journal(trainer)
         return self._train_loader
 
     def on_train_start(self) -> None:
@@ -213,6 +231,96 @@ class PrivateMixin(Strategy):
                 "No noise multiplier: give GaussianNoise(multiplier=…), or add the callback PrivacyBudget(epsilon=…, "
                 "delta=…), which chooses it. (multiplier=0.0 trains without noise: ε is infinite.)"
             )
+
+    # -- the journal -----------------------------------------------------------------------------------------------
+
+    def _open_journal(self, trainer: Trainer) -> None:
+        """Opens the journal, and charges the steps that it knows and the checkpoint does not."""
+        if not self.keep_journal or getattr(trainer, "fast_dev_run", False):
+            return
+        if self.journal is not None:  # the train loader has been loaded again
+            self.journal.set_num_records(self.num_records)
+            return
+        mechanism = {"clipping": describe(self.clipping), "noise": type(self.noise).__name__}
+        journal = PrivacyJournal(run_directory(trainer), num_records=self.num_records, configuration=mechanism)
+        try:
+            self._charge_lost_steps(journal)
+            journal.include(self.ledger)
+        except BaseException:
+            journal.close()
+            raise
+        journal.start_run(
+            self.ledger.run,
+            lambda: {"model_steps": trainer.global_step, "configuration": self.public_configuration()},
+        )
+        self.journal, self._journal_reference = journal, journal.reference()
+
+    def _charge_lost_steps(self, journal: PrivacyJournal) -> None:
+        resumed, before = self._resumed, len(self.ledger)
+        if resumed is not None and resumed.journal is not None:
+            known = journal.continue_from(resumed.journal, Path(resumed.checkpoint).absolute().parent)
+            if known is not None:
+                self.ledger.include(known)
+            else:
+                rank_zero_warn(
+                    f"lightning_dp: the privacy journal of the checkpoint ({resumed.journal['path']}) is gone: steps "
+                    "that were taken after the checkpoint was saved, if any, are unknown and not charged."
+                )
+        elif resumed is not None:
+            rank_zero_warn(
+                "lightning_dp: the checkpoint was saved without a privacy journal: steps that were taken after it was "
+                "saved, if any, are unknown and not charged."
+            )
+        self.ledger.include(journal.known())
+        lost = len(self.ledger) - (before if resumed is None else resumed.steps)
+        uncertain = f" (of these, {journal.uncertain_steps} were reserved and perhaps never taken)"
+        note = uncertain if lost and journal.uncertain_steps else ""
+        if resumed is not None:
+            rank_zero_info(
+                f"lightning_dp: the checkpoint contains {resumed.steps} private steps; {lost} more were taken and are "
+                f"lost{note}; they are charged, {len(self.ledger)} in all. Journal: {journal.path}"
+            )
+        elif lost:
+            rank_zero_warn(
+                f"lightning_dp: {lost} private steps were taken in this directory before{note}, and are charged to "
+                "this training too. To account for it alone, give it a directory of its own (a logger, or "
+                f"Trainer(default_root_dir=…)). Journal: {journal.path}"
+            )
+
+    def _charge_journal(self, event: DpEvent, at_most: int | None) -> None:
+        if self.journal is not None:
+            self.journal.charge(event, at_most)
+
+    def public_configuration(self) -> dict[str, Any]:
+        """What a privacy statement says about the mechanism: plain data, nothing that depends on the records."""
+        step = self.private_step
+        groups = step.groups if step is not None else [()]
+        state = step.clipping_state if step is not None else None
+        return {
+            "clipping": describe(self.clipping),
+            "sensitivity": self.clipping.sensitivity(NeighboringRelation.ADD_OR_REMOVE_ONE, groups, state),
+            "groups": len(groups),
+            "noise": {**describe(self.noise), "multiplier": self.noise_multiplier},
+            "num_records": self.num_records,
+            "sampling_rate": self.sampling_rate,
+            "expected_batch_size": self.expected_batch_size,
+            "engine": self.engine,
+            "loss_reduction": self.loss_reduction,
+            "max_physical_batch_size": self.max_physical_batch_size,
+            "self_check": self.self_check,
+            "seed_given": self.seed is not None,
+            "journal": self.keep_journal,
+            "precision": str(self._trainer().precision),
+            "model": type(self._module()).__name__,
+            "trainable_parameters": sum(p.numel() for p in step.engine.parameters.values()) if step else None,
+            "software": software_versions(),
+        }
+
+    def teardown(self) -> None:
+        if self.journal is not None:
+            self.journal.close()
+        self.journal, self._resumed = None, None
+        super().teardown()
 
     # -- the training step -----------------------------------------------------------------------------------------
 
@@ -336,13 +444,23 @@ class PrivateMixin(Strategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         state = self.private_step.clipping_state if self.private_step else self._clipping_state
         checkpoint[CHECKPOINT_KEY] = {"ledger": self.ledger.state_dict(), "clipping": dict(state)}
+        if self._journal_reference is not None:
+            path, folder = self._journal_reference["path"], os.path.dirname(os.path.abspath(filepath))
+            relative = os.path.relpath(path, folder)
+            checkpoint[CHECKPOINT_KEY]["journal"] = {**self._journal_reference, "relative": relative}
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
         if CHECKPOINT_KEY in checkpoint:
             # Steps that this process has taken and the checkpoint does not know were taken all the same.
-            self.ledger.include(PrivacyLedger.from_state_dict(checkpoint[CHECKPOINT_KEY]["ledger"]))
+            ledger = PrivacyLedger.from_state_dict(checkpoint[CHECKPOINT_KEY]["ledger"])
+            self.ledger.include(ledger)
+            reference = checkpoint[CHECKPOINT_KEY].get("journal")
+            if self._trainer().state.fn == TrainerFn.FITTING:
+                self._resumed = _Resumed(os.fspath(checkpoint_path), len(ledger), reference)
+            elif self._journal_reference is None and reference is not None:
+                self._journal_reference = {key: reference[key] for key in ("name", "path")}
             self._clipping_state = dict(checkpoint[CHECKPOINT_KEY]["clipping"])
         elif self._trainer().state.fn == TrainerFn.FITTING:
             raise PrivacyConfigurationError(
@@ -361,6 +479,21 @@ class PrivateMixin(Strategy):
     def _trainer(self) -> Trainer:
         trainer: Trainer = self._module().trainer
         return trainer
+
+
+@dataclass(frozen=True)
+class _Resumed:
+    """The checkpoint that a fit resumes from: its path, its number of private steps, and where its journal is."""
+
+    checkpoint: str
+    steps: int
+    journal: dict[str, str] | None
+
+
+def describe(stage: Clipping | Noise) -> dict[str, Any]:
+    """A stage of the mechanism in plain data: its class and its public parameters."""
+    fields: dict[str, Any] = asdict(stage) if is_dataclass(stage) else {}
+    return {"class": type(stage).__name__, **fields}
 
 
 def _with_loss_value(output: Any, value: Any) -> Any:
@@ -394,7 +527,10 @@ class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
         self_check: Whether a few records are used, before the first step, to check that examples do not influence one
             another and that the engine sees every gradient.
         seed: Makes sampling and noise reproducible, for tests and debugging. **The guarantee then holds only while the
-            seed is secret.** `seed_everything` has no influence on either.
+            seed is secret.** `seed_everything` has no influence on either. Steps that a crash has lost are charged and
+            not repeated: the resumed run draws what follows them.
+        journal: Whether every step is written to ``privacy_journal.jsonl``, beside the logs, before its result is used,
+            so that steps that a crash loses are charged when training is resumed.
         device, accelerator, checkpoint_io, precision_plugin: As for Lightning's `SingleDeviceStrategy`; the Trainer
             fills them in.
 
@@ -414,6 +550,7 @@ class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
         loss_reduction: str = "mean",
         self_check: bool = True,
         seed: int | None = None,
+        journal: bool = True,
         device: torch.device | str | int | None = None,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
@@ -422,7 +559,9 @@ class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
         super().__init__("cpu" if device is None else device, accelerator, checkpoint_io, precision_plugin)
         self._device_chosen = device is not None
         self._num_nodes = 1
-        self.configure_privacy(clipping, noise, max_physical_batch_size, engine, loss_reduction, self_check, seed)
+        self.configure_privacy(
+            clipping, noise, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal
+        )
 
     @property
     def parallel_devices(self) -> list[torch.device] | None:

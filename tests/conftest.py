@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+_scratch = tempfile.TemporaryDirectory(prefix="lightning_dp_tests_")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
@@ -50,7 +52,9 @@ def loader(size: int = 40, batch_size: int = 8, **kwargs: Any) -> DataLoader[Any
 
 
 def trainer(**kwargs: Any) -> pl.Trainer:
+    """A quiet Trainer, with a directory of its own, so that it finds no other training's journal."""
     defaults: dict[str, Any] = {
+        "default_root_dir": tempfile.mkdtemp(dir=_scratch.name),
         "accelerator": "cpu",
         "devices": 1,
         "logger": False,
