@@ -83,6 +83,34 @@ def mlp() -> nn.Sequential:
     )
 
 
+class HuggingFace(nn.Module):
+    """A model of ``transformers``, made from a configuration, that returns its logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).logits
+
+
+def vit_small() -> nn.Module:
+    """ViT-small: 12 blocks of width 384, for 3×32×32 images in patches of 4×4."""
+    import transformers as hf
+
+    config = hf.ViTConfig(
+        hidden_size=384, num_attention_heads=6, intermediate_size=1536, image_size=32, patch_size=4, num_labels=10
+    )
+    return HuggingFace(hf.ViTForImageClassification(config))
+
+
+def gpt2_small() -> nn.Module:
+    """GPT-2 small, 124 million parameters, its embeddings tied to its head."""
+    import transformers as hf
+
+    return HuggingFace(hf.GPT2LMHeadModel(hf.GPT2Config(n_positions=256, use_cache=False)))
+
+
 def images(*shape: int) -> Callable[[int], tuple[Tensor, Tensor]]:
     return lambda count: (torch.randn(count, *shape), torch.randint(10, (count,)))
 
@@ -110,6 +138,37 @@ WORKLOADS = {
     "tanh_cnn": Workload(TanhCNN, images(1, 28, 28), 256, 25_600),
     "wrn": Workload(wide_resnet, images(3, 32, 32), 32, 3_200),
     "transformer": Workload(Transformer, token_sequences(128, 8000), 16, 1_600),
+    "vit_small": Workload(vit_small, images(3, 32, 32), 16, 1_600),
+    "gpt2_small": Workload(gpt2_small, token_sequences(256, 50257), 2, 200),
+}
+
+#: Those that fit into a coffee break on two cores.
+SMALL = ("mlp", "tanh_cnn", "wrn", "transformer")
+
+
+def _mlp_of(width: int = 512, depth: int = 3, batch: int = 256) -> Workload:
+    def make() -> nn.Module:
+        layers: list[nn.Module] = [nn.Flatten(), nn.Linear(784, width), nn.ReLU()]
+        for _ in range(depth - 2):
+            layers += [nn.Linear(width, width), nn.ReLU()]
+        return nn.Sequential(*layers, nn.Linear(width, 10))
+
+    return Workload(make, images(1, 28, 28), batch, 40 * batch)
+
+
+def _transformer_of(length: int) -> Workload:
+    def make() -> nn.Module:
+        return Transformer(width=128, depth=2, length=length, vocabulary=1000)
+
+    return Workload(make, token_sequences(length, 1000), 16, 640)
+
+
+#: How cost grows: by what grows, workloads by its size.
+GROWTH: dict[str, dict[int, Workload]] = {
+    "batch": {batch: _mlp_of(batch=batch) for batch in (64, 256, 1024)},
+    "width": {width: _mlp_of(width=width) for width in (256, 512, 1024, 2048)},
+    "depth": {depth: _mlp_of(depth=depth) for depth in (2, 4, 8, 16)},
+    "T": {length: _transformer_of(length) for length in (32, 128, 512)},
 }
 
 

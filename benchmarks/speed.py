@@ -1,6 +1,6 @@
 """Step time of private training as a multiple of non-private Lightning, beside Opacus, in one run.
 
-    python benchmarks/speed.py [--models mlp tanh_cnn wrn transformer] [--rounds 5] [--steps 12] [--device cuda]
+    python benchmarks/speed.py [--models mlp vit_small …] [--rounds 5] [--steps 12] [--device cuda] [--growth]
 
 Methods take turns, so that a machine that slows down slows all of them; every figure is a median over all timed steps.
 The rows are saved as JSON and drawn as a PNG under ``--out``.
@@ -26,9 +26,10 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent))
-from models import WORKLOADS, Module, Workload, loss_of
+from models import GROWTH, SMALL, WORKLOADS, Module, Workload, loss_of
 
 import lightning_dp as ldp
+from lightning_dp.clipping import Clipping
 from lightning_dp.zoo.data import TensorTable
 
 WARM_UP = 3
@@ -132,26 +133,31 @@ def opacus_steps(workload: Workload, device: str, mode: str) -> Callable[[int], 
     return steps
 
 
-def private() -> Any:
-    return ldp.PrivateStrategy(ldp.FlatClipping(1.0), ldp.GaussianNoise(1.0), self_check=False)
+CLIPPINGS: dict[str, Clipping] = {
+    "flat": ldp.FlatClipping(1.0),
+    "per layer": ldp.PerLayerClipping(1.0),
+    "automatic": ldp.AutomaticClipping(),
+    "adaptive": ldp.AdaptiveClipping(1.0),
+}
 
 
-def methods(workload: Workload, device: str, precision: Any, with_opacus: bool) -> dict[str, Callable[[], Any]]:
-    ours = {
-        "non-private": lambda: lightning_steps(workload, device, lambda: "auto", precision),
-        "flat": lambda: lightning_steps(workload, device, private, precision),
-    }
-    if not with_opacus:
-        return ours
-    modes = ("hooks", "ghost", "functorch")
-    return ours | {f"opacus {mode}": (lambda mode=mode: opacus_steps(workload, device, mode)) for mode in modes}
+def private(clipping: str) -> Callable[[], Any]:
+    return lambda: ldp.PrivateStrategy(CLIPPINGS[clipping], ldp.GaussianNoise(1.0), self_check=False)
 
 
-def measure(name: str, arguments: argparse.Namespace) -> dict[str, float]:
+def methods(workload: Workload, arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    strategies = {"non-private": lambda: "auto"} | {name: private(name) for name in arguments.clippings}
+    modes = () if arguments.no_opacus else ("hooks", "ghost", "functorch")
+    return {
+        name: (lambda strategy=strategy: lightning_steps(workload, arguments.device, strategy, arguments.precision))
+        for name, strategy in strategies.items()
+    } | {f"opacus {mode}": (lambda mode=mode: opacus_steps(workload, arguments.device, mode)) for mode in modes}
+
+
+def measure(name: str, workload: Workload, arguments: argparse.Namespace) -> dict[str, float]:
     """Median seconds per step of every method that runs."""
-    workload = WORKLOADS[name]
     runners: dict[str, Callable[[int], list[float]]] = {}
-    for method, make in methods(workload, arguments.device, arguments.precision, not arguments.no_opacus).items():
+    for method, make in methods(workload, arguments).items():
         torch.manual_seed(0)
         runners[method] = make()
     seconds: dict[str, list[float]] = {method: [] for method in runners}
@@ -168,7 +174,9 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
+    parser.add_argument("--models", nargs="*", default=list(SMALL), choices=list(WORKLOADS))
+    parser.add_argument("--growth", action="store_true", help="also as batch, width, depth and T grow")
+    parser.add_argument("--clippings", nargs="+", default=list(CLIPPINGS), choices=list(CLIPPINGS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--device", default="cpu")
@@ -179,9 +187,12 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.backends.cuda.matmul.allow_tf32 = False
+    workloads = {name: WORKLOADS[name] for name in arguments.models}
+    if arguments.growth:
+        workloads |= {f"{what}={size}": w for what, sizes in GROWTH.items() for size, w in sizes.items()}
     rows = {}
-    for name in arguments.models:
-        rows[name] = measure(name, arguments)
+    for name, workload in workloads.items():
+        rows[name] = measure(name, workload, arguments)
         base = rows[name]["non-private"]
         cells = ", ".join(f"{m} {s / base:.2f}" for m, s in rows[name].items() if m != "non-private")
         print(f"{name}: non-private {1e3 * base:.1f} ms; times that: {cells}", flush=True)
@@ -199,7 +210,7 @@ def save(rows: dict[str, dict[str, float]], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "speed.json").write_text(json.dumps(rows, indent=1))
     names = sorted({method for row in rows.values() for method in row} - {"non-private"})
-    figure, axes = plt.subplots(figsize=(9, 4))
+    figure, axes = plt.subplots(figsize=(max(9, 2 * len(rows)), 4))
     width = 0.8 / len(names)
     for offset, method in enumerate(names):
         heights = [row.get(method, float("nan")) / row["non-private"] for row in rows.values()]

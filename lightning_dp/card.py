@@ -510,7 +510,7 @@ def card_of_run(run: str | os.PathLike[str], delta: float | None = None) -> dict
     )
 
 
-def card_command(argv: list[str]) -> None:
+def card_command(argv: Sequence[str]) -> None:
     """``lightning-dp card <run>``: the card of a run from its journal."""
     parser = argparse.ArgumentParser(
         prog="lightning-dp card",
