@@ -212,6 +212,8 @@ class PrivacyBudget(Callback):
 
     def _balance(self, strategy: PrivateMixin) -> str:
         spent = strategy.ledger.epsilon(self.delta, self.accountant)
+        if math.isinf(self.epsilon):
+            return f"ε = {spent:.4g} is spent at δ = {self.delta:g}, of a budget without end"
         left = f"{self.epsilon - spent:.3g} is left" if spent <= self.epsilon else "it was exceeded before this fit"
         return f"ε = {spent:.4g} of {self.epsilon:g} is spent at δ = {self.delta:g}, {left}"
 
@@ -344,7 +346,7 @@ class PrivacyMonitor(Callback):
         if self._signal_to_noise is not None:
             metrics["privacy/signal_to_noise"] = self._signal_to_noise
         if target:
-            metrics["privacy/budget_spent"] = self.epsilon / target
+            metrics["privacy/budget_spent"] = 0.0 if math.isinf(target) else self.epsilon / target
         return metrics
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -105,7 +105,7 @@ def privacy_card(
         },
         "delta": delta,
         "epsilon": epsilons,
-        "target_epsilon": target_epsilon,
+        "target_epsilon": None if target_epsilon is None else _finite_or_name(target_epsilon),
         "mechanism": {
             "name": "noisy sums of bounded per-example gradients, divided by the expected batch size (DP-SGD)",
             "clipping": configuration["clipping"],
@@ -234,7 +234,7 @@ def render_card(card: Mapping[str, Any]) -> str:
     definition, mechanism, sampling, steps = (card[key] for key in ("definition", "mechanism", "sampling", "steps"))
     trusted, untrusted = card["epsilon"]["poisson_sampling"], card["epsilon"]["sampling_not_trusted"]
     lost = steps["lost_or_elsewhere"]
-    budget = [] if card["target_epsilon"] is None else [f"| budget | ε = {card['target_epsilon']:g} |"]
+    budget = [] if card["target_epsilon"] is None else [f"| budget | ε = {card['target_epsilon']} |"]
     lines = [
         "# Privacy card",
         "",
@@ -441,7 +441,10 @@ class PrivacyCard(Callback):
         )
         self.markdown_path, self.json_path = write_card(card, self._directory(trainer))
         if "://" not in self.markdown_path:
-            dashboards.log_card(trainer.loggers, self.markdown_path)
+            try:
+                dashboards.log_card(trainer.loggers, self.markdown_path)
+            except Exception as error:  # a dashboard out of reach does not undo a training that is done
+                rank_zero_warn(f"PrivacyCard: the card is at {self.markdown_path}, and could not be uploaded: {error}")
         rank_zero_info(f"PrivacyCard: {card['statement']} {self.markdown_path}")
 
 

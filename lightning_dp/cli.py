@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -46,9 +47,8 @@ def summary(trainer: pl.Trainer, metrics: Mapping[str, float]) -> str:
         steps = len(strategy.ledger)
         if deltas:
             epsilon = strategy.ledger.epsilon(deltas[0])
-            parts.append(
-                f"ε = {epsilon:.4f} at δ = {deltas[0]:g} (adding or removing one record, {steps} private steps)"
-            )
+            shown = math.ceil(1e4 * epsilon) / 1e4 if math.isfinite(epsilon) else epsilon
+            parts.append(f"ε = {shown:.4f} at δ = {deltas[0]:g} (adding or removing one record, {steps} private steps)")
         else:
             parts.append(f"{steps} private steps; add a PrivacyMonitor to state ε")
         if strategy.seed is not None:

@@ -81,6 +81,10 @@ def boot_identifier() -> str | None:
         return None
 
 
+#: Windows would otherwise write two characters at the end of a line.
+_BINARY = getattr(os, "O_BINARY", 0)
+
+
 def run_directory(trainer: Trainer) -> str:
     """Where `ModelCheckpoint` makes its folder ``checkpoints``: the first logger's directory, or the Trainer's root."""
     if not trainer.loggers:
@@ -88,6 +92,14 @@ def run_directory(trainer: Trainer) -> str:
     logger = trainer.loggers[0]
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     return os.path.join(logger.save_dir or trainer.default_root_dir, str(logger.name), version)
+
+
+def relative_path(path: str | Path, folder: str | Path) -> str:
+    """The path as seen from a folder; the path itself where there is no way (other drives)."""
+    try:
+        return os.path.relpath(path, folder)
+    except ValueError:
+        return str(path)
 
 
 def software_versions() -> dict[str, str]:
@@ -354,7 +366,7 @@ class PrivacyJournal:
         _open_journals.add(self)
         try:
             contents = self._repaired()
-            if len(contents.ledger()):
+            if len(contents.ledger()) or contents.continued:
                 check_same_training(contents, num_records, configuration)
             else:  # nothing has been charged here: whatever was planned, something else may be trained
                 os.ftruncate(self._fd, 0)
@@ -425,7 +437,7 @@ class PrivacyJournal:
         try:
             self.uncertain_steps += other.uncertain_steps
             if self.name not in [other.name, *(link["name"] for link in other.contents.continued)]:
-                relative = os.path.relpath(self.path, other.path.parent)
+                relative = relative_path(self.path, other.path.parent)
                 other._append({"type": "continued", **self.reference(), "relative": relative}, sync=True)
             return other.known()
         finally:
@@ -441,6 +453,8 @@ class PrivacyJournal:
 
     def start_run(self, run: str, about: Callable[[], Mapping[str, Any]]) -> None:
         """What is charged from now on belongs to this run; ``about`` describes it when its first step is taken."""
+        if not run:
+            raise ValueError("A run of the journal needs a name, by which its steps are told from those of others.")
         self._run, self._about = run, about
 
     def set_num_records(self, num_records: int) -> None:
@@ -562,7 +576,7 @@ def _open_locked(path: Path, create: bool) -> int:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, os.O_RDWR | os.O_APPEND | (os.O_CREAT if create else 0), 0o666)
+        fd = os.open(path, os.O_RDWR | os.O_APPEND | _BINARY | (os.O_CREAT if create else 0), 0o666)
     except OSError as error:
         raise JournalError(
             f"The privacy journal {path} cannot be written: {error.strerror or error}. Give the Trainer a "

@@ -82,7 +82,7 @@ class Recorder:
         self._consume = consume
         self._parameters = [getattr_path(m, name) for m in layers.values() for name in trainable(m)]
         self._calls: dict[str, list[Call]] = {}
-        self._listening = False
+        self._listening = self._recording = False
 
     @contextmanager
     def forward(self, batch_size: int, keep_requires_grad: bool = False) -> Iterator[None]:
@@ -96,29 +96,29 @@ class Recorder:
         frozen = [] if keep_requires_grad else [p for p in self._parameters if p.requires_grad]
         anchor = torch.zeros((), requires_grad=True)
         of_linear_maps = {name: module for name, module in self._layers.items() if calls_linear(module)}
-        handles = [
-            module.register_forward_hook(self._make_hook(name, batch_size, anchor), with_kwargs=True)
-            for name, module in self._layers.items()
-            if name not in of_linear_maps
-        ]
-        for name, module in of_linear_maps.items():
-            module.forward = forward_with_linear(module, self._make_linear(name, module, batch_size, anchor))
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        fused = (
-            torch.backends.mha.get_fastpath_enabled()
-        )  # taken in eval mode, past all layers, when nothing needs grad
-        torch.backends.mha.set_fastpath_enabled(False)
+        handles = []
+        fused = torch.backends.mha.get_fastpath_enabled()  # in eval mode it passes all layers by
+        self._recording = True
         try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            for name, module in self._layers.items():
+                if name in of_linear_maps:
+                    module.forward = forward_with_linear(module, self._make_linear(name, module, batch_size, anchor))
+                else:
+                    hook = self._make_hook(name, batch_size, anchor)
+                    handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            for parameter in frozen:
+                parameter.requires_grad_(False)
             yield
         finally:
+            self._recording = False
             torch.backends.mha.set_fastpath_enabled(fused)
             for parameter in frozen:
                 parameter.requires_grad_(True)
             for handle in handles:
                 handle.remove()
             for module in of_linear_maps.values():
-                del module.forward
+                vars(module).pop("forward", None)
 
     @contextmanager
     def backward(self) -> Iterator[None]:
@@ -197,7 +197,7 @@ class Recorder:
 
         def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             output = F.linear(input, weight, bias)
-            if not torch.is_grad_enabled():
+            if not (self._recording and torch.is_grad_enabled()):  # a copy of the layer may outlive the recording
                 return output
             if (input.dim() == 3 and input.shape[1] != batch_size) or (input.dim() == 2 and len(input) % batch_size):
                 raise _no_batch(name, module, input, batch_size)

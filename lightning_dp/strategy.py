@@ -31,7 +31,7 @@ from lightning_dp.batches import map_examples
 from lightning_dp.checks import PrivacyConfigurationError
 from lightning_dp.clipping import Clipping, FlatClipping, State
 from lightning_dp.engines import ENGINES, make_engine
-from lightning_dp.journal import PrivacyJournal, run_directory, software_versions
+from lightning_dp.journal import PrivacyJournal, relative_path, run_directory, software_versions
 from lightning_dp.noise import GaussianNoise, Noise
 from lightning_dp.pipeline import PrivateStep
 from lightning_dp.randomness import Randomness
@@ -111,6 +111,8 @@ class PrivateMixin(Strategy):
         self._batch_examples: int | None = None
         self._examples_left_to_backward = 0
         self._bound: tuple[Any, ...] = ()
+        self._run_directory = ""
+        self._is_set_up = self._journal_is_due = False
         self._self_check_pending = self_check
 
     # -- what callbacks read ---------------------------------------------------------------------------------------
@@ -152,15 +154,23 @@ class PrivateMixin(Strategy):
             self.ledger.start_run()
             self.private_step = None
             self._self_check_pending = self.self_check
+            self._run_directory = run_directory(trainer)  # before a search for learning rates puts the loggers away
         super().setup(trainer)
         if fitting:
             self._bind(trainer)
+            self._is_set_up = True
+            if self._journal_is_due:  # a setup hook asked for the train loader: the checkpoint was not loaded then
+                self._open_journal(trainer)
 
     def _bind(self, trainer: Trainer) -> None:
         """Binds the private step to the parameters that are trainable now."""
         assert self.lightning_module is not None
         engine = make_engine(self.engine, self.lightning_module)
         checks.check_optimizers(trainer, engine)
+        bounded = {id(p) for p in engine.parameters.values()}
+        for parameter in [*self.lightning_module.parameters(), *self._optimized_parameters()]:
+            if id(parameter) not in bounded:
+                parameter.grad = None  # of earlier training: left alone, it would look like one that escaped
         before = self.private_step
         step = PrivateStep(
             engine,
@@ -212,7 +222,9 @@ class PrivateMixin(Strategy):
             num_shards=trainer.world_size,
         )
         self._train_loader = PoissonDataLoader.replacing(dataloader, sampler)  # type: ignore[arg-type]
-        self._open_journal(trainer)
+        self._journal_is_due = not self._is_set_up
+        if self._is_set_up:
+            self._open_journal(trainer)
         return self._train_loader
 
     def on_train_start(self) -> None:
@@ -236,13 +248,14 @@ class PrivateMixin(Strategy):
 
     def _open_journal(self, trainer: Trainer) -> None:
         """Opens the journal, and charges the steps that it knows and the checkpoint does not."""
+        self._journal_is_due = False
         if not self.keep_journal or getattr(trainer, "fast_dev_run", False):
             return
         if self.journal is not None:  # the train loader has been loaded again
             self.journal.set_num_records(self.num_records)
             return
         mechanism = {"clipping": describe(self.clipping), "noise": type(self.noise).__name__}
-        journal = PrivacyJournal(run_directory(trainer), num_records=self.num_records, configuration=mechanism)
+        journal = PrivacyJournal(self._run_directory, num_records=self.num_records, configuration=mechanism)
         try:
             self._charge_lost_steps(journal)
             journal.include(self.ledger)
@@ -320,6 +333,7 @@ class PrivateMixin(Strategy):
         if self.journal is not None:
             self.journal.close()
         self.journal, self._resumed = None, None
+        self._is_set_up = self._journal_is_due = False
         super().teardown()
 
     # -- the training step -----------------------------------------------------------------------------------------
@@ -446,8 +460,10 @@ class PrivateMixin(Strategy):
         checkpoint[CHECKPOINT_KEY] = {"ledger": self.ledger.state_dict(), "clipping": dict(state)}
         if self._journal_reference is not None:
             path, folder = self._journal_reference["path"], os.path.dirname(os.path.abspath(filepath))
-            relative = os.path.relpath(path, folder)
-            checkpoint[CHECKPOINT_KEY]["journal"] = {**self._journal_reference, "relative": relative}
+            checkpoint[CHECKPOINT_KEY]["journal"] = {
+                **self._journal_reference,
+                "relative": relative_path(path, folder),
+            }
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -274,3 +275,11 @@ def test_a_run_without_a_delta_asks_for_one(tmp_path: Path) -> None:
     assert card_of_run(tmp_path, 1e-5)["delta"] == 1e-5
     with pytest.raises(JournalError, match="No privacy journal"):
         card_of_run(tmp_path / "elsewhere")
+
+
+def test_a_budget_without_end_is_stated(tmp_path: Path) -> None:
+    run = trainer(default_root_dir=tmp_path, callbacks=[DifferentialPrivacy(epsilon=math.inf, delta=1e-5)])
+    fit(run, Net(), loader())
+    card = json.loads((tmp_path / "privacy_card.json").read_text())
+    assert card["target_epsilon"] == card["epsilon"]["poisson_sampling"]["pld"] == "inf"
+    assert "ε = inf" in (tmp_path / "privacy_card.md").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,14 @@ def test_attention_drops_out_inside_as_it_does_without_a_recorder() -> None:
 def test_attention_in_eval_mode_is_recorded() -> None:
     model, inputs = encoder_layer().double().eval(), torch.randn(5, 3, 4, dtype=torch.float64)
     check(model, lambda rows: model(inputs[rows]).pow(3).sum(), 5)
+
+
+def test_a_copy_of_attention_made_while_recording_goes_on_as_an_ordinary_layer() -> None:
+    model, inputs = SelfAttention(), torch.randn(5, 3, 4)
+    with BookKeeping(model).forward(5):
+        copied = copy.deepcopy(model)
+    assert_close(copied(inputs), model(inputs), 1e-6)
+    assert "forward" not in vars(model.attention)
 
 
 @pytest.mark.parametrize("frozen", ["in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_dp import DifferentialPrivacy, FlatClipping, GaussianNoise, PrivacyBudget, PrivateStrategy, journal
@@ -389,7 +389,17 @@ def test_a_data_set_that_grows_while_training_is_the_same_training(tmp_path: Pat
 # -- resuming ----------------------------------------------------------------------------------------------------------
 
 
-def kill_after(path: Path, steps: int, resume: Path | None = None, versions: bool = False, **kwargs: Any) -> Path:
+class PlansAhead(Net):
+    """Asks for the number of steps before the checkpoint is loaded, as many recipes with a warm-up do."""
+
+    def setup(self, stage: str) -> None:
+        if self.trainer.max_steps > 0:  # without an end, nothing can be planned
+            assert self.trainer.estimated_stepping_batches == self.trainer.max_steps
+
+
+def kill_after(
+    path: Path, steps: int, resume: Path | None = None, versions: bool = False, net: Any = None, **kwargs: Any
+) -> Path:
     """Trains, saving a checkpoint two steps before it stops as a killed process does; returns that checkpoint."""
     saved = path / f"saved{len(list(path.glob('*.ckpt')))}.ckpt"
 
@@ -406,9 +416,10 @@ def kill_after(path: Path, steps: int, resume: Path | None = None, versions: boo
         logger=CSVLogger(path) if versions else False,
         callbacks=[AtEveryGradient(work)],
         max_epochs=-1,
+        max_steps=10**6,
     )
     with pytest.raises(Killed):
-        fit(run, Net(), loader(), ckpt_path=resume)
+        fit(run, (net or Net)(), loader(), ckpt_path=resume)
     return saved
 
 
@@ -416,7 +427,9 @@ class Killed(Exception):
     pass
 
 
-def resumed(path: Path, checkpoint: Path | None, steps: int = 3, versions: bool = False, **kwargs: Any) -> Any:
+def resumed(
+    path: Path, checkpoint: Path | None, steps: int = 3, versions: bool = False, net: Any = None, **kwargs: Any
+) -> Any:
     stop = steps if checkpoint is None else torch.load(checkpoint, weights_only=True)["global_step"] + steps
     run = trainer(
         strategy=private(**kwargs),
@@ -425,7 +438,7 @@ def resumed(path: Path, checkpoint: Path | None, steps: int = 3, versions: bool 
         max_epochs=-1,
         max_steps=stop,
     )
-    fit(run, Net(), loader(), ckpt_path=checkpoint)
+    fit(run, (net or Net)(), loader(), ckpt_path=checkpoint)
     return run
 
 
@@ -457,10 +470,11 @@ def test_steps_that_were_only_reserved_are_named(
     assert "14 more were taken and are lost (of these, 13 were reserved and perhaps never taken)" in said[0]
 
 
-def test_a_run_that_resumes_in_a_new_directory_and_dies_is_charged_as_well(tmp_path: Path) -> None:
-    saved = kill_after(tmp_path, 7, versions=True)
-    kill_after(tmp_path, 7 + 5, resume=saved, versions=True)
-    run = resumed(tmp_path, saved, versions=True)
+@pytest.mark.parametrize("net", [Net, PlansAhead])
+def test_a_run_that_resumes_in_a_new_directory_and_dies_is_charged_as_well(tmp_path: Path, net: type[Net]) -> None:
+    saved = kill_after(tmp_path, 7, versions=True, net=net)
+    kill_after(tmp_path, 7 + 5, resume=saved, versions=True, net=net)
+    run = resumed(tmp_path, saved, versions=True, net=net)
     assert len(run.strategy.ledger) == 7 + 5 + 3
     folders = sorted(path.parent.name for path in tmp_path.rglob(JOURNAL_NAME))
     assert folders == ["version_0", "version_1", "version_2"]
@@ -477,6 +491,37 @@ def test_a_run_is_found_when_all_of_it_has_moved(tmp_path: Path) -> None:
     shutil.move(tmp_path / "old", tmp_path / "new")
     run = resumed(tmp_path / "elsewhere", tmp_path / "new" / saved.name)
     assert len(run.strategy.ledger) == 15
+
+
+def test_links_of_a_run_without_steps_are_kept(tmp_path: Path) -> None:
+    first, second = opened(tmp_path / "a"), opened(tmp_path / "b")
+    gone(first)
+    second.continue_from(first.reference() | {"relative": "../a/" + JOURNAL_NAME}, tmp_path / "b")
+    second.charge(ONE)
+    second.close()
+    again = opened(tmp_path / "a")
+    assert len(again.known()) == 1
+    gone(again)
+
+
+def test_a_search_for_the_learning_rate_keeps_the_journal_with_the_run(tmp_path: Path) -> None:
+    class Search(LearningRateFinder):
+        def lr_find(self, trainer: Any, pl_module: Any) -> None:
+            super().lr_find(trainer, pl_module)
+            self.optimal_lr = None
+
+    class Tunable(Net):
+        lr = 1.0
+
+    run = trainer(
+        strategy=private(),
+        default_root_dir=tmp_path,
+        logger=CSVLogger(tmp_path / "logs"),
+        callbacks=[Search(num_training_steps=3, update_attr=False)],
+    )
+    fit(run, Tunable(), loader())
+    [found] = tmp_path.rglob(JOURNAL_NAME)
+    assert found.parent == Path(run.logger.log_dir)
 
 
 def test_a_journal_that_is_gone_is_missed_aloud(tmp_path: Path, said: list[str]) -> None:
