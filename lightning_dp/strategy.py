@@ -167,10 +167,6 @@ class PrivateMixin(Strategy):
         assert self.lightning_module is not None
         engine = make_engine(self.engine, self.lightning_module)
         checks.check_optimizers(trainer, engine)
-        bounded = {id(p) for p in engine.parameters.values()}
-        for parameter in [*self.lightning_module.parameters(), *self._optimized_parameters()]:
-            if id(parameter) not in bounded:
-                parameter.grad = None  # of earlier training: left alone, it would look like one that escaped
         before = self.private_step
         step = PrivateStep(
             engine,
