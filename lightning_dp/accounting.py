@@ -291,7 +291,7 @@ def calibrate_schedule(
     adjacency: Adjacency = "add_or_remove",
     spent: PrivacyLedger | None = None,
 ) -> list[Phase]:
-    """The schedule with all noise multipliers scaled by one factor, so that it costs ε, or up to 0.1 % less.
+    """The schedule with all noise multipliers scaled by one factor, so that it costs ε, or usually at most 0.1 % less.
 
     Formal guarantee: the ε of the returned schedule, after ``spent``, is at most ``epsilon``; it has been computed.
 
@@ -457,8 +457,8 @@ def affordable_steps(
 class EpsilonMonitor:
     """ε of a growing ledger at little cost, for display while training runs.
 
-    Formal guarantee: a value is never below the exact ε. Proof: it is ε, on a coarser grid (never lower, see
-    `event_epsilon`), of the ledger or of the ledger with some more steps of its last kind; ε grows with every step.
+    Formal guarantee: a value is never below the true ε. Proof: it is an upper bound (on a coarser grid, see
+    `event_epsilon`) on ε of the ledger or of the ledger with some more steps of its last kind; ε grows with every step.
     It is at most 1 % above: the further steps raise ε by half a per cent, which is checked, and the coarser grid by
     less than that, which is measured by the tests rather than proven.
 

@@ -90,6 +90,11 @@ class PrivacyBudget(Callback):
                 "for, and would spend the budget. Search on public data, or give GaussianNoise(multiplier=…): then "
                 "the steps of the search are charged like all others."
             )
+        if sum(_target_epsilon(callback) is not None for callback in trainer_callbacks(trainer)) > 1:
+            raise PrivacyConfigurationError(
+                "The Trainer has several privacy budgets, and noise can be chosen for one: keep one PrivacyBudget, or "
+                "DifferentialPrivacy(epsilon=…) alone."
+            )
         self._limits, self._verified = {}, 0
         self._stopped = False
         strategy.budget = self

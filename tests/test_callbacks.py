@@ -190,6 +190,14 @@ def test_the_budget_holds_when_a_resumed_run_has_other_data(tmp_path: Path, chan
     assert more.epsilon(DELTA) > 2.0, "the budget was not used up"
 
 
+def test_two_budgets_are_refused() -> None:
+    with pytest.raises(PrivacyConfigurationError, match="several privacy budgets"):
+        budgets = [PrivacyBudget(2.0, DELTA), PrivacyBudget(3.0, DELTA)]
+        fit(trainer(strategy=private(), callbacks=budgets), Net(), loader())
+    with pytest.raises(PrivacyConfigurationError, match="several privacy budgets"):
+        fit(trainer(callbacks=[DifferentialPrivacy(2.0, DELTA), PrivacyBudget(3.0, DELTA)]), Net(), loader())
+
+
 def test_a_search_that_would_spend_the_budget_is_refused() -> None:
     run = trainer(callbacks=[DifferentialPrivacy(2.0, DELTA), LearningRateFinder()])
     with pytest.raises(PrivacyConfigurationError, match="LearningRateFinder trains on the private data"):
