@@ -95,7 +95,7 @@ def event_epsilon(
         delta: Strictly between 0 and 1.
         accountant: ``"pld"`` or ``"rdp"``.
         adjacency: ``"add_or_remove"`` or ``"replace_one"``.
-        resolution: Largest cell of the grid of privacy losses (``"pld"``). A coarser one is cheaper, and a bound as well.
+        resolution: Largest cell of the grid of privacy losses (``"pld"``). A coarser one is cheaper, and a bound too.
     """
     check_delta(delta)
     _check(accountant, adjacency)

@@ -192,9 +192,6 @@ def test_the_budget_holds_when_a_resumed_run_has_other_data(tmp_path: Path, chan
 
 def test_two_budgets_are_refused() -> None:
     with pytest.raises(PrivacyConfigurationError, match="several privacy budgets"):
-        budgets = [PrivacyBudget(2.0, DELTA), PrivacyBudget(3.0, DELTA)]
-        fit(trainer(strategy=private(), callbacks=budgets), Net(), loader())
-    with pytest.raises(PrivacyConfigurationError, match="several privacy budgets"):
         fit(trainer(callbacks=[DifferentialPrivacy(2.0, DELTA), PrivacyBudget(3.0, DELTA)]), Net(), loader())
 
 
