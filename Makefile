@@ -33,7 +33,7 @@ digits: $(INSTALLED)  ## the digits recipe as shipped, three seeds
 mnist: $(INSTALLED)  ## the MNIST recipe as shipped, three seeds
 	$(BIN)/python benchmarks/seeds.py recipes/mnist/dp_sgd.yaml --seeds 1 2 3
 
-speed: $(INSTALLED)  ## step times beside non-private Lightning and Opacus, in about ten minutes
+speed: $(INSTALLED)  ## step times beside non-private Lightning and Opacus, in about fifteen minutes
 	$(BIN)/python benchmarks/speed.py --out runs/speed
 
 clean:
