@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 
 #: The metric that others are drawn against.
 EPSILON = "privacy/epsilon"
@@ -45,7 +45,10 @@ def begin(loggers: Iterable[Logger], configuration: Mapping[str, Any]) -> None:
             logger.experiment.define_metric(EPSILON)
             logger.experiment.define_metric("privacy_utility/*", step_metric=EPSILON)
         elif not isinstance(logger, TensorBoardLogger):  # which writes hyper-parameters once, with the model's
-            logger.log_hyperparams({f"privacy/{name}": value for name, value in configuration.items()})
+            try:
+                logger.log_hyperparams({f"privacy/{name}": value for name, value in configuration.items()})
+            except Exception as error:  # MLflow refuses to change what an earlier fit of the same run has stated
+                rank_zero_warn(f"{type(logger).__name__} did not take the private training's parameters: {error}")
 
 
 @rank_zero_only

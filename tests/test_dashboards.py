@@ -140,17 +140,28 @@ def test_tensorboard_shows_the_card_as_text(tmp_path: Path) -> None:
     assert b"Privacy card of this run" in events.Tensors(tag)[0].tensor_proto.string_val[0]
 
 
-def test_mlflow_gets_metrics_and_card(tmp_path: Path) -> None:
+def test_mlflow_gets_metrics_and_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
-    logger = MLFlowLogger(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db", artifact_location=str(tmp_path / "artifacts"))
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # the store that mlflow-skinny has without a server
+    store = f"file:{tmp_path}/mlruns"
+    logger = MLFlowLogger(tracking_uri=store, artifact_location=str(tmp_path / "artifacts"))
     spent = train([logger])
     card = tmp_path / "privacy_card.md"
     card.write_text("# Privacy card\n")
     log_card([logger], card)
-    stored = mlflow.tracking.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").get_run(logger.run_id).data
+    stored = mlflow.tracking.MlflowClient(store).get_run(logger.run_id).data
     assert stored.metrics["privacy/epsilon"] == pytest.approx(spent, rel=1e-6)
     assert stored.params["privacy/target_epsilon"] == "50.0"
     assert list((tmp_path / "artifacts").rglob("privacy_card.md"))
+
+
+def test_a_logger_that_refuses_changed_parameters_does_not_stop_training(tmp_path: Path) -> None:
+    class Strict(CSVLogger):
+        def log_hyperparams(self, params: Any = None) -> None:
+            raise ValueError("Changing param values is not allowed.")
+
+    with pytest.warns(UserWarning, match=r"Strict did not take .*Changing param values"):
+        assert train([Strict(tmp_path)], epochs=1) > 0
 
 
 def test_a_missing_card_is_named(tmp_path: Path) -> None:
