@@ -236,8 +236,8 @@ class PrivacyMonitor(Callback):
     ``privacy/delta``, ``privacy/noise_multiplier``; with a `PrivacyBudget`, ``privacy/budget_spent`` (the fraction of
     its ε); and ``privacy/signal_to_noise``, estimated from the noisy gradient alone, and so without further cost.
 
-    While training runs, the ε shown is never below the exact one and at most 1 % above it, which costs far less than
-    the exact one at every step (see `EpsilonMonitor`). The last value of a fit is exact.
+    While training runs, the ε shown is never below the true one, and within 1 % of the exact computation, at far less
+    cost than that at every step (see `EpsilonMonitor`). The last value of a fit is exact.
 
     In Weights & Biases, every metric can be drawn against ``privacy/epsilon``, the final values stand in the run's
     summary, and a chart of the validation metrics against ε is added at the end.

@@ -252,7 +252,7 @@ def render_card(card: Mapping[str, Any]) -> str:
         "| sampling not trusted: every record in every batch (q = 1) "
         f"| {_up(untrusted['pld'])} | {_up(untrusted['rdp'])} |",
         "",
-        "Both accountants give upper bounds; the smaller one holds. Accounting by dp-accounting.",
+        "Both are upper bounds, and the smaller one is the tighter statement.",
         "",
         "## Definition",
         "",

@@ -105,7 +105,26 @@ def bounded_sums(clipping: Clipping, model: nn.Module, inputs: torch.Tensor) -> 
     return [torch.cat([grads[name] for name in group]) for group in groups], sensitivities
 
 
+class Attention(nn.Module):
+    """Self-attention, then attention between sequences through the same layer: a whole matrix and blocks of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        attended = self.attention(x, x, x, need_weights=False)[0]
+        return self.attention(attended, x[:, :2], x[:, 1:3])[0]
+
+
 MODELS = {
+    "attention": (Attention, (4, 6)),
+    # In single precision, kernels that round by the size of the batch move the *other* records' gradients by up to 2e-4
+    # of these small clipping norms.
+    "transformer, double precision": (
+        lambda: nn.TransformerEncoderLayer(6, 2, dim_feedforward=8, dropout=0.0, batch_first=True).double(),
+        (4, 6),
+    ),
     "fully connected": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), (6,)),
     "sequence": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.LayerNorm(5), nn.Linear(5, 3)), (7, 6)),
     "long layers, short sequence": (lambda: nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 20)), (3, 40)),
@@ -125,8 +144,8 @@ MODELS = {
 def test_one_record_moves_every_sum_by_at_most_its_sensitivity(clipping: Clipping, model_name: str, extra: str) -> None:
     make, shape = MODELS[model_name]
     model = make()
-    batch = torch.randn(5, *shape)
     first_weight = next(model.parameters())
+    batch = torch.randn(5, *shape, dtype=first_weight.dtype)
     record = {
         "tiny": torch.full(shape, 1e-20),
         "huge": torch.full(shape, 1e8),
@@ -138,7 +157,7 @@ def test_one_record_moves_every_sum_by_at_most_its_sensitivity(clipping: Clippin
         "overflowing": torch.full(shape, 1e30),
         "infinite": torch.full(shape, float("inf")),
         "nan": torch.full(shape, float("nan")),
-    }[extra]
+    }[extra].to(batch.dtype)
     without, bounds = bounded_sums(clipping, model, batch)
     alone, _ = bounded_sums(clipping, model, record[None])
     with_record, _ = bounded_sums(clipping, model, torch.cat([batch[:2], record[None], batch[2:]]))

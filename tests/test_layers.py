@@ -302,7 +302,7 @@ OPACUS_CASES = [
     pytest.param(
         make,
         id=f"{cls.__name__}: {name}",
-        marks=[pytest.mark.xfail(reason=OPACUS_DIFFERS[f"{cls.__name__}: {name}"])]
+        marks=[pytest.mark.xfail(strict=True, reason=OPACUS_DIFFERS[f"{cls.__name__}: {name}"])]
         if f"{cls.__name__}: {name}" in OPACUS_DIFFERS
         else [],
     )

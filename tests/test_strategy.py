@@ -593,15 +593,3 @@ def test_workers_and_dictionary_batches() -> None:
     run = trainer(strategy=strategy(1.0, max_physical_batch_size=3), max_epochs=2)
     fit(run, Dictionary(), DataLoader(data, batch_size=4, num_workers=1, persistent_workers=True))
     assert len(run.strategy.ledger) == 20
-
-
-def test_gradients_that_earlier_training_left_on_frozen_layers_do_not_matter() -> None:
-    module = Net()
-    fit(trainer(), module, loader())
-    body, head = module.net[0], module.net[2]
-    assert body.weight.grad is not None
-    body.requires_grad_(False)
-    module.configure_optimizers = lambda: torch.optim.SGD(head.parameters(), lr=1.0)  # type: ignore[method-assign]
-    before = body.weight.clone()
-    fit(trainer(strategy=strategy(1.0)), module, loader())
-    assert torch.equal(body.weight, before)
