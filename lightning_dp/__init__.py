@@ -12,6 +12,7 @@ from lightning_dp.accounting import (
     delta,
     epsilon,
 )
+from lightning_dp.backprop import BackpropClipping
 from lightning_dp.callbacks import DifferentialPrivacy, PrivacyBudget, PrivacyMonitor
 from lightning_dp.card import PrivacyCard, card_of_run, privacy_card, render_card
 from lightning_dp.checks import PrivacyConfigurationError
@@ -28,6 +29,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "AdaptiveClipping",
     "AutomaticClipping",
+    "BackpropClipping",
     "DifferentialPrivacy",
     "FlatClipping",
     "GaussianNoise",

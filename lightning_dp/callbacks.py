@@ -20,7 +20,7 @@ from lightning_dp import dashboards
 from lightning_dp.accounting import Accountant, EpsilonMonitor, PrivacyLedger, affordable_steps, calibrate_noise
 from lightning_dp.card import PrivacyCard
 from lightning_dp.checks import PrivacyConfigurationError, warn_about_delta
-from lightning_dp.clipping import Clipping, FlatClipping
+from lightning_dp.clipping import Bounding, FlatClipping
 from lightning_dp.noise import GaussianNoise, Noise
 from lightning_dp.strategy import PrivateMixin, make_private
 
@@ -446,7 +446,7 @@ class DifferentialPrivacy(Callback):
         self,
         epsilon: float | None,
         delta: float,
-        clipping: Clipping = FlatClipping(1.0),
+        clipping: Bounding = FlatClipping(1.0),
         noise: Noise = GaussianNoise(),
         max_physical_batch_size: int | None = None,
         engine: str = "bookkeeping",
@@ -466,6 +466,7 @@ class DifferentialPrivacy(Callback):
         self.budget = None if epsilon is None else PrivacyBudget(epsilon, delta, accountant)
         self.monitor = PrivacyMonitor(delta, accountant, log_not_private)
         self.card = PrivacyCard(delta=delta) if card else None
+        self._clipping = clipping
         self._configuration = {
             "clipping": clipping,
             "noise": noise,
@@ -480,6 +481,7 @@ class DifferentialPrivacy(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Exchanges the class of the Trainer's strategy before Lightning sets it up."""
         if stage != "fit":
+            self._clipping.attach(pl_module)
             return
         if isinstance(trainer.strategy, PrivateMixin) and not trainer.strategy.made_private:
             raise PrivacyConfigurationError(

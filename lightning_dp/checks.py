@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
+from lightning_dp.clipping import Bounding
 from lightning_dp.engines import BookKeeping, Engine, set_aside
 from lightning_dp.gradients import PerExampleGradient
 from lightning_dp.layers import refusal_for, rule_for, trainable, trained_layers
@@ -62,6 +63,16 @@ def check_trainer(trainer: Any) -> None:
     if trainer.precision == "16-true":
         raise PrivacyConfigurationError(
             "precision='16-true' overflows in per-example norms and noise. Use 'bf16-mixed', 'bf16-true' or '32-true'."
+        )
+
+
+def check_precision(trainer: pl.Trainer, clipping: Bounding) -> None:
+    """Refuses precisions in which a rule's sums are rounded by more than its bound."""
+    if not clipping.allows_low_precision and str(trainer.precision) not in ("32-true", "64-true"):
+        raise PrivacyConfigurationError(
+            f"precision='{trainer.precision}' with {type(clipping).__name__}: autograd adds up the batch in low "
+            "precision, and rounds the sum by more than one record may move it. Use precision='32-true', or a rule "
+            "that adds up in float32 (FlatClipping)."
         )
 
 

@@ -10,38 +10,70 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from dp_accounting import NeighboringRelation
-from torch import Tensor
+from torch import Tensor, nn
+
+from lightning_dp.engines import Engine, make_engine
 
 #: Names of parameters whose joint gradient is clipped together.
 Group = tuple[str, ...]
 #: Public numbers that a rule has chosen while training.
 State = Mapping[str, float]
 
-_NO_STATE: State = {}
+NO_STATE: State = {}
 
 
-class Clipping(ABC):
-    """Weights ``w_ig`` for example i and group g of parameters, such that one record changes ``Σ_i w_ig g_ig`` by at
-    most the group's sensitivity."""
+class Bounding(ABC):
+    """How the contribution of one record to a step is bounded, and by how much one record can then move each sum.
+
+    A rule that weighs per-example gradients is a `Clipping`. `lightning_dp.backprop.BackpropClipping` bounds what the
+    gradients are made of.
+    """
+
+    #: Whether the sums keep their bound when the model computes in less than float32.
+    allows_low_precision: ClassVar[bool] = True
+
+    def bind(self, module: nn.Module) -> Bounding:
+        """The rule for this module: itself, unless its bounds depend on the module's layers.
+
+        Raises:
+            UnsupportedModelError: There is no bound for one of the layers; the message names it.
+        """
+        return self
+
+    def attach(self, module: nn.Module) -> None:
+        """Makes the module compute, also outside training, the function that this rule trains."""
+        return
+
+    def make_engine(self, name: str, module: nn.Module) -> Engine:
+        """The engine that supplies what this rule bounds, by the name that the user chose."""
+        return make_engine(name, module)
 
     def groups(self, parameters: Sequence[str]) -> list[Group]:
-        """The groups whose norms are clipped separately; all parameters together, unless a rule says otherwise."""
+        """The groups whose sums are bounded separately; all parameters together, unless a rule says otherwise."""
         return [tuple(parameters)]
 
     def initial_state(self) -> State:
         """The state before the first step."""
-        return _NO_STATE
+        return NO_STATE
 
     @abstractmethod
-    def weights(self, norms: Tensor, groups: Sequence[Group], state: State = _NO_STATE) -> Tensor:
-        """Weights ``(B, G)`` for gradients with these Euclidean norms ``(B, G)``, all finite."""
-
-    @abstractmethod
-    def group_sensitivities(self, groups: Sequence[Group], state: State = _NO_STATE) -> list[float]:
+    def group_sensitivities(self, groups: Sequence[Group], state: State = NO_STATE) -> list[float]:
         """The most that adding or removing one record moves each group's bounded sum, in Euclidean norm."""
+
+    def shares(self, groups: Sequence[Group], sizes: Mapping[str, int]) -> list[float]:
+        """Every group's share ``s_g`` of the step's privacy, ``Σ_g s_g = 1``: equal ones, unless a rule says otherwise.
+
+        The noise on group g has standard deviation ``z · S_g / √s_g``.
+
+        Args:
+            groups: As from `groups`.
+            sizes: Number of coordinates of every parameter.
+        """
+        return [1 / len(groups)] * len(groups)
 
     def sensitivity(
         self,
@@ -63,25 +95,35 @@ class Clipping(ABC):
         raise ValueError(f"Unknown neighboring relation: {neighboring_relation}.")
 
     def query_std(self, multiplier: float, expected_batch_size: float) -> float:
-        """Standard deviation of the noise on the rule's own query (see `query`); 0.0 when it asks nothing."""
+        """Standard deviation of the noise on the rule's own query (see `Clipping.query`); 0.0 when it asks nothing."""
         return 0.0
-
-    def query(self, norms: Tensor, state: State) -> Tensor | None:
-        """A statistic ``(B,)`` to be summed over the batch, every term between -1/2 and 1/2; ``None``: nothing."""
-        return None
 
     def next_state(self, answer: float, state: State) -> State:
         """The state after a step, from the noisy sum of the query over q·N."""
         return state
 
 
-def _check_positive(rule: str, **values: float) -> None:
+class Clipping(Bounding):
+    """Weights ``w_ig`` for example i and group g of parameters, such that one record changes ``Σ_i w_ig g_ig`` by at
+    most the group's sensitivity."""
+
+    @abstractmethod
+    def weights(self, norms: Tensor, groups: Sequence[Group], state: State = NO_STATE) -> Tensor:
+        """Weights ``(B, G)`` for gradients with these Euclidean norms ``(B, G)``, all finite."""
+
+    def query(self, norms: Tensor, state: State) -> Tensor | None:
+        """A statistic ``(B,)`` to be summed over the batch, every term between -1/2 and 1/2; ``None``: nothing."""
+        return None
+
+
+def check_positive(rule: str, **values: float) -> None:
+    """Refuses norms that bound nothing."""
     for name, value in values.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{rule}: {name} must be positive and finite, got {value}.")
 
 
-def _scale_down(norms: Tensor, max_norms: Tensor | float) -> Tensor:
+def scale_down(norms: Tensor, max_norms: Tensor | float) -> Tensor:
     """``min(1, max_norm / norm)``."""
     return torch.where(norms > max_norms, max_norms / norms, torch.ones_like(norms))
 
@@ -102,12 +144,12 @@ class FlatClipping(Clipping):
     max_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_positive("FlatClipping", max_norm=self.max_norm)
+        check_positive("FlatClipping", max_norm=self.max_norm)
 
-    def weights(self, norms: Tensor, groups: Sequence[Group], state: State = _NO_STATE) -> Tensor:
-        return _scale_down(norms, self.max_norm)
+    def weights(self, norms: Tensor, groups: Sequence[Group], state: State = NO_STATE) -> Tensor:
+        return scale_down(norms, self.max_norm)
 
-    def group_sensitivities(self, groups: Sequence[Group], state: State = _NO_STATE) -> list[float]:
+    def group_sensitivities(self, groups: Sequence[Group], state: State = NO_STATE) -> list[float]:
         return [self.max_norm]
 
 
@@ -132,8 +174,8 @@ class PerLayerClipping(Clipping):
         if (self.max_norm is None) == (self.max_norms is None):
             raise ValueError("PerLayerClipping: give either max_norm, for all layers jointly, or max_norms, by layer.")
         if self.max_norm is not None:
-            _check_positive("PerLayerClipping", max_norm=self.max_norm)
-        _check_positive("PerLayerClipping", **(self.max_norms or {}))
+            check_positive("PerLayerClipping", max_norm=self.max_norm)
+        check_positive("PerLayerClipping", **(self.max_norms or {}))
 
     def groups(self, parameters: Sequence[str]) -> list[Group]:
         layers: dict[str, list[str]] = {}
@@ -147,10 +189,10 @@ class PerLayerClipping(Clipping):
             )
         return [tuple(names) for names in layers.values()]
 
-    def weights(self, norms: Tensor, groups: Sequence[Group], state: State = _NO_STATE) -> Tensor:
-        return _scale_down(norms, norms.new_tensor(self.group_sensitivities(groups)))
+    def weights(self, norms: Tensor, groups: Sequence[Group], state: State = NO_STATE) -> Tensor:
+        return scale_down(norms, norms.new_tensor(self.group_sensitivities(groups)))
 
-    def group_sensitivities(self, groups: Sequence[Group], state: State = _NO_STATE) -> list[float]:
+    def group_sensitivities(self, groups: Sequence[Group], state: State = NO_STATE) -> list[float]:
         if self.max_norms is not None:
             return [self.max_norms[_layer(group[0])] for group in groups]
         assert self.max_norm is not None
@@ -176,12 +218,12 @@ class AutomaticClipping(Clipping):
     gamma: float = 0.01
 
     def __post_init__(self) -> None:
-        _check_positive("AutomaticClipping", gamma=self.gamma)
+        check_positive("AutomaticClipping", gamma=self.gamma)
 
-    def weights(self, norms: Tensor, groups: Sequence[Group], state: State = _NO_STATE) -> Tensor:
+    def weights(self, norms: Tensor, groups: Sequence[Group], state: State = NO_STATE) -> Tensor:
         return 1 / (norms + self.gamma)
 
-    def group_sensitivities(self, groups: Sequence[Group], state: State = _NO_STATE) -> list[float]:
+    def group_sensitivities(self, groups: Sequence[Group], state: State = NO_STATE) -> list[float]:
         return [1.0]
 
 
@@ -211,19 +253,19 @@ class AdaptiveClipping(Clipping):
     count_std: float | None = None
 
     def __post_init__(self) -> None:
-        _check_positive("AdaptiveClipping", initial_norm=self.initial_norm, learning_rate=self.learning_rate)
+        check_positive("AdaptiveClipping", initial_norm=self.initial_norm, learning_rate=self.learning_rate)
         if self.count_std is not None:
-            _check_positive("AdaptiveClipping", count_std=self.count_std)
+            check_positive("AdaptiveClipping", count_std=self.count_std)
         if not 0 < self.target_quantile < 1:
             raise ValueError(f"AdaptiveClipping: target_quantile must lie in (0, 1), got {self.target_quantile}.")
 
     def initial_state(self) -> State:
         return {"max_norm": self.initial_norm}
 
-    def weights(self, norms: Tensor, groups: Sequence[Group], state: State = _NO_STATE) -> Tensor:
-        return _scale_down(norms, state["max_norm"])
+    def weights(self, norms: Tensor, groups: Sequence[Group], state: State = NO_STATE) -> Tensor:
+        return scale_down(norms, state["max_norm"])
 
-    def group_sensitivities(self, groups: Sequence[Group], state: State = _NO_STATE) -> list[float]:
+    def group_sensitivities(self, groups: Sequence[Group], state: State = NO_STATE) -> list[float]:
         return [state["max_norm"]]
 
     def query_std(self, multiplier: float, expected_batch_size: float) -> float:

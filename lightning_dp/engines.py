@@ -21,7 +21,10 @@ ENGINES = ("bookkeeping", "per_example")
 
 
 class Engine(ABC):
-    """Per-example gradients of the trainable parameters of a module, one micro-batch at a time.
+    """What the trainable parameters of a module owe to every example, one micro-batch at a time.
+
+    There are two kinds: a `PerExampleEngine` supplies per-example gradients, which a clipping rule weighs and adds up;
+    a `SummingEngine` bounds during the backward pass, and supplies the sum.
 
     Args:
         module: The model. Which of its parameters are trainable is read here, once.
@@ -38,8 +41,16 @@ class Engine(ABC):
         """Surrounds the forward pass of a micro-batch of ``batch_size`` examples."""
 
     @abstractmethod
-    def backward(self) -> AbstractContextManager[None]:
-        """Surrounds its backward pass; leaves ``p.grad`` of every parameter as it was."""
+    def backward(self, scale: float = 1.0) -> AbstractContextManager[None]:
+        """Surrounds its backward pass; leaves ``p.grad`` of every parameter as it was.
+
+        Args:
+            scale: What the gradients must be multiplied with to be those of single examples' losses.
+        """
+
+
+class PerExampleEngine(Engine):
+    """An engine that supplies the gradient of every example."""
 
     @abstractmethod
     def gradients(self) -> dict[str, PerExampleGradient]:
@@ -49,7 +60,30 @@ class Engine(ABC):
         """
 
 
-def make_engine(name: str, module: nn.Module) -> Engine:
+class SummingEngine(Engine):
+    """An engine that bounds every example's contribution during the backward pass."""
+
+    #: Norms ``(B, G)`` of what was bounded in the last micro-batch, as they were before, and the factors ``(B, G)``
+    #: that bounded it; kept when `keep_norms` is set. Not private.
+    norms: Tensor | None = None
+    factors: Tensor | None = None
+    keep_norms = False
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forgets the sums of an interrupted step."""
+
+    @abstractmethod
+    def nonfinite(self) -> int:
+        """How many examples of the last micro-batch were left out because something about them was not finite."""
+
+    @abstractmethod
+    def take(self) -> tuple[dict[str, Tensor], float]:
+        """The sums over all micro-batches since, by parameter name, and a factor that they are yet to be multiplied
+        with. They are the caller's from now on. A parameter that no loss depended on is left out."""
+
+
+def make_engine(name: str, module: nn.Module) -> PerExampleEngine:
     """The engine of that name for this module."""
     if name == "bookkeeping":
         return BookKeeping(module)
@@ -58,7 +92,7 @@ def make_engine(name: str, module: nn.Module) -> Engine:
     raise ValueError(f"engine must be one of {ENGINES}, got {name!r}.")
 
 
-class BookKeeping(Engine):
+class BookKeeping(PerExampleEngine):
     """Norms and weighted sums from layer inputs and upstream gradients: one forward and one backward pass.
 
     A layer is dealt with as soon as its upstream gradient is known, within the backward pass: what its weighted sum
@@ -88,7 +122,7 @@ class BookKeeping(Engine):
         self._uses = {}
         return self.recorder.forward(batch_size)
 
-    def backward(self) -> AbstractContextManager[None]:
+    def backward(self, scale: float = 1.0) -> AbstractContextManager[None]:
         return self.recorder.backward()
 
     def consume(self, layer: str, call: Call) -> None:
@@ -124,7 +158,7 @@ def gradients_of(module: nn.Module, layer: str, call: Call) -> Mapping[str, PerE
         ) from error
 
 
-class PerExample(Engine):
+class PerExample(PerExampleEngine):
     """Autograd's own gradient of one example at a time."""
 
     max_examples = 1
@@ -137,7 +171,7 @@ class PerExample(Engine):
         return set_aside(self.parameters.values())  # the step may run backward passes of its own
 
     @contextmanager
-    def backward(self) -> Iterator[None]:
+    def backward(self, scale: float = 1.0) -> Iterator[None]:
         with set_aside(self.parameters.values()):
             yield
             grads = {name: p.grad for name, p in self.parameters.items()}

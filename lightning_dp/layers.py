@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import FunctionType, MethodType, SimpleNamespace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,8 @@ from lightning_dp.gradients import Blocks, Convolution, Dense, OuterProducts, Pe
 
 Rule = Callable[[Any, Tensor, Tensor], Mapping[str, PerExampleGradient]]
 Refusal = Callable[[Any], str | None]
+
+Entry = TypeVar("Entry")
 
 _RULES: dict[type[nn.Module], Rule] = {}
 _RULES_BY_NAME: dict[str, Rule] = {}
@@ -64,15 +66,22 @@ def register_refusal(*types: type[nn.Module]) -> Callable[[Refusal], Refusal]:
 
 
 def rule_for(module: nn.Module) -> Rule | None:
-    """The rule of this module's type.
+    """The rule of this module's type; see `registered_for`."""
+    return registered_for(module, _RULES, _RULES_BY_NAME)
 
-    A subclass that keeps its parent's ``forward`` (a renamed `Linear`, say) has its parent's rule; one that overrides
+
+def registered_for(
+    module: nn.Module, registry: Mapping[type[nn.Module], Entry], by_name: Mapping[str, Entry]
+) -> Entry | None:
+    """What is registered for this module's type.
+
+    A subclass that keeps its parent's ``forward`` (a renamed `Linear`, say) has its parent's entry; one that overrides
     it has none, for nobody knows what it computes.
     """
     for cls in type(module).__mro__:
-        if cls in _RULES:
-            return _RULES[cls] if _computes_the_same(type(module), cls) else None
-    return _RULES_BY_NAME.get(f"{type(module).__module__}.{type(module).__qualname__}")
+        if cls in registry:
+            return registry[cls] if _computes_the_same(type(module), cls) else None
+    return by_name.get(f"{type(module).__module__}.{type(module).__qualname__}")
 
 
 def _computes_the_same(cls: type[nn.Module], parent: type[nn.Module]) -> bool:

@@ -16,9 +16,14 @@ from torch import Tensor
 BLOCK = 2**18
 
 
+def block_size(device: torch.device, coordinates: int) -> int:
+    """How many coordinates are drawn from one generator."""
+    return min(BLOCK, max(coordinates, 1)) if device.type == "cpu" else max(coordinates, 1)
+
+
 def in_blocks(out: Tensor, draw: Callable[[int, Tensor], object]) -> None:
     """Calls ``draw(number, block)`` for all blocks of a flat tensor."""
-    for number, block in enumerate(out.split(BLOCK if out.device.type == "cpu" else max(len(out), 1))):
+    for number, block in enumerate(out.split(block_size(out.device, len(out)))):
         draw(number, block)
 
 

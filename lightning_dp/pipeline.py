@@ -7,17 +7,17 @@ is in. Nothing here knows about Lightning.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from dp_accounting import DpEvent, NonPrivateDpEvent, PoissonSampledDpEvent
 from torch import Tensor, nn
 
 from lightning_dp.accounting import PrivacyLedger
-from lightning_dp.clipping import Clipping, State
-from lightning_dp.engines import Engine
+from lightning_dp.clipping import Bounding, Clipping, State
+from lightning_dp.engines import Engine, PerExampleEngine, SummingEngine
 from lightning_dp.gradients import PerExampleGradient
-from lightning_dp.noise import Noise
+from lightning_dp.noise import Noise, block_size
 from lightning_dp.randomness import Randomness
 
 #: The key of the clipping rule's own query among the sums; no parameter has an empty name.
@@ -29,6 +29,26 @@ _SECOND_STREAM = 2**31
 
 def _wide_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def _blocks(flats: Sequence[Tensor], size: int) -> Iterator[list[tuple[int, Tensor]]]:
+    """Cuts flat tensors, laid end to end, into blocks of ``size``: lists of a tensor's index and a part of it."""
+    block: list[tuple[int, Tensor]] = []
+    room = size
+    for index, flat in enumerate(flats):
+        while len(flat):
+            part, flat = flat[:room], flat[room:]
+            block.append((index, part))
+            room -= len(part)
+            if not room:
+                yield block
+                block, room = [], size
+    if block:
+        yield block
+
+
+def _always(generator: torch.Generator) -> Callable[[int], torch.Generator]:
+    return lambda block: generator
 
 
 class PrivacyLimitReached(RuntimeError):
@@ -49,8 +69,8 @@ class PrivateStep:
     Source: Abadi et al. 2016, Algorithm 1.
 
     Args:
-        engine: Supplies the per-example gradients.
-        clipping, noise: The mechanism.
+        engine: Supplies the per-example gradients, or their bounded sum.
+        clipping, noise: The mechanism; the rule is bound to the engine's module.
         ledger: Charged for every release.
         randomness: Where the noise comes from.
         reduce: Adds up the tensors over all processes, in place.
@@ -61,7 +81,7 @@ class PrivateStep:
     def __init__(
         self,
         engine: Engine,
-        clipping: Clipping,
+        clipping: Bounding,
         noise: Noise,
         ledger: PrivacyLedger,
         randomness: Randomness,
@@ -100,7 +120,8 @@ class PrivateStep:
     ) -> None:
         """Starts a step, and forgets whatever an interrupted one left behind.
 
-        The sums start out as noise, so that the bounded gradients are added to it and no sum without noise ever exists.
+        The sums start out as noise, so that the bounded gradients are added to it and no sum without noise ever exists,
+        unless it is autograd's own (a `SummingEngine`): to that the noise is added, in place.
 
         Args:
             multiplier: Noise multiplier z.
@@ -114,6 +135,9 @@ class PrivateStep:
         self._event = self.event(multiplier, sampling_rate)
         self.norms, self.weights = [], []
         self._sums = {}
+        if isinstance(self.engine, SummingEngine):
+            self.engine.reset()
+            self.engine.keep_norms = self.keep_norms
         self._multiplier, self._divisor = multiplier, expected_batch_size
         self._allowed = None if limit is None else limit(self._event) - len(self.ledger)
         if self._allowed is not None and self._allowed <= 0:
@@ -128,7 +152,21 @@ class PrivateStep:
             scale: What the gradients must be multiplied with to be those of single examples' losses: the number of
                 examples that a mean-reduced loss was divided by.
         """
-        gradients = self.engine.gradients()
+        if isinstance(self.engine, SummingEngine):
+            self._note_bounds(self.engine, scale)
+        elif isinstance(self.engine, PerExampleEngine):
+            self._add_clipped(self.engine, scale)
+
+    def _note_bounds(self, engine: SummingEngine, scale: float) -> None:
+        """What is worth knowing of a micro-batch whose bounded sum the engine keeps."""
+        self.nonfinite_examples += engine.nonfinite()
+        if engine.norms is not None and engine.factors is not None:
+            self.norms.append(engine.norms * scale)
+            self.weights.append(engine.factors)
+
+    def _add_clipped(self, engine: PerExampleEngine, scale: float) -> None:
+        assert isinstance(self.clipping, Clipping)
+        gradients = engine.gradients()
         if not gradients:
             return
         norms = self._norms(gradients) * scale
@@ -169,10 +207,7 @@ class PrivateStep:
             members = {n: p for n, p in parameters.items() if (p.device, _wide_dtype(p)) == (device, dtype)}
             flat = torch.empty(sum(p.numel() for p in members.values()), device=device, dtype=dtype)
             first = 0 if dtype == torch.float32 else _SECOND_STREAM  # parameters of mixed precision share no generator
-
-            def generator(block: int, device: torch.device = device, first: int = first) -> torch.Generator:
-                return self._randomness.torch("noise", step, device, first + block)
-
+            generator = self._noise_generators(step, device, first)
             parts = dict(zip(members, flat.split([p.numel() for p in members.values()]), strict=True))
             if len({scales[name] for name in members}) == 1:
                 self.noise.fill_(flat, scales[next(iter(members))], generator)
@@ -187,22 +222,60 @@ class PrivateStep:
         self._sums[_QUERY] = answer
         return self._sums
 
+    def _with_noise(self) -> dict[str, Tensor]:
+        """The noisy sums over q·N, of whichever kind of engine."""
+        if not isinstance(self.engine, SummingEngine):
+            return self._totals()
+        sums, factor = self.engine.take()
+        parameters, scales, step = self.engine.parameters, self.noise_scales(), len(self.ledger)
+        sums |= {n: torch.zeros_like(p, dtype=_wide_dtype(p)) for n, p in parameters.items() if n not in sums}
+        for device, dtype in {(total.device, total.dtype) for total in sums.values()}:
+            members = [n for n in parameters if (sums[n].device, sums[n].dtype) == (device, dtype)]
+            first = 0 if dtype == torch.float32 else _SECOND_STREAM
+            self._add_noise_(
+                [sums[name].view(-1) for name in members],
+                [scales[name] for name in members],
+                factor / self._divisor,
+                self._noise_generators(step, device, first),
+            )
+        return sums
+
+    def _add_noise_(
+        self,
+        sums: Sequence[Tensor],
+        scales: Sequence[float],
+        factor: float,
+        generators: Callable[[int], torch.Generator],
+    ) -> None:
+        """``factor · sum + scale · noise`` for flat tensors, in place, with a block of noise in memory at a time."""
+        noise = sums[0].new_empty(block_size(sums[0].device, sum(map(len, sums))))
+        for number, block in enumerate(_blocks(sums, len(noise))):
+            lengths = [len(part) for _, part in block]
+            drawn = noise[: sum(lengths)]
+            self.noise.fill_(drawn, float(self._multiplier > 0), _always(generators(number)))
+            for (index, part), own in zip(block, drawn.split(lengths), strict=True):
+                part.mul_(factor).add_(own, alpha=scales[index])
+
+    def _noise_generators(self, step: int, device: torch.device, first: int) -> Callable[[int], torch.Generator]:
+        return lambda block: self._randomness.torch("noise", step, device, first + block)
+
     def noise_scales(self) -> dict[str, float]:
         """The scale of the noise on every parameter's sum over q·N.
 
         Formal guarantee: all sums and the rule's query are together one mechanism of the step's multiplier z. Proof:
-        with ``σ_g = z_Δ S_g √G`` for G groups of sensitivity ``S_g``, ``Σ_g S_g²/σ_g² = z_Δ⁻²``, and
-        ``z_Δ⁻² = z⁻² - (2σ_b)⁻²`` leaves room for the query, of sensitivity 1/2 and noise ``σ_b``.
+        with ``σ_g = z_Δ S_g / √s_g`` for groups of sensitivity ``S_g`` and shares that add up to 1,
+        ``Σ_g S_g²/σ_g² = z_Δ⁻²``, and ``z_Δ⁻² = z⁻² - (2σ_b)⁻²`` leaves room for the query, of sensitivity 1/2 and
+        noise ``σ_b``.
         """
         multiplier = self._multiplier
         query_std = self.clipping.query_std(multiplier, self._divisor)
         if query_std:
             multiplier = (multiplier**-2 - (2 * query_std) ** -2) ** -0.5
         sensitivities = self.clipping.group_sensitivities(self.groups, self.clipping_state)
-        factor = multiplier * math.sqrt(len(self.groups)) / self._divisor
+        shares = self.clipping.shares(self.groups, {name: p.numel() for name, p in self.engine.parameters.items()})
         return {
-            name: factor * sensitivity
-            for group, sensitivity in zip(self.groups, sensitivities, strict=True)
+            name: multiplier * sensitivity / (math.sqrt(share) * self._divisor)
+            for group, sensitivity, share in zip(self.groups, sensitivities, shares, strict=True)
             for name in group
         }
 
@@ -219,11 +292,13 @@ class PrivateStep:
         bounded = {id(p) for p in parameters.values()}
         if any(p.grad is not None for p in others if id(p) not in bounded):
             self._sums = {}
+            if isinstance(self.engine, SummingEngine):
+                self.engine.reset()
             raise RuntimeError(
                 "A parameter that private training does not bound has a gradient: layers were exchanged, unfrozen or "
                 "added to the optimizer while a step was under way. Do that between steps (on_train_epoch_start)."
             )
-        sums, self._sums = self._totals(), {}
+        sums, self._sums = self._with_noise(), {}
         self._reduce(list(sums.values()))
         self._charge(self._event, self._allowed)
         self.ledger.record(self._event)

@@ -219,7 +219,7 @@ class Recorder:
                     f"Layer '{name}' ({type(module).__name__}) was called without a tensor as its first argument, or "
                     "returned none."
                 )
-            input = _with_batch(input, batch_size, name, module)
+            input = with_batch(input, batch_size, name, module)
             if output.dim() == 0 or output.shape[0] != batch_size:
                 # A layer whose input is the same for all examples (position numbers): every example gets its own copy.
                 output = output.expand(batch_size, *output.shape[1:])
@@ -248,7 +248,8 @@ def _same_memory(base: Tensor, view: Tensor) -> bool:
     return base.numel() == view.numel() and base.is_contiguous() and view.is_contiguous()
 
 
-def _with_batch(input: Tensor, batch_size: int, name: str, module: nn.Module) -> Tensor:
+def with_batch(input: Tensor, batch_size: int, name: str, module: nn.Module) -> Tensor:
+    """A layer's input with one entry per example; one that all examples share is expanded."""
     if input.dim() and input.shape[0] == batch_size:
         return input
     if input.dim() and input.shape[0] == 1:

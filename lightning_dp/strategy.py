@@ -29,8 +29,8 @@ from lightning_dp import checks
 from lightning_dp.accounting import PrivacyLedger
 from lightning_dp.batches import map_examples
 from lightning_dp.checks import PrivacyConfigurationError
-from lightning_dp.clipping import Clipping, FlatClipping, State
-from lightning_dp.engines import ENGINES, make_engine
+from lightning_dp.clipping import Bounding, FlatClipping, State
+from lightning_dp.engines import ENGINES
 from lightning_dp.journal import PrivacyJournal, relative_path, run_directory, software_versions
 from lightning_dp.noise import GaussianNoise, Noise
 from lightning_dp.pipeline import PrivateStep
@@ -68,7 +68,7 @@ class PrivateMixin(Strategy):
 
     def configure_privacy(
         self,
-        clipping: Clipping,
+        clipping: Bounding,
         noise: Noise,
         max_physical_batch_size: int | None,
         engine: str,
@@ -78,7 +78,7 @@ class PrivateMixin(Strategy):
         journal: bool,
     ) -> None:
         """Checks and keeps the configuration; arguments as for `PrivateStrategy`."""
-        if not isinstance(clipping, Clipping):
+        if not isinstance(clipping, Bounding):
             raise TypeError(f"clipping must be a clipping rule such as FlatClipping(1.0), got {clipping!r}.")
         if not isinstance(noise, Noise):
             raise TypeError(f"noise must be a noise such as GaussianNoise(1.0), got {noise!r}.")
@@ -149,12 +149,15 @@ class PrivateMixin(Strategy):
         if fitting:
             assert self.lightning_module is not None
             checks.check_trainer(trainer)
+            checks.check_precision(trainer, self.clipping)
             checks.check_model(self.lightning_module, self.engine)
             self._randomness.renew()
             self.ledger.start_run()
             self.private_step = None
             self._self_check_pending = self.self_check
             self._run_directory = run_directory(trainer)  # before a search for learning rates puts the loggers away
+        elif self.lightning_module is not None:
+            self.clipping.attach(self.lightning_module)
         super().setup(trainer)
         if fitting:
             self._bind(trainer)
@@ -165,12 +168,14 @@ class PrivateMixin(Strategy):
     def _bind(self, trainer: Trainer) -> None:
         """Binds the private step to the parameters that are trainable now."""
         assert self.lightning_module is not None
-        engine = make_engine(self.engine, self.lightning_module)
+        clipping = self.clipping.bind(self.lightning_module)
+        clipping.attach(self.lightning_module)
+        engine = clipping.make_engine(self.engine, self.lightning_module)
         checks.check_optimizers(trainer, engine)
         before = self.private_step
         step = PrivateStep(
             engine,
-            self.clipping,
+            clipping,
             self.noise,
             self.ledger,
             self._randomness,
@@ -305,9 +310,10 @@ class PrivateMixin(Strategy):
         step = self.private_step
         groups = step.groups if step is not None else [()]
         state = step.clipping_state if step is not None else None
+        bound = step.clipping if step is not None else self.clipping
         return {
             "clipping": describe(self.clipping),
-            "sensitivity": self.clipping.sensitivity(NeighboringRelation.ADD_OR_REMOVE_ONE, groups, state),
+            "sensitivity": bound.sensitivity(NeighboringRelation.ADD_OR_REMOVE_ONE, groups, state),
             "groups": len(groups),
             "noise": {**describe(self.noise), "multiplier": self.noise_multiplier},
             "num_records": self.num_records,
@@ -380,7 +386,7 @@ class PrivateMixin(Strategy):
             loss = checks.loss_of(output)
             weighted_loss += loss.detach() * ((stop - start) / count if self.loss_reduction == "mean" else 1)
             if stop < count:
-                with step.engine.backward():
+                with step.engine.backward(self._loss_scale(stop - start)):
                     self.precision_plugin.backward(loss, self._module(), None)
                 step.accumulate(self._loss_scale(stop - start))
         if results is not None:
@@ -405,9 +411,10 @@ class PrivateMixin(Strategy):
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
         if self._examples_left_to_backward:
-            with step.engine.backward():
+            scale = self._loss_scale(self._examples_left_to_backward)
+            with step.engine.backward(scale):
                 self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
-            step.accumulate(self._loss_scale(self._examples_left_to_backward))
+            step.accumulate(scale)
         step.release(others=[*module.parameters(), *self._optimized_parameters()])
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)
         self.post_backward(closure_loss)
@@ -502,7 +509,7 @@ class _Resumed:
     journal: dict[str, str] | None
 
 
-def describe(stage: Clipping | Noise) -> dict[str, Any]:
+def describe(stage: Bounding | Noise) -> dict[str, Any]:
     """A stage of the mechanism in plain data: its class and its public parameters."""
     fields: dict[str, Any] = asdict(stage) if is_dataclass(stage) else {}
     return {"class": type(stage).__name__, **fields}
@@ -555,7 +562,7 @@ class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
 
     def __init__(
         self,
-        clipping: Clipping = FlatClipping(1.0),
+        clipping: Bounding = FlatClipping(1.0),
         noise: Noise = GaussianNoise(),
         max_physical_batch_size: int | None = None,
         engine: str = "bookkeeping",

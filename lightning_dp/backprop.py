@@ -1,0 +1,681 @@
+"""Backpropagation clipping: a layer's gradient is bounded by bounding the two things that it is made of.
+
+The weight gradient of a linear map is ``EᵀA``, with the layer's input ``A`` and the gradient ``E`` at its output. When
+both are scaled down per example, the gradient that autograd adds up by itself has a bounded sensitivity: there are no
+per-example gradients, no records, and a step costs little more than one without privacy.
+
+The method is that of Stevens et al. 2022, "Backpropagation Clipping for Deep Learning with Differential Privacy",
+whose second version was withdrawn for an error in its code; what differs here is in ``docs/backprop_clipping.md``.
+To add a layer type, register its `LayerBound` here; ``tests/test_backprop.py`` checks every one.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_dp.clipping import NO_STATE, Bounding, Group, State, check_positive, scale_down
+from lightning_dp.engines import SummingEngine
+from lightning_dp.gradients import wide
+from lightning_dp.layers import registered_for, rule_for, trainable, trained_layers
+from lightning_dp.records import UnsupportedModelError, getattr_path, with_batch
+
+ConvolutionBound = Literal["unfolded", "raw", "raw_sum"]
+_CONVOLUTION_BOUNDS = ("unfolded", "raw", "raw_sum")
+_ALLOCATIONS = ("equal", "proportional")
+
+
+# -- what is bounded, per layer type -----------------------------------------------------------------------------------
+
+
+class LayerBound(ABC):
+    """How the gradients of one type of layer follow from its input and the gradient at its output.
+
+    `input_norms` and `measure` map every example to a number that scales with its input, or with its upstream gradient,
+    and depends on that example alone. With these at most ``C_in`` and ``C_up``, no example's gradient exceeds
+    `sensitivities`.
+    """
+
+    @abstractmethod
+    def sensitivities(self, module: nn.Module, input_norm: float, upstream_norm: float) -> dict[str, float]:
+        """The bound of an example's gradient, by the layer's own parameter names, trainable ones only."""
+
+    def input_norms(self, module: nn.Module, input: Tensor) -> Tensor:
+        """What is clipped to ``C_in``, shape ``(B,)``; asked for where `clips_input`."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def measure(self, module: nn.Module, input: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What is clipped to ``C_up``, ``(B,)``, and every example's bias gradient, ``(B, p)``, where the bias is
+        trained and the input is clipped."""
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Why this module, as it is configured, has no bound; ``None`` when it has."""
+        return None
+
+    #: The dimension of the output that the bias runs along.
+    bias_dimension: ClassVar[int] = -1
+    #: Whether the weight's bound rests on that of the input; if not, `measure` is shown the input.
+    clips_input: ClassVar[bool] = True
+
+
+def _norms(tensor: Tensor) -> Tensor:
+    """Euclidean norm of every example, ``(B, ...) -> (B,)``, in float32 or wider."""
+    return torch.linalg.vector_norm(wide(tensor).reshape(len(tensor), -1), dim=1)
+
+
+def _trained(module: nn.Module, name: str) -> bool:
+    parameter = getattr(module, name, None)
+    return parameter is not None and parameter.requires_grad
+
+
+class LinearBound(LayerBound):
+    """Linear maps, also over sequences: ``‖A‖_F ≤ C_in``, ``‖E‖_F ≤ C_up`` and ``‖Σ_t e_t‖ ≤ C_up``.
+
+    Formal guarantee: weight ``C_in · C_up``, bias ``C_up``.
+    Proof: ``‖EᵀA‖_F ≤ ‖E‖_F ‖A‖_F`` (Cauchy-Schwarz), jointly over all positions t; the bias gradient is ``Σ_t e_t``
+    itself. Source: Stevens et al. 2022, section 3, for one position.
+    """
+
+    def sensitivities(self, module: nn.Module, input_norm: float, upstream_norm: float) -> dict[str, float]:
+        bounds = {"weight": input_norm * upstream_norm, "bias": upstream_norm}
+        return {name: bound for name, bound in bounds.items() if _trained(module, name)}
+
+    def input_norms(self, module: nn.Module, input: Tensor) -> Tensor:
+        return _norms(input)
+
+    def measure(self, module: nn.Module, input: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        norms = _norms(grad)
+        if not _trained(module, "bias"):
+            return norms, None
+        if grad.dim() == 2:
+            return norms, grad
+        summed = grad.sum(tuple(range(1, grad.dim() - 1)))
+        return torch.maximum(norms, _norms(summed)), summed
+
+
+@dataclass(frozen=True)
+class ConvolutionLayerBound(LayerBound):
+    """Convolutions, with a choice of bound. ``A`` is the unfolded input, one row per output position.
+
+    Formal guarantee: bias ``C_up``, and the weight
+
+    - ``"unfolded"``: ``‖A‖_F ≤ C_in``, ``‖E‖_F ≤ C_up``: ``C_in · C_up``.
+      Proof: Cauchy-Schwarz on ``EᵀA``, group by group, and again over the groups.
+    - ``"raw"``: ``‖x‖ ≤ C_in``, ``‖E‖_F ≤ C_up``: ``√m · C_in · C_up`` with ``m = Π_i ⌈k_i / (s_i / gcd(s_i, d_i))⌉``
+      for kernel k, stride s, dilation d. Proof: the taps of one dimension that meet a given pixel are congruent modulo
+      ``s / gcd(s, d)``, so no pixel is in more than m windows and ``‖A‖_F² ≤ m ‖x‖²``; padding with zeros adds none.
+    - ``"raw_sum"``: ``‖x‖ ≤ C_in``, ``√Σ_c (Σ_t |e_ct|)² ≤ C_up``: ``C_in · C_up``. Proof: row c of the gradient is
+      ``Σ_t e_ct a_t``, of norm at most ``Σ_t |e_ct| · max_t ‖a_t‖``, and a window holds every pixel at most once.
+
+    In all three ``‖Σ_t e_t‖ ≤ C_up`` is enforced where there is a bias, whose gradient that is.
+    """
+
+    kind: ConvolutionBound = "unfolded"
+
+    bias_dimension: ClassVar[int] = 1
+
+    def refusal(self, module: Any) -> str | None:
+        if self.kind != "unfolded" and module.padding_mode != "zeros":
+            return (
+                f"padding_mode='{module.padding_mode}' repeats pixels, which convolution='{self.kind}' does not count; "
+                "use convolution='unfolded', or pad with zeros"
+            )
+        return None
+
+    def sensitivities(self, module: Any, input_norm: float, upstream_norm: float) -> dict[str, float]:
+        geometry = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+        windows = math.prod(-(-k // (s // math.gcd(s, d))) for k, s, d in geometry) if self.kind == "raw" else 1
+        bounds = {"weight": math.sqrt(windows) * input_norm * upstream_norm, "bias": upstream_norm}
+        return {name: bound for name, bound in bounds.items() if _trained(module, name)}
+
+    def input_norms(self, module: Any, input: Tensor) -> Tensor:
+        if self.kind != "unfolded":
+            return _norms(input)
+        sides = module._reversed_padding_repeated_twice
+        pads = tuple(zip(sides[-2::-2], sides[::-2], strict=True))
+        if module.padding_mode != "zeros":
+            input, pads = F.pad(input, sides, mode=module.padding_mode), ((0, 0),) * len(pads)
+        pixels = torch.linalg.vector_norm(wide(input), dim=1).square_().flatten(1)
+        windows = _windows_per_pixel(
+            input.shape[2:], module.kernel_size, module.stride, module.dilation, pads, pixels.device, pixels.dtype
+        )
+        return (pixels @ windows).sqrt_()
+
+    def measure(self, module: Any, input: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        flat = grad.flatten(2)
+        if self.kind == "raw_sum":
+            norms = _norms(torch.linalg.vector_norm(flat, ord=1, dim=2))
+            return norms, flat.sum(2) if _trained(module, "bias") else None
+        norms = _norms(grad)
+        if not _trained(module, "bias"):
+            return norms, None
+        summed = flat.sum(2)
+        return torch.maximum(norms, _norms(summed)), summed
+
+
+@lru_cache(maxsize=256)
+def _windows_per_pixel(
+    space: tuple[int, ...],
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    pads: tuple[tuple[int, int], ...],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """How many output positions use each pixel, flattened: a product over the dimensions."""
+    counts = torch.ones((), dtype=dtype)
+    for n, k, s, d, (before, after) in zip(space, kernel, stride, dilation, pads, strict=True):
+        line = torch.zeros(n, dtype=dtype)
+        for position in range((n + before + after - d * (k - 1) - 1) // s + 1):
+            for tap in range(k):
+                pixel = position * s + tap * d - before
+                if 0 <= pixel < n:
+                    line[pixel] += 1
+        counts = counts[..., None] * line
+    return counts.flatten().to(device)
+
+
+class GradientBound(LayerBound):
+    """Layers whose per-example gradients are small enough to look at: embeddings, affine normalisation, PReLU.
+
+    Formal guarantee: every parameter ``C_up``, whatever the input.
+    Proof: the norm of the example's gradient itself, which is linear in E, is what is clipped. It is never above the
+    bounds by norms alone (``√T · C_up`` or ``Σ_t ‖e_t‖`` for an embedding, ``max_c ‖x̂_c‖ · ‖E‖`` for a normalisation),
+    and needs no bound on sequence lengths or pixels.
+    """
+
+    clips_input: ClassVar[bool] = False
+
+    def sensitivities(self, module: nn.Module, input_norm: float, upstream_norm: float) -> dict[str, float]:
+        return dict.fromkeys(trainable(module), upstream_norm)
+
+    def measure(self, module: nn.Module, input: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        rule = rule_for(module)
+        assert rule is not None
+        squares = [gradient.squared_norms() for gradient in rule(module, input, grad).values()]
+        return torch.stack(squares).amax(0).sqrt_(), None
+
+
+_NORMALISATIONS = (
+    nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+)  # fmt: skip
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def bounds_by_type(convolution: ConvolutionBound) -> dict[type[nn.Module], LayerBound]:
+    """The layer types that have a proven bound."""
+    return {
+        nn.Linear: LinearBound(),
+        **dict.fromkeys(_CONVOLUTIONS, ConvolutionLayerBound(convolution)),
+        **dict.fromkeys((nn.Embedding, nn.EmbeddingBag, nn.PReLU, *_NORMALISATIONS), GradientBound()),
+    }
+
+
+#: Types of libraries that need not be installed, by their full names.
+_BOUNDS_BY_NAME: dict[str, LayerBound] = {"transformers.pytorch_utils.Conv1D": LinearBound()}
+
+
+# -- the rule ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The bound of one layer, with its numbers; ``input_norm`` is ``None`` where the input is not clipped."""
+
+    bound: LayerBound
+    input_norm: float | None
+    upstream_norm: float
+
+
+@dataclass(frozen=True)
+class BackpropClipping(Bounding):
+    """Clips every trainable layer's input in the forward pass and the gradient at its output in the backward pass.
+
+    Both per example, over all its positions jointly. A layer that is called K times in a forward pass, or shares its
+    parameters, clips each upstream gradient to ``upstream_norm / K``; K must not depend on the data. The clipped input
+    is part of the function that is trained: the module keeps clipping after the fit. Weights that are loaded into
+    another module need `attach` there (a Trainer with this rule does it by itself).
+
+    Formal guarantee: one record moves the sum of parameter g by at most ``S_g`` (see `LinearBound`,
+    `ConvolutionLayerBound`, `GradientBound`), and the noise on all parameters together is one mechanism of multiplier
+    z, whatever the `allocation`.
+    Proof: autograd's gradient of the summed losses is ``Σ_i Σ_k E_ikᵀ A_ik``; each of the K terms of a record is within
+    ``S_g / K``, and depends on no other record. ``Σ_g S_g² / σ_g² = z⁻²`` as the shares add up to 1.
+    Source: Stevens et al. 2022 for the method, withdrawn for its accounting; the bounds are proven here.
+
+    Args:
+        input_norm: ``C_in``, the norm of every linear or convolutional layer's input per example; a number, or one per
+            layer by its name.
+        upstream_norm: ``C_up``, the norm of the gradient of an example's loss at every trainable layer's output; a
+            number, or one per layer by its name.
+        convolution: Which norms of a convolution are clipped: ``"unfolded"`` input, the tightest as a rule; ``"raw"``
+            input; or ``"raw_sum"``, raw input with the gradient's absolute values summed over the positions.
+        allocation: How the noise is divided over the P parameters. ``"equal"``: ``σ_g = z · S_g · √P``.
+            ``"proportional"``: shares proportional to ``S_g · √d_g``, for ``d_g`` coordinates, which makes the expected
+            square of all noise together smallest (by Lagrange's multipliers on ``Σ_g d_g σ_g²``).
+
+    Raises:
+        ValueError: A norm is not positive and finite, or an option is unknown.
+    """
+
+    input_norm: float | Mapping[str, float]
+    upstream_norm: float | Mapping[str, float]
+    convolution: ConvolutionBound = "unfolded"
+    allocation: Literal["equal", "proportional"] = "equal"
+
+    #: In less than float32 autograd's own sum is rounded, by up to the size of the whole batch's.
+    allows_low_precision: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        for name in ("input_norm", "upstream_norm"):
+            value = getattr(self, name)
+            check_positive("BackpropClipping", **(value if isinstance(value, Mapping) else {name: value}))
+        for name, known in (("convolution", _CONVOLUTION_BOUNDS), ("allocation", _ALLOCATIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"BackpropClipping: {name} must be one of {known}, got {getattr(self, name)!r}.")
+
+    def bind(self, module: nn.Module) -> BoundBackpropClipping:
+        layers, problems = trained_layers(module), []
+        registry = bounds_by_type(self.convolution)
+        bounds: dict[str, LayerBound] = {}
+        for name, layer in layers.items():
+            found = registered_for(layer, registry, _BOUNDS_BY_NAME) if "forward" not in vars(layer) else None
+            unknown = set(trainable(layer)) - set(found.sensitivities(layer, 1.0, 1.0)) if found else set()
+            reason = found.refusal(layer) if found else None
+            if found is None or unknown:
+                reason = "no bound of its gradient by its input and upstream gradient is proven"
+                reason += f" for its parameters {sorted(unknown)}" if unknown else ""
+            if reason:
+                problems.append(f"layer '{name}' ({type(layer).__name__}): {reason}")
+            elif found is not None:
+                bounds[name] = found
+        if problems:
+            listed = "\n  - ".join(problems)
+            raise UnsupportedModelError(
+                f"BackpropClipping cannot bound this model:\n  - {listed}\nUse FlatClipping or PerLayerClipping, which "
+                "bound the gradients of any layer, or freeze these layers (requires_grad_(False))."
+            )
+        clipped = [name for name in layers if bounds[name].clips_input and _trained(layers[name], "weight")]
+        input_norms = _by_layer("input_norm", self.input_norm, clipped, layers)
+        upstream_norms = _by_layer("upstream_norm", self.upstream_norm, list(layers), layers)
+        limits = {name: Limit(bounds[name], input_norms.get(name), upstream_norms[name]) for name in layers}
+        return BoundBackpropClipping(
+            **{f.name: getattr(self, f.name) for f in fields(BackpropClipping)},
+            limits=limits,
+            sensitivities=_sensitivities(module, limits),
+        )
+
+    def attach(self, module: nn.Module) -> None:
+        """Makes the module clip its layers' inputs from now on, as it did in training.
+
+        For weights that were trained with this rule, after they were loaded into another module. The layers that were
+        trained must require gradients. Clipping that is there already is replaced.
+
+        Args:
+            module: The module, with the layer names that were trained.
+        """
+        for name, limit in self.bind(module).limits.items():
+            layer = module.get_submodule(name)
+            for handle, hook in list(layer._forward_pre_hooks.items()):
+                if isinstance(hook, InputClip):
+                    del layer._forward_pre_hooks[handle], layer._forward_pre_hooks_with_kwargs[handle]
+            if limit.input_norm is not None:
+                layer.register_forward_pre_hook(InputClip(limit.bound, limit.input_norm), with_kwargs=True)
+
+    def group_sensitivities(self, groups: Sequence[Group], state: State = NO_STATE) -> list[float]:
+        raise ValueError("The sensitivity depends on the model's layers: BackpropClipping(…).bind(module) knows it.")
+
+
+@dataclass(frozen=True)
+class BoundBackpropClipping(BackpropClipping):
+    """`BackpropClipping` for one module, whose sensitivities are known. Made by `BackpropClipping.bind`."""
+
+    limits: Mapping[str, Limit] = field(default_factory=dict)
+    sensitivities: Mapping[str, float] = field(default_factory=dict)
+
+    def make_engine(self, name: str, module: nn.Module) -> ClippedBackward:
+        if name != "bookkeeping":
+            raise ValueError(
+                f"engine={name!r} computes the gradients of single examples, which BackpropClipping does without: "
+                "leave engine out."
+            )
+        return ClippedBackward(module, self.limits)
+
+    def groups(self, parameters: Sequence[str]) -> list[Group]:
+        return [(name,) for name in parameters]
+
+    def group_sensitivities(self, groups: Sequence[Group], state: State = NO_STATE) -> list[float]:
+        return [self.sensitivities[name] for (name,) in groups]
+
+    def shares(self, groups: Sequence[Group], sizes: Mapping[str, int]) -> list[float]:
+        if self.allocation == "equal":
+            return super().shares(groups, sizes)
+        shares = [self.sensitivities[name] * math.sqrt(sizes[name]) for (name,) in groups]
+        return [share / sum(shares) for share in shares]
+
+
+def _by_layer(
+    what: str, norm: float | Mapping[str, float], names: Sequence[str], layers: Mapping[str, nn.Module]
+) -> dict[str, float]:
+    if not isinstance(norm, Mapping):
+        return dict.fromkeys(names, norm)
+    missing, unknown = set(names) - set(norm), set(norm) - set(layers)
+    if missing or unknown:
+        raise ValueError(
+            f"BackpropClipping: {what} must name every layer that it clips; missing {sorted(missing)}, unknown "
+            f"{sorted(unknown)}."
+        )
+    return {name: norm[name] for name in names}
+
+
+def _sensitivities(module: nn.Module, limits: Mapping[str, Limit]) -> dict[str, float]:
+    """By parameter name. A parameter that several layers share has the largest of their bounds: each of its K uses is
+    within its layer's ``S / K``."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    found: dict[str, float] = {}
+    for layer, limit in limits.items():
+        child = module.get_submodule(layer)
+        bounds = limit.bound.sensitivities(child, limit.input_norm or math.nan, limit.upstream_norm)
+        for own, bound in bounds.items():
+            name = names[id(getattr_path(child, own))]
+            found[name] = max(found.get(name, 0.0), bound)
+    return found
+
+
+# -- the forward and backward passes -----------------------------------------------------------------------------------
+
+
+class InputClip:
+    """A forward pre-hook that scales every example's input down to a norm: what a trained layer keeps doing."""
+
+    def __init__(self, bound: LayerBound, max_norm: float) -> None:
+        self.bound, self.max_norm = bound, max_norm
+        #: Off while a private step clips by itself.
+        self.active = True
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self.active:
+            return None
+        input = first_argument(args, kwargs)
+        norms = self.bound.input_norms(module, input)
+        factors = scale_down(norms, self.max_norm).to(input.dtype)
+        return with_first_argument(args, kwargs, input * _per_example(factors, input))
+
+
+def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The layer's input, however it was passed."""
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def with_first_argument(args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> tuple[Any, dict[str, Any]]:
+    """The arguments with another input."""
+    if args:
+        return (value, *args[1:]), kwargs
+    return args, {name: value if i == 0 else other for i, (name, other) in enumerate(kwargs.items())}
+
+
+def _per_example(values: Tensor, like: Tensor) -> Tensor:
+    """One number per example, to be broadcast over a tensor of examples."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+class _Use:
+    """One call of one layer."""
+
+    __slots__ = ("component", "done", "engine", "factors", "input", "name", "seen")
+
+    def __init__(self, engine: ClippedBackward, name: str, component: int, factors: Tensor | None, seen: Any) -> None:
+        self.engine, self.name, self.component, self.factors, self.seen = engine, name, component, factors, seen
+        self.input: Tensor | None = None
+        self.done = False
+
+
+class _ClippedOutput(torch.autograd.Function):
+    """``c · y + (1 - c) · b`` for the output ``y = W x + b`` of a layer: that of the clipped input, without a copy of
+    the input. Backwards, it bounds every example's gradient before the layer's own gradients are formed from it; the
+    factor c counts as a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, bias: Tensor | None, use: _Use, in_place: bool) -> Tensor:
+        ctx.use = use
+        if in_place:
+            ctx.mark_dirty(output)
+        return scaled_output(use.engine.limits[use.name].bound, output, bias, use.factors, in_place)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return *ctx.use.engine.bounded(ctx.use, grads[0], ctx.needs_input_grad[1]), None, None
+
+
+def scaled_output(
+    bound: LayerBound, output: Tensor, bias: Tensor | None, factors: Tensor | None, in_place: bool
+) -> Tensor:
+    """The output for an input scaled by ``factors``, from that for the input as it was."""
+    if factors is None:
+        return output if in_place else output.clone()
+    scale = _per_example(factors, output)
+    output = output.mul_(scale) if in_place else output * scale
+    if bias is not None:
+        shape = [1] * output.dim()
+        shape[bound.bias_dimension] = -1
+        output.addcmul_(1 - scale, bias.view(shape))
+    return output
+
+
+class ClippedBackward(SummingEngine):
+    """Forward and backward passes whose gradients, as autograd adds them up, are bounded per example.
+
+    Within the forward pass the bounded layers' parameters require gradients only while their own layer runs, so that
+    no other use of them reaches their gradients.
+
+    Args:
+        module: The model.
+        limits: The bound of every layer with trainable parameters, by its name.
+    """
+
+    def __init__(self, module: nn.Module, limits: Mapping[str, Limit]) -> None:
+        super().__init__(module)
+        self.limits = limits
+        self._layers = {name: module.get_submodule(name) for name in limits}
+        self._own = {name: [getattr_path(m, own) for own in trainable(m)] for name, m in self._layers.items()}
+        self._components = _components(self._own)
+        self._sums: dict[str, Tensor] = {}
+        self._unit = self._scale = 1.0
+        self._calls: Counter[int] = Counter()
+        self._usual_calls: Counter[int] | None = None
+        self._open: dict[str, _Use | None] = {}
+        self._bad: Tensor | None = None
+        self._measured: list[tuple[Tensor, Tensor]] = []
+        self._batch_size = 0
+        self._listening = False
+
+    def reset(self) -> None:
+        self._sums, self._unit = {}, 1.0
+
+    def take(self) -> tuple[dict[str, Tensor], float]:
+        sums, unit = {name: total.contiguous() for name, total in self._sums.items()}, self._unit
+        self.reset()
+        return sums, unit
+
+    def nonfinite(self) -> int:
+        return 0 if self._bad is None else int(self._bad.sum())
+
+    @contextmanager
+    def forward(self, batch_size: int) -> Iterator[None]:
+        self._calls, self._bad, self._batch_size, self._measured = Counter(), None, batch_size, []
+        handles = []
+        clips = [h for m in self._layers.values() for h in m._forward_pre_hooks.values() if isinstance(h, InputClip)]
+        try:
+            for clip in clips:
+                clip.active = False
+            for name, module in self._layers.items():
+                handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
+                # In front of all others: what it returns is scaled as the layer's own output is.
+                handles.append(module.register_forward_hook(self._after(name), with_kwargs=True, prepend=True))
+            _require_grad(self.parameters.values(), False)
+            yield
+        finally:
+            _require_grad(self.parameters.values(), True)
+            for handle in handles:
+                handle.remove()
+            for clip in clips:
+                clip.active = True
+        self._check_calls()
+
+    def _check_calls(self) -> None:
+        if self._usual_calls is None:
+            self._usual_calls = self._calls
+        for component in self._components.values():
+            if self._calls[component] != self._usual_calls[component]:
+                names = [name for name, c in self._components.items() if c == component]
+                raise UnsupportedModelError(
+                    f"Layer {', '.join(map(repr, names))}: called {self._calls[component]} times in this forward pass "
+                    f"and {self._usual_calls[component]} times in the first. BackpropClipping divides the bound by "
+                    "the number of calls, which must not depend on the data: pad all sequences to one length, or use "
+                    "FlatClipping."
+                )
+
+    @contextmanager
+    def backward(self, scale: float = 1.0) -> Iterator[None]:
+        if self._sums and scale != self._unit:  # a smaller last micro-batch: its mean is over fewer examples
+            torch._foreach_mul_(list(self._sums.values()), self._unit / scale)
+        self._unit = self._scale = scale
+        before = {name: p.grad for name, p in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            parameter.grad = self._sums.get(name)
+        self._listening = True
+        try:
+            yield
+            self._sums = {name: p.grad.detach() for name, p in self.parameters.items() if p.grad is not None}
+        finally:
+            self._listening = False
+            for name, parameter in self.parameters.items():
+                parameter.grad = before[name]
+        self._note_measured()
+
+    def _note_measured(self) -> None:
+        self.norms = self.factors = None
+        if self.keep_norms and self._measured:
+            norms, factors = zip(*self._measured, strict=True)
+            self.norms, self.factors = torch.stack(norms, 1), torch.stack(factors, 1)
+
+    def _before(self, name: str) -> Any:
+        """Measures the input, and lets the layer's parameters take part."""
+        limit = self.limits[name]
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            input = first_argument(args, kwargs)
+            if not isinstance(input, Tensor):
+                raise UnsupportedModelError(
+                    f"Layer '{name}' ({type(module).__name__}) was called without a tensor as its first argument."
+                )
+            with_batch(input, self._batch_size, name, module)
+            _require_grad(self._own[name], True)
+            factors: Tensor | None = None
+            if limit.input_norm is not None:
+                norms = limit.bound.input_norms(module, input.detach())
+                bad = ~norms.isfinite()
+                if bad.any():
+                    self._leave_out(bad)
+                    input = input.masked_fill(_per_example(bad, input), 0)
+                    norms = norms.masked_fill(bad, 0)
+                factors = scale_down(norms, limit.input_norm)
+            self._open[name] = _Use(self, name, self._components[name], factors, input)
+            return with_first_argument(args, kwargs, input)
+
+        return hook
+
+    def _after(self, name: str) -> Any:
+        """Scales the output, and sees to it that the gradient that comes back is bounded."""
+        limit = self.limits[name]
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            use = self._open.pop(name, None)
+            if use is None or first_argument(args, kwargs) is not use.seen:
+                raise UnsupportedModelError(
+                    f"Layer '{name}' ({type(module).__name__}): a forward pre-hook changed its input after it was "
+                    "clipped. Register it before the training step, or change the input in a module of its own."
+                )
+            if output.dtype not in (torch.float32, torch.float64):
+                raise UnsupportedModelError(
+                    f"Layer '{name}' ({type(module).__name__}) computes in {output.dtype}, in which autograd's sum "
+                    "over the batch is rounded by more than its bound. Use precision='32-true' with BackpropClipping, "
+                    "or FlatClipping."
+                )
+            bias = getattr(module, "bias", None)
+            if not torch.is_grad_enabled():
+                output = scaled_output(limit.bound, output, bias, use.factors, in_place=False)
+            else:
+                if not limit.bound.clips_input:
+                    use.input = with_batch(use.seen.detach(), self._batch_size, name, module)
+                use.seen = None
+                self._calls[use.component] += 1
+                if len(output) != self._batch_size:
+                    # An input that all examples share (position numbers): every example gets its own copy.
+                    output = output.expand(self._batch_size, *output.shape[1:])
+                in_place = output._base is None and not output.is_leaf
+                scaled_bias = bias if use.factors is not None else None
+                output = _ClippedOutput.apply(output, scaled_bias, use, in_place)
+            _require_grad(self._own[name], False)
+            return output
+
+        return hook
+
+    def _leave_out(self, examples: Tensor) -> None:
+        examples = examples.expand(self._batch_size)
+        self._bad = examples if self._bad is None else self._bad | examples
+
+    def _limit(self, use: _Use) -> float:
+        """C_up for this call, in units of the gradients at hand."""
+        return self.limits[use.name].upstream_norm / (self._calls[use.component] * self._scale)
+
+    def bounded(self, use: _Use, grad: Tensor, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+        """The gradient at the layer's own output, and what the bias is owed besides."""
+        bound, module = self.limits[use.name].bound, self._layers[use.name]
+        if self._listening and use.done:
+            raise UnsupportedModelError(f"Layer '{use.name}': more than one backward pass through one forward.")
+        use.done = use.done or self._listening
+        norms, summed = bound.measure(module, use.input if use.input is not None else grad, grad)
+        factors = torch.ones_like(norms)
+        if self._listening:  # backward passes of the step's own (an attack, say) reach no parameter
+            factors = scale_down(norms, self._limit(use))
+            bad = ~norms.isfinite()
+            if bad.any():
+                self._leave_out(bad)
+            if self._bad is not None:
+                grad, factors = grad.masked_fill(_per_example(self._bad, grad), 0), factors.masked_fill(self._bad, 0)
+                summed = None if summed is None else summed.masked_fill(self._bad[:, None], 0)
+            if self.keep_norms:
+                self._measured.append((norms, factors))
+        input_factors = 1.0 if use.factors is None else use.factors
+        rest = ((1 - input_factors) * factors).to(grad.dtype) @ summed if with_bias and summed is not None else None
+        return grad * _per_example(factors * input_factors, grad), rest
+
+
+def _require_grad(parameters: Any, value: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(value)
+
+
+def _components(own: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, int]:
+    """Layers that share parameters, directly or through others, have the same number."""
+    number = {name: index for index, name in enumerate(own)}
+    users: dict[int, str] = {}
+    for name, parameters in own.items():
+        for parameter in parameters:
+            first = users.setdefault(id(parameter), name)
+            old, new = number[name], number[first]
+            number = {n: new if c == old else c for n, c in number.items()}
+    return number
