@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 from lightning_dp import (
+    BackpropClipping,
     AdaptiveClipping,
     AutomaticClipping,
     DifferentialPrivacy,
@@ -41,7 +42,8 @@ from tests.test_noise import is_gaussian_of_std
 
 
 def strategy(multiplier: float | None = 0.0, max_norm: float = 0.3, **kwargs: Any) -> PrivateStrategy:
-    return PrivateStrategy(FlatClipping(max_norm), GaussianNoise(multiplier), **kwargs)
+    kwargs.setdefault("clipping", FlatClipping(max_norm))
+    return PrivateStrategy(noise=GaussianNoise(multiplier), **kwargs)
 
 
 class SquaredError(Net):
@@ -140,6 +142,7 @@ def test_noise_differs_between_runs_under_the_same_global_seed() -> None:
 ENTRIES: dict[str, Any] = {
     "strategy object": lambda z: {"strategy": strategy(z)},
     "callback": lambda z: {"callbacks": [DifferentialPrivacy(None, 1e-5, FlatClipping(0.3), GaussianNoise(z))]},
+    "backpropagation clipping": lambda z: {"strategy": strategy(z, clipping=BackpropClipping(1.0, 0.3))},
 }
 
 
@@ -181,10 +184,10 @@ class Spy(Callback):
 
 
 @pytest.mark.parametrize("micro", [None, 2])
-@pytest.mark.parametrize("engine", ["bookkeeping", "per_example"])
-def test_no_hook_sees_a_gradient_without_noise(engine: str, micro: int | None) -> None:
+@pytest.mark.parametrize("rule", [{}, {"engine": "per_example"}, {"clipping": BackpropClipping(1.0, 0.3)}], ids=str)
+def test_no_hook_sees_a_gradient_without_noise(rule: dict[str, Any], micro: int | None) -> None:
     spy = Spy()
-    private = strategy(1e6, engine=engine, max_physical_batch_size=micro)
+    private = strategy(1e6, max_physical_batch_size=micro, **rule)
     fit(trainer(strategy=private, callbacks=[spy], max_steps=3), Net(), loader())
     assert len(spy.seen["on_after_backward"]) == 3 * 4 == len(spy.seen["on_before_optimizer_step"])
     assert all(norm > 1e3 for norms in spy.seen.values() for norm in norms)
