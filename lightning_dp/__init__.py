@@ -17,6 +17,7 @@ from lightning_dp.callbacks import DifferentialPrivacy, PrivacyBudget, PrivacyMo
 from lightning_dp.card import PrivacyCard, card_of_run, privacy_card, render_card
 from lightning_dp.checks import PrivacyConfigurationError
 from lightning_dp.clipping import AdaptiveClipping, AutomaticClipping, FlatClipping, PerLayerClipping
+from lightning_dp.dfa import DFAMixin
 from lightning_dp.journal import JournalError
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.records import UnsupportedModelError
@@ -30,6 +31,7 @@ __all__ = [
     "AdaptiveClipping",
     "AutomaticClipping",
     "BackpropClipping",
+    "DFAMixin",
     "DifferentialPrivacy",
     "FlatClipping",
     "GaussianNoise",

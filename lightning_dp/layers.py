@@ -369,12 +369,21 @@ def trainable(module: nn.Module) -> list[str]:
     return [name for name, p in own if id(p) not in of_children]
 
 
-def trained_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """The layers that use trainable parameters, by name."""
+def layers_with_parameters(module: nn.Module) -> dict[str, nn.Module]:
+    """The layers that hold parameters of their own, trainable or not, by name."""
     hidden = {id(child) for opaque in module.modules() if isinstance(opaque, OPAQUE) for child in opaque.modules()} - {
         id(child) for child in module.modules() if isinstance(child, OPAQUE)
     }
-    return {name: m for name, m in module.named_modules() if id(m) not in hidden and trainable(m)}
+    return {
+        name: m
+        for name, m in module.named_modules()
+        if id(m) not in hidden and any(True for _ in m.parameters(recurse=isinstance(m, OPAQUE)))
+    }
+
+
+def trained_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """The layers that use trainable parameters, by name."""
+    return {name: m for name, m in layers_with_parameters(module).items() if trainable(m)}
 
 
 def recompute(

@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 from lightning_dp import (
-    BackpropClipping,
     AdaptiveClipping,
     AutomaticClipping,
+    BackpropClipping,
     DifferentialPrivacy,
     FlatClipping,
     GaussianNoise,
