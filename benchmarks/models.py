@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_dp import DFAMixin
 from lightning_dp.zoo import TanhCNN
 
 
@@ -190,3 +191,7 @@ class Module(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+class FeedbackModule(DFAMixin, Module):
+    """The same, trained by direct feedback alignment."""

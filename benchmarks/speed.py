@@ -26,10 +26,10 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parent))
-from models import GROWTH, SMALL, WORKLOADS, Module, Workload, loss_of
+from models import GROWTH, SMALL, WORKLOADS, FeedbackModule, Module, Workload, loss_of
 
 import lightning_dp as ldp
-from lightning_dp.clipping import Clipping
+from lightning_dp.clipping import Bounding
 from lightning_dp.zoo.data import TensorTable
 
 WARM_UP = 3
@@ -51,10 +51,10 @@ class Stopwatch(Callback):
 
 
 def lightning_steps(
-    workload: Workload, device: str, strategy: Callable[[], Any], precision: Any
+    workload: Workload, device: str, strategy: Callable[[], Any], precision: Any, of: type[Module] = Module
 ) -> Callable[[int], list[float]]:
     """A function that trains for some steps with a Trainer and returns their durations."""
-    module = Module(workload.make())
+    module = of(workload.make())
     loader = DataLoader(
         TensorTable(*workload.draw(workload.records)), workload.batch_size, shuffle=True, collate_fn=_collated
     )
@@ -133,12 +133,17 @@ def opacus_steps(workload: Workload, device: str, mode: str) -> Callable[[int], 
     return steps
 
 
-CLIPPINGS: dict[str, Clipping] = {
+CLIPPINGS: dict[str, Bounding] = {
     "flat": ldp.FlatClipping(1.0),
     "per layer": ldp.PerLayerClipping(1.0),
     "automatic": ldp.AutomaticClipping(),
     "adaptive": ldp.AdaptiveClipping(1.0),
+    "backprop": ldp.BackpropClipping(1.0, 0.01),
+    "DFA": ldp.BackpropClipping(1.0, 0.01),
 }
+
+#: Networks that direct feedback alignment is meant for: their outputs are few.
+FEEDBACK = ("mlp", "tanh_cnn", "wrn")
 
 
 def private(clipping: str) -> Callable[[], Any]:
@@ -149,7 +154,9 @@ def methods(workload: Workload, arguments: argparse.Namespace) -> dict[str, Call
     strategies = {"non-private": lambda: "auto"} | {name: private(name) for name in arguments.clippings}
     modes = () if arguments.no_opacus else ("hooks", "ghost", "functorch")
     return {
-        name: (lambda strategy=strategy: lightning_steps(workload, arguments.device, strategy, arguments.precision))
+        name: lambda name=name, strategy=strategy: lightning_steps(
+            workload, arguments.device, strategy, arguments.precision, FeedbackModule if name == "DFA" else Module
+        )
         for name, strategy in strategies.items()
     } | {f"opacus {mode}": (lambda mode=mode: opacus_steps(workload, arguments.device, mode)) for mode in modes}
 
@@ -158,6 +165,8 @@ def measure(name: str, workload: Workload, arguments: argparse.Namespace) -> dic
     """Median seconds per step of every method that runs."""
     runners: dict[str, Callable[[int], list[float]]] = {}
     for method, make in methods(workload, arguments).items():
+        if method == "DFA" and name not in FEEDBACK:
+            continue
         torch.manual_seed(0)
         runners[method] = make()
     seconds: dict[str, list[float]] = {method: [] for method in runners}

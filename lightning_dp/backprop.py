@@ -146,11 +146,11 @@ class ConvolutionLayerBound(LayerBound):
         pads = tuple(zip(sides[-2::-2], sides[::-2], strict=True))
         if module.padding_mode != "zeros":
             input, pads = F.pad(input, sides, mode=module.padding_mode), ((0, 0),) * len(pads)
-        pixels = torch.linalg.vector_norm(wide(input), dim=1).square_().flatten(1)
+        squares = wide(input).flatten(2).square()
         windows = _windows_per_pixel(
-            input.shape[2:], module.kernel_size, module.stride, module.dilation, pads, pixels.device, pixels.dtype
+            input.shape[2:], module.kernel_size, module.stride, module.dilation, pads, squares.device, squares.dtype
         )
-        return (pixels @ windows).sqrt_()
+        return (squares @ windows).sum(1).sqrt_()
 
     def measure(self, module: Any, input: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         flat = grad.flatten(2)

@@ -17,7 +17,7 @@ from lightning_dp.accounting import PrivacyLedger
 from lightning_dp.clipping import Bounding, Clipping, State
 from lightning_dp.engines import Engine, PerExampleEngine, SummingEngine
 from lightning_dp.gradients import PerExampleGradient
-from lightning_dp.noise import Noise, block_size
+from lightning_dp.noise import Noise, block_size, in_blocks
 from lightning_dp.randomness import Randomness
 
 #: The key of the clipping rule's own query among the sums; no parameter has an empty name.
@@ -25,6 +25,10 @@ _QUERY = ""
 
 #: Generators of parameters in another precision start here, beyond any number of blocks.
 _SECOND_STREAM = 2**31
+
+#: Coordinates of noise that are drawn and added at once on a CPU: they stay in its cache, and torch starts no threads for
+#: so few.
+_CHUNK = 2**15
 
 
 def _wide_dtype(parameter: Tensor) -> torch.dtype:
@@ -45,10 +49,6 @@ def _blocks(flats: Sequence[Tensor], size: int) -> Iterator[list[tuple[int, Tens
                 block, room = [], size
     if block:
         yield block
-
-
-def _always(generator: torch.Generator) -> Callable[[int], torch.Generator]:
-    return lambda block: generator
 
 
 class PrivacyLimitReached(RuntimeError):
@@ -247,14 +247,19 @@ class PrivateStep:
         factor: float,
         generators: Callable[[int], torch.Generator],
     ) -> None:
-        """``factor · sum + scale · noise`` for flat tensors, in place, with a block of noise in memory at a time."""
-        noise = sums[0].new_empty(block_size(sums[0].device, sum(map(len, sums))))
-        for number, block in enumerate(_blocks(sums, len(noise))):
-            lengths = [len(part) for _, part in block]
-            drawn = noise[: sum(lengths)]
-            self.noise.fill_(drawn, float(self._multiplier > 0), _always(generators(number)))
-            for (index, part), own in zip(block, drawn.split(lengths), strict=True):
-                part.mul_(factor).add_(own, alpha=scales[index])
+        """``factor · sum + scale · noise`` for flat tensors, in place, with little of the noise in memory at a time."""
+        device = sums[0].device
+        chunk = _CHUNK if device.type == "cpu" else max(map(len, sums))
+
+        def add(number: int, block: list[tuple[int, Tensor]]) -> None:
+            noise, generator = sums[0].new_empty(chunk), generators(number)
+            for index, part in block:
+                for piece in part.split(chunk):
+                    drawn = noise[: len(piece)]
+                    self.noise.fill_(drawn, scales[index], lambda _: generator)
+                    piece.mul_(factor).add_(drawn)
+
+        in_blocks(list(_blocks(sums, block_size(device, sum(map(len, sums))))), add)
 
     def _noise_generators(self, step: int, device: torch.device, first: int) -> Callable[[int], torch.Generator]:
         return lambda block: self._randomness.torch("noise", step, device, first + block)
