@@ -4,40 +4,22 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
 from torch import Tensor
 
-#: Coordinates that are drawn from one generator on the CPU: a thread's share of a long draw. Making a generator takes
-#: 0.15 ms, as long as drawing 40 000 numbers.
-BLOCK = 2**19
-
-Part = TypeVar("Part")
+#: Coordinates that are drawn from one generator on the CPU. Making a generator takes 0.15 ms, as long as drawing 40 000
+#: numbers. Several threads could draw blocks with the same result; in Python threads that was measured to be no faster,
+#: because OpenMP's idle workers spin after a matrix product.
+BLOCK = 2**20
 
 
 def block_size(device: torch.device, coordinates: int) -> int:
     """How many coordinates are drawn from one generator."""
     return min(BLOCK, max(coordinates, 1)) if device.type == "cpu" else max(coordinates, 1)
-
-
-def in_blocks(blocks: Sequence[Part], draw: Callable[[int, Part], object]) -> None:
-    """Calls ``draw(number, block)`` for all blocks, in as many threads as torch uses.
-
-    torch draws random numbers in one thread; two were measured to take 0.7 of the time after a matrix product, whose
-    own idle threads spin for a while, and 0.55 otherwise. What is drawn depends on the block's number alone.
-    """
-    if len(blocks) == 1 or torch.get_num_threads() == 1:
-        for number, block in enumerate(blocks):
-            draw(number, block)
-        return
-    # Not kept: a pool's threads do not survive a fork.
-    with ThreadPoolExecutor(min(len(blocks), torch.get_num_threads())) as pool:
-        list(pool.map(draw, range(len(blocks)), blocks))
 
 
 class Noise(ABC):
@@ -84,10 +66,8 @@ class GaussianNoise(Noise):
         if scale == 0:
             out.zero_()
             return
-        in_blocks(
-            out.split(block_size(out.device, len(out))),
-            lambda index, block: block.normal_(0.0, scale, generator=generators(index)),
-        )
+        for number, block in enumerate(out.split(block_size(out.device, len(out)))):
+            block.normal_(0.0, scale, generator=generators(number))
 
     def event(self, multiplier: float) -> DpEvent:
         return GaussianDpEvent(multiplier) if multiplier else NonPrivateDpEvent()

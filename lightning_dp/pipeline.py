@@ -17,7 +17,7 @@ from lightning_dp.accounting import PrivacyLedger
 from lightning_dp.clipping import Bounding, Clipping, State
 from lightning_dp.engines import Engine, PerExampleEngine, SummingEngine
 from lightning_dp.gradients import PerExampleGradient
-from lightning_dp.noise import Noise, block_size, in_blocks
+from lightning_dp.noise import Noise, block_size
 from lightning_dp.randomness import Randomness
 
 #: The key of the clipping rule's own query among the sums; no parameter has an empty name.
@@ -26,8 +26,7 @@ _QUERY = ""
 #: Generators of parameters in another precision start here, beyond any number of blocks.
 _SECOND_STREAM = 2**31
 
-#: Coordinates of noise that are drawn and added at once on a CPU: they stay in its cache, and torch starts no threads for
-#: so few.
+#: Coordinates of noise that are drawn and added at once on a CPU: they stay in its cache, and torch needs no threads.
 _CHUNK = 2**15
 
 
@@ -251,15 +250,14 @@ class PrivateStep:
         device = sums[0].device
         chunk = _CHUNK if device.type == "cpu" else max(map(len, sums))
 
-        def add(number: int, block: list[tuple[int, Tensor]]) -> None:
-            noise, generator = sums[0].new_empty(chunk), generators(number)
+        noise = sums[0].new_empty(chunk)
+        for number, block in enumerate(_blocks(sums, block_size(device, sum(map(len, sums))))):
+            own = generators(number)
             for index, part in block:
                 for piece in part.split(chunk):
                     drawn = noise[: len(piece)]
-                    self.noise.fill_(drawn, scales[index], lambda _: generator)
+                    self.noise.fill_(drawn, scales[index], lambda _, own=own: own)  # type: ignore[misc]
                     piece.mul_(factor).add_(drawn)
-
-        in_blocks(list(_blocks(sums, block_size(device, sum(map(len, sums))))), add)
 
     def _noise_generators(self, step: int, device: torch.device, first: int) -> Callable[[int], torch.Generator]:
         return lambda block: self._randomness.torch("noise", step, device, first + block)
