@@ -28,7 +28,7 @@ from lightning_dp.clipping import NO_STATE, Bounding, Group, State, check_positi
 from lightning_dp.engines import SummingEngine
 from lightning_dp.gradients import wide
 from lightning_dp.layers import registered_for, rule_for, trainable, trained_layers
-from lightning_dp.records import UnsupportedModelError, getattr_path, with_batch
+from lightning_dp.records import UnsupportedModelError, getattr_path, same_memory, with_batch
 
 ConvolutionBound = Literal["unfolded", "raw", "raw_sum"]
 _CONVOLUTION_BOUNDS = ("unfolded", "raw", "raw_sum")
@@ -448,15 +448,19 @@ class _ClippedOutput(torch.autograd.Function):
     factor c counts as a constant."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, bias: Tensor | None, use: _Use, in_place: bool) -> Tensor:
-        ctx.use = use
-        if in_place:
-            ctx.mark_dirty(output)
-        return scaled_output(use.engine.limits[use.name].bound, output, bias, use.factors, in_place)
+    def forward(ctx: Any, output: Tensor, bias: Tensor | None, use: _Use, shape: torch.Size, in_place: bool) -> Tensor:
+        ctx.use, ctx.shape = use, shape
+        bound = use.engine.limits[use.name].bound
+        if not in_place:
+            return scaled_output(bound, output, bias, use.factors, in_place)
+        ctx.mark_dirty(output)
+        scaled_output(bound, output.view(shape), bias, use.factors, in_place)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return *ctx.use.engine.bounded(ctx.use, grads[0], ctx.needs_input_grad[1]), None, None
+        grad, rest = ctx.use.engine.bounded(ctx.use, grads[0].reshape(ctx.shape), ctx.needs_input_grad[1])
+        return grad.view(grads[0].shape), rest, None, None, None
 
 
 def scaled_output(
@@ -586,8 +590,8 @@ class ClippedBackward(SummingEngine):
             factors: Tensor | None = None
             if limit.input_norm is not None:
                 norms = limit.bound.input_norms(module, input.detach())
-                bad = ~norms.isfinite()
-                if bad.any():
+                if not _all_finite(norms):
+                    bad = ~norms.isfinite()
                     self._leave_out(bad)
                     input = input.masked_fill(_per_example(bad, input), 0)
                     norms = norms.masked_fill(bad, 0)
@@ -625,9 +629,12 @@ class ClippedBackward(SummingEngine):
                 if len(output) != self._batch_size:
                     # An input that all examples share (position numbers): every example gets its own copy.
                     output = output.expand(self._batch_size, *output.shape[1:])
-                in_place = output._base is None and not output.is_leaf
+                # A linear layer over a sequence returns a view; what is changed in place is then the view's base.
+                shape, base = output.shape, output._base
+                in_place = not output.is_leaf and (base is None or same_memory(base, output))
+                whole = output if base is None or not in_place else base
                 scaled_bias = bias if use.factors is not None else None
-                output = _ClippedOutput.apply(output, scaled_bias, use, in_place)
+                output = _ClippedOutput.apply(whole, scaled_bias, use, shape, in_place).view(shape)
             _require_grad(self._own[name], False)
             return output
 
@@ -648,12 +655,12 @@ class ClippedBackward(SummingEngine):
             raise UnsupportedModelError(f"Layer '{use.name}': more than one backward pass through one forward.")
         use.done = use.done or self._listening
         norms, summed = bound.measure(module, use.input if use.input is not None else grad, grad)
-        factors = torch.ones_like(norms)
-        if self._listening:  # backward passes of the step's own (an attack, say) reach no parameter
+        if not self._listening:  # backward passes of the step's own (an attack, say) reach no parameter
+            factors = torch.ones_like(norms)
+        else:
             factors = scale_down(norms, self._limit(use))
-            bad = ~norms.isfinite()
-            if bad.any():
-                self._leave_out(bad)
+            if not _all_finite(norms):
+                self._leave_out(~norms.isfinite())
             if self._bad is not None:
                 grad, factors = grad.masked_fill(_per_example(self._bad, grad), 0), factors.masked_fill(self._bad, 0)
                 summed = None if summed is None else summed.masked_fill(self._bad[:, None], 0)
@@ -662,6 +669,11 @@ class ClippedBackward(SummingEngine):
         input_factors = 1.0 if use.factors is None else use.factors
         rest = ((1 - input_factors) * factors).to(grad.dtype) @ summed if with_bias and summed is not None else None
         return grad * _per_example(factors * input_factors, grad), rest
+
+
+def _all_finite(norms: Tensor) -> bool:
+    """Whether there is surely nothing to leave out: one number to wait for."""
+    return math.isfinite(norms.sum().item())
 
 
 def _require_grad(parameters: Any, value: bool) -> None:

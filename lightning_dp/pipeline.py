@@ -257,7 +257,7 @@ class PrivateStep:
                 for piece in part.split(chunk):
                     drawn = noise[: len(piece)]
                     self.noise.fill_(drawn, scales[index], lambda _, own=own: own)  # type: ignore[misc]
-                    piece.mul_(factor).add_(drawn)
+                    torch.add(drawn, piece, alpha=factor, out=piece)
 
     def _noise_generators(self, step: int, device: torch.device, first: int) -> Callable[[int], torch.Generator]:
         return lambda block: self._randomness.torch("noise", step, device, first + block)

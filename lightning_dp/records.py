@@ -178,7 +178,7 @@ class Recorder:
         # A linear layer over a sequence returns a view. An activation that then works in place would cut the view's
         # own hook off; the view's base keeps it.
         base, shape = output._base, output.shape
-        if base is not None and base.grad_fn is not None and _same_memory(base, output):
+        if base is not None and base.grad_fn is not None and same_memory(base, output):
             base.register_hook(lambda grad: keep(grad.reshape(shape)))
         else:
             output = output.clone() if base is not None else output
@@ -244,7 +244,8 @@ def getattr_path(module: nn.Module, path: str) -> Any:
     return module
 
 
-def _same_memory(base: Tensor, view: Tensor) -> bool:
+def same_memory(base: Tensor, view: Tensor) -> bool:
+    """Whether a view holds all of its base, in the same order."""
     return base.numel() == view.numel() and base.is_contiguous() and view.is_contiguous()
 
 
