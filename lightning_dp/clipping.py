@@ -125,7 +125,7 @@ def check_positive(rule: str, **values: float) -> None:
 
 def scale_down(norms: Tensor, max_norms: Tensor | float) -> Tensor:
     """``min(1, max_norm / norm)``."""
-    return (max_norms / norms).clamp_(max=1)
+    return torch.where(norms > max_norms, max_norms / norms, 1.0)
 
 
 @dataclass(frozen=True)
