@@ -26,7 +26,7 @@ from lightning_dp import (
     PrivateStrategy,
 )
 from lightning_dp.records import UnsupportedModelError
-from lightning_dp.zoo import Classifier, DigitsDataModule
+from lightning_dp.zoo import MLP, DigitsDataModule, FeedbackClassifier
 from tests.conftest import Net, assert_close, dataset, fit, loader, trainer
 
 
@@ -45,10 +45,6 @@ class FeedbackNet(DFAMixin, pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=self.learning_rate)
-
-
-class FeedbackClassifier(DFAMixin, Classifier):
-    """Beside a class that has a training step of its own."""
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -278,8 +274,6 @@ def test_matrices_are_saved_loaded_and_used(tmp_path: Path) -> None:
 
 def test_a_classifier_on_digits_learns_and_every_layer_aligns() -> None:
     """The feedback works because the weights come to agree with it: every angle ends below 90°."""
-    from lightning_dp.zoo import MLP
-
     torch.manual_seed(0)
     module = FeedbackClassifier(MLP([64, 64, 64, 10]), learning_rate=0.1)
     data = DigitsDataModule(batch_size=64)

@@ -11,6 +11,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_dp.dfa import DFAMixin
+
 
 class Classifier(pl.LightningModule):
     """Cross-entropy training of a network that maps inputs to logits.
@@ -74,3 +76,7 @@ class Classifier(pl.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class FeedbackClassifier(DFAMixin, Classifier):
+    """The same, trained by direct feedback alignment; arguments as for `Classifier`."""
