@@ -30,8 +30,8 @@ from lightning_dp.gradients import wide
 from lightning_dp.layers import registered_for, rule_for, trainable, trained_layers
 from lightning_dp.records import UnsupportedModelError, getattr_path, same_memory, with_batch
 
-ConvolutionBound = Literal["unfolded", "raw", "raw_sum"]
-_CONVOLUTION_BOUNDS = ("unfolded", "raw", "raw_sum")
+ConvolutionBound = Literal["window_sum", "unfolded", "raw", "raw_sum"]
+_CONVOLUTION_BOUNDS = ("window_sum", "unfolded", "raw", "raw_sum")
 _ALLOCATIONS = ("equal", "proportional")
 
 
@@ -110,26 +110,28 @@ class ConvolutionLayerBound(LayerBound):
 
     Formal guarantee: bias ``C_up``, and the weight
 
+    - ``"window_sum"``: every window ``‖a_t‖ ≤ C_in``, ``√Σ_c (Σ_t |e_ct|)² ≤ C_up``: ``C_in · C_up``.
+      Proof: row c of the gradient is ``Σ_t e_ct a_t``, of norm at most ``Σ_t |e_ct| · max_t ‖a_t‖``.
     - ``"unfolded"``: ``‖A‖_F ≤ C_in``, ``‖E‖_F ≤ C_up``: ``C_in · C_up``.
       Proof: Cauchy-Schwarz on ``EᵀA``, group by group, and again over the groups.
     - ``"raw"``: ``‖x‖ ≤ C_in``, ``‖E‖_F ≤ C_up``: ``√m · C_in · C_up`` with ``m = Π_i ⌈k_i / (s_i / gcd(s_i, d_i))⌉``
       for kernel k, stride s, dilation d. Proof: the taps of one dimension that meet a given pixel are congruent modulo
       ``s / gcd(s, d)``, so no pixel is in more than m windows and ``‖A‖_F² ≤ m ‖x‖²``; padding with zeros adds none.
-    - ``"raw_sum"``: ``‖x‖ ≤ C_in``, ``√Σ_c (Σ_t |e_ct|)² ≤ C_up``: ``C_in · C_up``. Proof: row c of the gradient is
-      ``Σ_t e_ct a_t``, of norm at most ``Σ_t |e_ct| · max_t ‖a_t‖``, and a window holds every pixel at most once.
+    - ``"raw_sum"``: ``‖x‖ ≤ C_in``, ``√Σ_c (Σ_t |e_ct|)² ≤ C_up``: ``C_in · C_up``. Proof: as for ``"window_sum"``; no
+      window's norm exceeds the whole input's, as it holds every pixel at most once.
 
-    In all three ``‖Σ_t e_t‖ ≤ C_up`` is enforced where there is a bias, whose gradient that is.
+    ``‖Σ_t e_t‖ ≤ C_up``, the bias's gradient, is enforced where the norm of E does not imply it.
     """
 
-    kind: ConvolutionBound = "unfolded"
+    kind: ConvolutionBound = "window_sum"
 
     bias_dimension: ClassVar[int] = 1
 
     def refusal(self, module: Any) -> str | None:
-        if self.kind != "unfolded" and module.padding_mode != "zeros":
+        if self.kind in ("raw", "raw_sum") and module.padding_mode != "zeros":
             return (
                 f"padding_mode='{module.padding_mode}' repeats pixels, which convolution='{self.kind}' does not count; "
-                "use convolution='unfolded', or pad with zeros"
+                "use convolution='window_sum' or 'unfolded', or pad with zeros"
             )
         return None
 
@@ -140,21 +142,26 @@ class ConvolutionLayerBound(LayerBound):
         return {name: bound for name, bound in bounds.items() if _trained(module, name)}
 
     def input_norms(self, module: Any, input: Tensor) -> Tensor:
-        if self.kind != "unfolded":
+        if self.kind in ("raw", "raw_sum"):
             return _norms(input)
         sides = module._reversed_padding_repeated_twice
         pads = tuple(zip(sides[-2::-2], sides[::-2], strict=True))
         if module.padding_mode != "zeros":
             input, pads = F.pad(input, sides, mode=module.padding_mode), ((0, 0),) * len(pads)
-        squares = wide(input).flatten(2).square()
+        squares = wide(input).square()
+        if self.kind == "window_sum":
+            per_group = squares.unflatten(1, (module.groups, -1)).sum(2).flatten(0, 1).unsqueeze(1)
+            per_group = F.pad(per_group, [side for pair in reversed(pads) for side in pair])
+            windows = _sums_over_windows(per_group, module.kernel_size, module.stride, module.dilation)
+            return windows.unflatten(0, (len(input), module.groups)).flatten(1).amax(1).clamp_(min=0).sqrt_()
         windows = _windows_per_pixel(
             input.shape[2:], module.kernel_size, module.stride, module.dilation, pads, squares.device, squares.dtype
         )
-        return (squares @ windows).sum(1).sqrt_()
+        return (squares.flatten(2) @ windows).sum(1).sqrt_()
 
     def measure(self, module: Any, input: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         flat = grad.flatten(2)
-        if self.kind == "raw_sum":
+        if self.kind in ("window_sum", "raw_sum"):
             norms = _norms(torch.linalg.vector_norm(flat, ord=1, dim=2))
             return norms, flat.sum(2) if _trained(module, "bias") else None
         norms = _norms(grad)
@@ -162,6 +169,16 @@ class ConvolutionLayerBound(LayerBound):
             return norms, None
         summed = flat.sum(2)
         return torch.maximum(norms, _norms(summed)), summed
+
+
+def _sums_over_windows(
+    values: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> Tensor:
+    """Sums over a convolution's windows, ``(N, 1, *space) -> (N, 1, *positions)``, one dimension after the other."""
+    for dimension, (size, step, apart) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        windows = values.unfold(dimension, apart * (size - 1) + 1, step)
+        values = windows[..., ::apart].sum(-1)
+    return values
 
 
 @lru_cache(maxsize=256)
@@ -260,8 +277,10 @@ class BackpropClipping(Bounding):
             layer by its name.
         upstream_norm: ``C_up``, the norm of the gradient of an example's loss at every trainable layer's output; a
             number, or one per layer by its name.
-        convolution: Which norms of a convolution are clipped: ``"unfolded"`` input, the tightest as a rule; ``"raw"``
-            input; or ``"raw_sum"``, raw input with the gradient's absolute values summed over the positions.
+        convolution: Which norms of a convolution are clipped (see `ConvolutionLayerBound`): ``"window_sum"``, the
+            largest window of the input, and the gradient with its absolute values summed over the positions;
+            ``"unfolded"``, all windows of the input jointly; ``"raw"`` input; or ``"raw_sum"``. Which is the tightest
+            depends on the network.
         allocation: How the noise is divided over the P parameters. ``"equal"``: ``σ_g = z · S_g · √P``.
             ``"proportional"``: shares proportional to ``S_g · √d_g``, for ``d_g`` coordinates, which makes the expected
             square of all noise together smallest (by Lagrange's multipliers on ``Σ_g d_g σ_g²``).
@@ -272,7 +291,7 @@ class BackpropClipping(Bounding):
 
     input_norm: float | Mapping[str, float]
     upstream_norm: float | Mapping[str, float]
-    convolution: ConvolutionBound = "unfolded"
+    convolution: ConvolutionBound = "window_sum"
     allocation: Literal["equal", "proportional"] = "equal"
 
     #: In less than float32 autograd's own sum is rounded, by up to the size of the whole batch's.

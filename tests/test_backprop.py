@@ -94,6 +94,7 @@ RULES = [
     BackpropClipping(2.0, 0.1),
     BackpropClipping(0.01, 30.0),
     BackpropClipping(50.0, 0.01, allocation="proportional"),
+    BackpropClipping(1.0, 0.2, convolution="unfolded"),
     BackpropClipping(1.0, 1.0, convolution="raw"),
     BackpropClipping(1.0, 0.5, convolution="raw_sum"),
 ]
@@ -258,10 +259,12 @@ def test_the_bound_is_attained() -> None:
 
 def naive_norms(layer: nn.Module, input: Tensor, kind: str) -> Tensor:
     """The norm of one example's input, by the definition: unfolded patch by patch."""
-    if isinstance(layer, nn.Conv2d) and kind == "unfolded":
+    if isinstance(layer, nn.Conv2d) and kind in ("unfolded", "window_sum"):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         padded = F.pad(input, layer._reversed_padding_repeated_twice, mode=mode)
-        return F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride).norm()
+        unfolded = F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)
+        of_groups = unfolded.unflatten(1, (layer.groups, -1))
+        return unfolded.norm() if kind == "unfolded" else of_groups.norm(dim=2).max()
     return input.norm()
 
 
@@ -275,7 +278,7 @@ def naive_measure(layer: nn.Module, input: Tensor, grad: Tensor, kind: str) -> T
             if grad.dim() > 2
             else grad[..., None]
         )
-        norm = position.abs().sum(2).norm() if kind == "raw_sum" and isinstance(layer, nn.Conv2d) else grad.norm()
+        norm = position.abs().sum(2).norm() if kind.endswith("_sum") and isinstance(layer, nn.Conv2d) else grad.norm()
         has_bias = layer.bias is not None and layer.bias.requires_grad
         return torch.maximum(norm, position.sum(2).norm()) if has_bias else norm
     with torch.enable_grad():
@@ -337,7 +340,7 @@ NAIVE_MODELS = {
 @pytest.mark.parametrize("name", NAIVE_MODELS)
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 def test_the_sum_is_that_of_the_loop(rule: BackpropClipping, name: str) -> None:
-    if name == "padding modes" and rule.convolution != "unfolded":
+    if name == "padding modes" and rule.convolution in ("raw", "raw_sum"):
         pytest.skip("refused")
     make, shape = NAIVE_MODELS[name]
     model = make().double()
@@ -358,11 +361,14 @@ def test_the_sum_is_that_of_the_loop(rule: BackpropClipping, name: str) -> None:
     groups=st.sampled_from([1, 2]),
 )
 def test_convolutions_of_any_geometry(kernel: Any, stride: Any, dilation: Any, padding: Any, groups: int) -> None:
-    """The unfolded norm without unfolding; and no pixel in more windows than the bound of the raw input says."""
+    """Norms of windows without unfolding; and no pixel in more windows than the bound of the raw input says."""
     layer = nn.Conv2d(2, 2, kernel, stride, padding, dilation, groups).double()
     input = torch.randn(3, 2, 11, 12, dtype=torch.float64)
     unfolded = F.unfold(input, kernel, dilation, padding, stride).flatten(1).norm(dim=1)
     assert_close(ConvolutionLayerBound("unfolded").input_norms(layer, input), unfolded, 1e-12)
+    windows = F.unfold(input, kernel, dilation, padding, stride).unflatten(1, (groups, -1))
+    largest = windows.norm(dim=2).flatten(1).amax(1)
+    assert_close(ConvolutionLayerBound("window_sum").input_norms(layer, input), largest, 1e-12)
     raw = ConvolutionLayerBound("raw").sensitivities(layer, 1.0, 1.0)["weight"]
     assert (unfolded <= raw * input.flatten(1).norm(dim=1) + 1e-9).all()
     pixel = torch.zeros(1, 2, 41, 41, dtype=torch.float64)
