@@ -48,7 +48,7 @@ BATCH_SIZE = 1024
 COMMON: dict[str, list[Any]] = {
     "step": [0.1, 0.2, 0.4, 0.8, 1.6, 3.2],
     "epochs": [10, 20, 40],
-    "low": [-1.0, 0.0],  # what black is mapped to; white is 1
+    "darkest": [-1.0, 0.0],  # what black is mapped to; white is 1
 }
 BOUNDS: dict[str, list[Any]] = {
     "input_norm": [1.0, 2.0, 4.0, 8.0],
@@ -75,22 +75,22 @@ def images(npz: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             parts.append(torch.from_numpy(arrays[f"{part}_images"]).float().unsqueeze(1) / 255)
             parts.append(torch.from_numpy(arrays[f"{part}_labels"]).long())
         return parts[0], parts[1], parts[2], parts[3]
-    data = MNISTDataModule()
+    data = MNISTDataModule(darkest=0.0)
     data.setup("fit")
     assert data.train is not None and data.test is not None
-    return (data.train.columns[0] + 1) / 2, data.train.columns[1], (data.test.columns[0] + 1) / 2, data.test.columns[1]
+    return data.train.columns[0], data.train.columns[1], data.test.columns[0], data.test.columns[1]
 
 
 class Data(MNISTDataModule):
     """MNIST on the training device, with what black is mapped to as a hyperparameter."""
 
-    def __init__(self, npz: str | None, low: float, val_size: int, device: str) -> None:
-        super().__init__(BATCH_SIZE, val_size)
-        self.npz, self.low, self.device = npz, low, device
+    def __init__(self, npz: str | None, darkest: float, val_size: int, device: str) -> None:
+        super().__init__(BATCH_SIZE, val_size, darkest)
+        self.npz, self.device = npz, device
 
     def setup(self, stage: str) -> None:
         train, labels, test, test_labels = (part.to(self.device) for part in images(self.npz))
-        train, test = (self.low + (1 - self.low) * part for part in (train, test))
+        train, test = (self.darkest + (1 - self.darkest) * part for part in (train, test))
         kept = len(labels) - self.val_size
         self.train = TensorTable(train[:kept], labels[:kept])
         self.test = TensorTable(test, test_labels) if not self.val_size else TensorTable(train[kept:], labels[kept:])
@@ -124,7 +124,7 @@ def train(job: dict[str, Any]) -> dict[str, Any]:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = Data(job["npz"], job["low"], job["val_size"], job["device"])
+    data = Data(job["npz"], job["darkest"], job["val_size"], job["device"])
     trainer.fit(module, data)
     [metrics] = trainer.test(module, datamodule=data, verbose=False)
     spent = trainer.strategy.ledger.epsilon(DELTA)  # type: ignore[attr-defined]

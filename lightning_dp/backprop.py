@@ -153,7 +153,7 @@ class ConvolutionLayerBound(LayerBound):
             per_group = squares.unflatten(1, (module.groups, -1)).sum(2).flatten(0, 1).unsqueeze(1)
             per_group = F.pad(per_group, [side for pair in reversed(pads) for side in pair])
             windows = _sums_over_windows(per_group, module.kernel_size, module.stride, module.dilation)
-            return windows.unflatten(0, (len(input), module.groups)).flatten(1).amax(1).clamp_(min=0).sqrt_()
+            return windows.unflatten(0, (len(input), module.groups)).flatten(1).amax(1).sqrt()
         windows = _windows_per_pixel(
             input.shape[2:], module.kernel_size, module.stride, module.dilation, pads, squares.device, squares.dtype
         )
@@ -428,7 +428,7 @@ class InputClip:
         if not self.active:
             return None
         input = first_argument(args, kwargs)
-        norms = self.bound.input_norms(module, input)
+        norms = self.bound.input_norms(module, input.detach())  # a constant of the backward pass, as in training
         factors = scale_down(norms, self.max_norm).to(input.dtype)
         return with_first_argument(args, kwargs, input * _per_example(factors, input))
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import backprop
 from lightning_dp.accounting import PrivacyLedger
@@ -401,6 +402,21 @@ def trained(rule: Any = RULES[0], net: nn.Module | None = None, **kwargs: Any) -
     run = trainer(strategy=strategy, max_epochs=2)
     fit(run, module, loader(size=40, batch_size=10))
     return module, run
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_every_model_trains_with_the_self_check(rule: BackpropClipping, name: str) -> None:
+    make, shape = MODELS[name]
+
+    class Squares(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return self.net(batch[0]).pow(2).flatten(1).mean(1).mean()
+
+    inputs = TensorDataset(torch.randn(20, *shape) * 3)
+    run = trainer(strategy=PrivateStrategy(rule, GaussianNoise(1.0), max_physical_batch_size=4))
+    fit(run, Squares(make()), DataLoader(inputs, batch_size=10))
+    assert len(run.strategy.ledger) == 2
 
 
 @pytest.mark.parametrize("micro", [1, 3, 7])

@@ -28,15 +28,16 @@ def tiny_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     from datasets import Dataset, Features, Image, Value
 
     generator = np.random.default_rng(0)
-    folder = tmp_path / "data" / "mnist"
-    folder.mkdir(parents=True)
-    for split, size in (("train", 64), ("test", 16)):
-        rows = {
-            "image": list(generator.integers(0, 256, (size, 28, 28), dtype=np.uint8)),
-            "label": generator.integers(0, 10, size).tolist(),
-        }
-        features = Features({"image": Image(), "label": Value("int64")})
-        Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
+    for name, column, shape in (("mnist", "image", (28, 28)), ("cifar10", "img", (32, 32, 3))):
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        for split, size in (("train", 64), ("test", 16)):
+            rows = {
+                column: list(generator.integers(0, 256, (size, *shape), dtype=np.uint8)),
+                "label": generator.integers(0, 10, size).tolist(),
+            }
+            features = Features({column: Image(), "label": Value("int64")})
+            Dataset.from_dict(rows, features=features).to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
     monkeypatch.setenv("LIGHTNING_DP_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)

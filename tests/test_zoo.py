@@ -12,6 +12,7 @@ def test_the_tanh_network_has_the_papers_shape() -> None:
     assert net(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
     assert sum(p.numel() for p in net.parameters()) == 26_010  # Papernot et al. 2021, table 1; Tramèr & Boneh 2021
     check_model(Classifier(net), "bookkeeping")
+    assert TanhCNN(channels=3, size=32)(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
 
 
 def test_layers_of_an_mlp() -> None:

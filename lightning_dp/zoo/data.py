@@ -85,27 +85,48 @@ class DigitsDataModule(_TableDataModule):
         self.test = TensorTable(images[held_out], labels[held_out])
 
 
-class MNISTDataModule(_TableDataModule):
+class _ImageDataModule(_TableDataModule):
+    """Images of one size from the Hugging Face hub, or from ``$LIGHTNING_DP_DATA`` when that is set."""
+
+    #: Name on the hub, name of the folder, and name of the column with the images.
+    source: tuple[str, str, str]
+
+    def __init__(self, batch_size: int = 512, val_size: int = 0, darkest: float = -1.0) -> None:
+        super().__init__(batch_size)
+        self.val_size, self.darkest = val_size, darkest
+
+    def setup(self, stage: str) -> None:
+        if self.train is not None:
+            return
+        hub_name, folder_name, column = self.source
+        parts = load_hub_dataset(hub_name, folder_name)
+        images, labels = _images(parts["train"], column, self.darkest)
+        kept = len(labels) - self.val_size
+        self.train = TensorTable(images[:kept], labels[:kept])
+        self.val = TensorTable(images[kept:], labels[kept:])
+        self.test = TensorTable(*_images(parts["test"], column, self.darkest))
+
+
+class MNISTDataModule(_ImageDataModule):
     """MNIST through Hugging Face ``datasets``: the hub's ``ylecun/mnist``, or ``$LIGHTNING_DP_DATA/mnist`` when set.
 
     Args:
         batch_size: Expected number of records per private step.
         val_size: How many records at the end of the train set are held out for validation.
+        darkest: What black is mapped to; white is 1. At 0, an empty background adds nothing to an input's norm.
     """
 
-    def __init__(self, batch_size: int = 512, val_size: int = 0) -> None:
-        super().__init__(batch_size)
-        self.val_size = val_size
+    source = ("ylecun/mnist", "mnist", "image")
 
-    def setup(self, stage: str) -> None:
-        if self.train is not None:
-            return
-        parts = load_hub_dataset("ylecun/mnist", "mnist")
-        images, labels = _grey_images(parts["train"])
-        kept = len(labels) - self.val_size
-        self.train = TensorTable(images[:kept], labels[:kept])
-        self.val = TensorTable(images[kept:], labels[kept:])
-        self.test = TensorTable(*_grey_images(parts["test"]))
+
+class CIFAR10DataModule(_ImageDataModule):
+    """CIFAR-10, ``(3, 32, 32)``: the hub's ``uoft-cs/cifar10``, or ``$LIGHTNING_DP_DATA/cifar10`` when set.
+
+    Args:
+        batch_size, val_size, darkest: As for `MNISTDataModule`.
+    """
+
+    source = ("uoft-cs/cifar10", "cifar10", "img")
 
 
 def load_hub_dataset(hub_name: str, folder_name: str) -> Any:
@@ -124,7 +145,9 @@ def load_hub_dataset(hub_name: str, folder_name: str) -> Any:
     return load_dataset(str(path))
 
 
-def _grey_images(split: Any) -> tuple[Tensor, Tensor]:
-    """Images scaled by public constants to [-1, 1], ``(N, 1, H, W)``, and labels, ``(N,)``."""
-    images = np.stack([np.asarray(image, dtype=np.uint8) for image in split["image"]])
-    return torch.from_numpy(images).float().unsqueeze(1) / 127.5 - 1, torch.tensor(list(split["label"]))
+def _images(split: Any, column: str, darkest: float) -> tuple[Tensor, Tensor]:
+    """Images scaled by public constants to [darkest, 1], ``(N, C, H, W)``, and labels, ``(N,)``."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image, dtype=np.uint8) for image in split[column]]))
+    pixels = pixels.unsqueeze(1) if pixels.dim() == 3 else pixels.permute(0, 3, 1, 2)
+    scaled = pixels.float().mul_((1 - darkest) / 255).add_(darkest).contiguous()
+    return scaled, torch.tensor(list(split["label"]))
