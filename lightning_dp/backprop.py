@@ -157,12 +157,12 @@ class ConvolutionLayerBound(LayerBound):
         windows = _windows_per_pixel(
             input.shape[2:], module.kernel_size, module.stride, module.dilation, pads, squares.device, squares.dtype
         )
-        return (squares.flatten(2) @ windows).sum(1).sqrt_()
+        return squares.flatten(2).sum(1).mul_(windows).sum(1).sqrt_()  # no matrix product: those may round to TF32
 
     def measure(self, module: Any, input: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         flat = grad.flatten(2)
         if self.kind in ("window_sum", "raw_sum"):
-            norms = _norms(torch.linalg.vector_norm(flat, ord=1, dim=2))
+            norms = _norms(flat.abs().sum(2))
             return norms, flat.sum(2) if _trained(module, "bias") else None
         norms = _norms(grad)
         if not _trained(module, "bias"):
