@@ -79,4 +79,22 @@ class Classifier(pl.LightningModule):
 
 
 class FeedbackClassifier(DFAMixin, Classifier):
-    """The same, trained by direct feedback alignment; arguments as for `Classifier`."""
+    """The same, trained by direct feedback alignment.
+
+    Args:
+        net, classes, optimizer, learning_rate, momentum, decay: As for `Classifier`.
+        feedback_layers: As for `DFAMixin`; names begin with ``net.``.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        classes: int = 10,
+        optimizer: Literal["sgd", "adam"] = "sgd",
+        learning_rate: float = 0.1,
+        momentum: float = 0.9,
+        decay: bool = False,
+        feedback_layers: list[str] | None = None,
+    ) -> None:
+        super().__init__(net, classes, optimizer, learning_rate, momentum, decay)
+        self.feedback_layers = feedback_layers
