@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateFin
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_dp import (
+    BackpropClipping,
     DifferentialPrivacy,
     FlatClipping,
     GaussianNoise,
@@ -244,6 +245,17 @@ def test_other_callbacks_can_monitor_epsilon(tmp_path: Path) -> None:
     )
     fit(run, Net(), loader())
     assert run.global_step < 100
+
+
+def test_unnoised_diagnostics_of_backpropagation_clipping_are_those_of_its_upstream_gradients() -> None:
+    strategy = PrivateStrategy(BackpropClipping(1.0, 1e-3), GaussianNoise(1.0), max_physical_batch_size=3)
+    run = trainer(
+        strategy=strategy, callbacks=[PrivacyMonitor(1e-5, log_not_private=True)], max_steps=3, max_epochs=-1,
+        log_every_n_steps=1,
+    )  # fmt: skip
+    fit(run, Net(), loader())
+    assert run.callback_metrics["not_private/clipped_fraction"] == 1.0
+    assert run.callback_metrics["not_private/median_gradient_norm"] > 1e-3
 
 
 def test_unnoised_diagnostics_are_logged_on_request_and_say_what_they_are() -> None:
