@@ -254,8 +254,8 @@ def test_unnoised_diagnostics_of_backpropagation_clipping_are_those_of_its_upstr
         log_every_n_steps=1,
     )  # fmt: skip
     fit(run, Net(), loader())
-    assert run.callback_metrics["not_private/clipped_fraction"] == 1.0
-    assert run.callback_metrics["not_private/median_gradient_norm"] > 1e-3
+    assert run.callback_metrics["not_private/clipped_fraction"] >= 0.5  # the output layer's always; the other sees that
+    assert run.callback_metrics["not_private/gradient_norm_p90"] > 1e-3
 
 
 def test_unnoised_diagnostics_are_logged_on_request_and_say_what_they_are() -> None:
