@@ -238,7 +238,7 @@ def table(arguments: argparse.Namespace) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(arguments.out / "curve.svg")
+    figure.savefig(arguments.out / "curve.png", dpi=120)
     for method in METHODS:
         searched = [json.loads(line) for line in (arguments.out / "search.jsonl").read_text().splitlines()]
         print(

@@ -62,7 +62,7 @@ def audited(sigma: float, trials: int, rng: np.random.Generator) -> float:
         hits, misses = int((in_scores >= threshold).sum()), int((out_scores >= threshold).sum())
         hit_rate = stats.beta.ppf(alpha, hits, half - hits + 1) if hits else 0.0
         false_rate = stats.beta.ppf(1 - alpha, misses + 1, half - misses) if misses < half else 1.0
-        return math.log((hit_rate - DELTA) / false_rate) if hit_rate > DELTA else 0.0
+        return max(0.0, math.log((hit_rate - DELTA) / false_rate)) if hit_rate > DELTA else 0.0
 
     candidates = np.quantile(np.concatenate([ins[0], outs[0]]), np.linspace(0.5, 1, 2001)[:-1])
     threshold = max(candidates, key=lambda t: bound(ins[0], outs[0], float(t)))
