@@ -23,9 +23,10 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from lightning_dp.clipping import NO_STATE, Bounding, Group, State, check_positive, scale_down
-from lightning_dp.engines import SummingEngine
+from lightning_dp.engines import SummingEngine, set_aside
 from lightning_dp.gradients import wide
 from lightning_dp.layers import registered_for, rule_for, trainable, trained_layers
 from lightning_dp.records import UnsupportedModelError, getattr_path, same_memory, with_batch
@@ -144,9 +145,12 @@ class ConvolutionLayerBound(LayerBound):
     def input_norms(self, module: Any, input: Tensor) -> Tensor:
         if self.kind in ("raw", "raw_sum"):
             return _norms(input)
+        # As the layer's own forward reads them, which may have been changed since it was made.
         sides = module._reversed_padding_repeated_twice
         pads = tuple(zip(sides[-2::-2], sides[::-2], strict=True))
-        if module.padding_mode != "zeros":
+        if module.padding_mode == "zeros":
+            pads = _zero_padding(module)
+        else:
             input, pads = F.pad(input, sides, mode=module.padding_mode), ((0, 0),) * len(pads)
         squares = wide(input).square()
         if self.kind == "window_sum":
@@ -169,6 +173,16 @@ class ConvolutionLayerBound(LayerBound):
             return norms, None
         summed = flat.sum(2)
         return torch.maximum(norms, _norms(summed)), summed
+
+
+def _zero_padding(module: Any) -> tuple[tuple[int, int], ...]:
+    """Zeros before and after every dimension."""
+    if module.padding == "same":
+        totals = [d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    if module.padding == "valid":
+        return ((0, 0),) * len(module.kernel_size)
+    return tuple((pad, pad) for pad in module.padding)
 
 
 def _sums_over_windows(
@@ -208,7 +222,8 @@ class GradientBound(LayerBound):
     """Layers whose per-example gradients are small enough to look at: embeddings, affine normalisation, PReLU.
 
     Formal guarantee: every parameter ``C_up``, whatever the input.
-    Proof: the norm of the example's gradient itself, which is linear in E, is what is clipped. It is never above the
+    Proof: the norm of the example's gradient itself, which is linear in E, is what is clipped; an input that is not
+    finite, or too large to be normalised, is zero to the layer and its example left out. It is never above the
     bounds by norms alone (``√T · C_up`` or ``Σ_t ‖e_t‖`` for an embedding, ``max_c ‖x̂_c‖ · ‖E‖`` for a normalisation),
     and needs no bound on sequence lengths or pixels.
     """
@@ -453,10 +468,13 @@ def _per_example(values: Tensor, like: Tensor) -> Tensor:
 class _Use:
     """One call of one layer."""
 
-    __slots__ = ("component", "done", "engine", "factors", "input", "name", "seen")
+    __slots__ = ("component", "done", "engine", "factors", "input", "name", "seen", "version")
 
-    def __init__(self, engine: ClippedBackward, name: str, component: int, factors: Tensor | None, seen: Any) -> None:
+    def __init__(
+        self, engine: ClippedBackward, name: str, component: int, factors: Tensor | None, seen: Tensor
+    ) -> None:
         self.engine, self.name, self.component, self.factors, self.seen = engine, name, component, factors, seen
+        self.version = seen._version
         self.input: Tensor | None = None
         self.done = False
 
@@ -500,8 +518,9 @@ def scaled_output(
 class ClippedBackward(SummingEngine):
     """Forward and backward passes whose gradients, as autograd adds them up, are bounded per example.
 
-    Within the forward pass the bounded layers' parameters require gradients only while their own layer runs, so that
-    no other use of them reaches their gradients.
+    While a bounded layer runs, stand-ins take the place of its parameters: leaves of this forward pass's own graph, in
+    whose gradients the sums add up. So nothing else that uses the parameters reaches the sums, nobody sees them, and a
+    gradient that arrives at a parameter itself came around the bounds, and stops the training.
 
     Args:
         module: The model.
@@ -512,7 +531,8 @@ class ClippedBackward(SummingEngine):
         super().__init__(module)
         self.limits = limits
         self._layers = {name: module.get_submodule(name) for name in limits}
-        self._own = {name: [getattr_path(m, own) for own in trainable(m)] for name, m in self._layers.items()}
+        self._own = {name: {own: getattr_path(m, own) for own in trainable(m)} for name, m in self._layers.items()}
+        self._stand_ins: dict[nn.Parameter, Tensor] = {}
         self._components = _components(self._own)
         self._sums: dict[str, Tensor] = {}
         self._unit = self._scale = 1.0
@@ -547,10 +567,17 @@ class ClippedBackward(SummingEngine):
                 handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
                 # In front of all others: what it returns is scaled as the layer's own output is.
                 handles.append(module.register_forward_hook(self._after(name), with_kwargs=True, prepend=True))
-            _require_grad(self.parameters.values(), False)
+            # Elsewhere in the step, parameters are constants.
+            for parameter in self.parameters.values():
+                self._stand_ins[parameter] = parameter.detach().requires_grad_()
+                parameter.requires_grad_(False)
+            _refuse_global_hooks()
             yield
         finally:
-            _require_grad(self.parameters.values(), True)
+            for parameter in self.parameters.values():
+                parameter.requires_grad_(True)
+            for name in self._layers:
+                self._put_back(name)
             for handle in handles:
                 handle.remove()
             for clip in clips:
@@ -575,17 +602,22 @@ class ClippedBackward(SummingEngine):
         if self._sums and scale != self._unit:  # a smaller last micro-batch: its mean is over fewer examples
             torch._foreach_mul_(list(self._sums.values()), self._unit / scale)
         self._unit = self._scale = scale
-        before = {name: p.grad for name, p in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            parameter.grad = self._sums.get(name)
+        summands = {name: self._stand_ins[p] for name, p in self.parameters.items()}
+        for name, stand_in in summands.items():
+            stand_in.grad = self._sums.get(name)
         self._listening = True
         try:
-            yield
-            self._sums = {name: p.grad.detach() for name, p in self.parameters.items() if p.grad is not None}
+            with set_aside(self.parameters.values()):
+                yield
+                unbounded = [name for name, p in self.parameters.items() if p.grad is not None]
+        except CheckpointError as error:
+            raise _around_the_bounds(list(self.parameters)) from error
         finally:
             self._listening = False
-            for name, parameter in self.parameters.items():
-                parameter.grad = before[name]
+        if unbounded:
+            raise _around_the_bounds(unbounded)
+        self._sums = {name: s.grad for name, s in summands.items() if s.grad is not None}
+        self._stand_ins = {}
         self._note_measured()
 
     def _note_measured(self) -> None:
@@ -595,7 +627,7 @@ class ClippedBackward(SummingEngine):
             self.norms, self.factors = torch.stack(norms, 1), torch.stack(factors, 1)
 
     def _before(self, name: str) -> Any:
-        """Measures the input, and lets the layer's parameters take part."""
+        """Measures the input, and puts stand-ins in the place of the layer's parameters."""
         limit = self.limits[name]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -604,17 +636,29 @@ class ClippedBackward(SummingEngine):
                 raise UnsupportedModelError(
                     f"Layer '{name}' ({type(module).__name__}) was called without a tensor as its first argument."
                 )
-            with_batch(input, self._batch_size, name, module)
-            _require_grad(self._own[name], True)
+            if sum(value is not None for value in (*args, *kwargs.values())) > 1:
+                raise UnsupportedModelError(
+                    f"Layer '{name}' ({type(module).__name__}) was called with more than its input (offsets, weights "
+                    "per sample), for which no bound is proven. Use FlatClipping."
+                )
+            recorded = torch.is_grad_enabled()
+            if recorded:
+                with_batch(input, self._batch_size, name, module)
             factors: Tensor | None = None
-            if limit.input_norm is not None:
-                norms = limit.bound.input_norms(module, input.detach())
-                if not _all_finite(norms):
-                    bad = ~norms.isfinite()
-                    self._leave_out(bad)
+            if input.is_floating_point():
+                measure = limit.bound.input_norms if limit.bound.clips_input else _norms_of
+                norms = measure(module, input.detach())
+                if not _all_usable(norms):
+                    bad = ~(norms <= _LARGEST)
+                    if recorded:
+                        self._leave_out(bad)
                     input = input.masked_fill(_per_example(bad, input), 0)
                     norms = norms.masked_fill(bad, 0)
-                factors = scale_down(norms, limit.input_norm)
+                if limit.input_norm is not None:
+                    factors = scale_down(norms, limit.input_norm)
+            if recorded:
+                for own, parameter in self._own[name].items():
+                    module._parameters[own] = self._stand_ins[parameter]  # type: ignore[assignment]
             self._open[name] = _Use(self, name, self._components[name], factors, input)
             return with_first_argument(args, kwargs, input)
 
@@ -626,7 +670,9 @@ class ClippedBackward(SummingEngine):
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             use = self._open.pop(name, None)
-            if use is None or first_argument(args, kwargs) is not use.seen:
+            bias = getattr(module, "bias", None)
+            self._put_back(name)
+            if use is None or not _is_unchanged(first_argument(args, kwargs), use.seen, use.version):
                 raise UnsupportedModelError(
                     f"Layer '{name}' ({type(module).__name__}): a forward pre-hook changed its input after it was "
                     "clipped. Register it before the training step, or change the input in a module of its own."
@@ -637,13 +683,12 @@ class ClippedBackward(SummingEngine):
                     "over the batch is rounded by more than its bound. Use precision='32-true' with BackpropClipping, "
                     "or FlatClipping."
                 )
-            bias = getattr(module, "bias", None)
             if not torch.is_grad_enabled():
                 output = scaled_output(limit.bound, output, bias, use.factors, in_place=False)
             else:
                 if not limit.bound.clips_input:
                     use.input = with_batch(use.seen.detach(), self._batch_size, name, module)
-                use.seen = None
+                use.seen = output.detach()
                 self._calls[use.component] += 1
                 if len(output) != self._batch_size:
                     # An input that all examples share (position numbers): every example gets its own copy.
@@ -654,10 +699,15 @@ class ClippedBackward(SummingEngine):
                 whole = output if base is None or not in_place else base
                 scaled_bias = bias if use.factors is not None else None
                 output = _ClippedOutput.apply(whole, scaled_bias, use, shape, in_place).view(shape)
-            _require_grad(self._own[name], False)
             return output
 
         return hook
+
+    def _put_back(self, name: str) -> None:
+        """Puts the layer's parameters back where their stand-ins were."""
+        module = self._layers[name]
+        for own, parameter in self._own[name].items():
+            module._parameters[own] = parameter
 
     def _leave_out(self, examples: Tensor) -> None:
         examples = examples.expand(self._batch_size)
@@ -670,42 +720,83 @@ class ClippedBackward(SummingEngine):
     def bounded(self, use: _Use, grad: Tensor, with_bias: bool) -> tuple[Tensor, Tensor | None]:
         """The gradient at the layer's own output, and what the bias is owed besides."""
         bound, module = self.limits[use.name].bound, self._layers[use.name]
-        if self._listening and use.done:
+        if torch.is_grad_enabled():
+            raise UnsupportedModelError(
+                f"Layer '{use.name}': the loss depends on a gradient (create_graph=True), and the gradient of that is "
+                "not bounded. Use FlatClipping with engine='per_example'."
+            )
+        if not self._listening:  # a backward pass of the step's own (an attack, say): its stand-ins' gradients are lost
+            return grad if use.factors is None else grad * _per_example(use.factors, grad), None
+        if use.done:
             raise UnsupportedModelError(f"Layer '{use.name}': more than one backward pass through one forward.")
-        use.done = use.done or self._listening
+        use.done = True
         norms, summed = bound.measure(module, use.input if use.input is not None else grad, grad)
-        if not self._listening:  # backward passes of the step's own (an attack, say) reach no parameter
-            factors = torch.ones_like(norms)
-        else:
-            factors = scale_down(norms, self._limit(use))
-            if not _all_finite(norms):
-                self._leave_out(~norms.isfinite())
-            if self._bad is not None:
-                grad, factors = grad.masked_fill(_per_example(self._bad, grad), 0), factors.masked_fill(self._bad, 0)
-                summed = None if summed is None else summed.masked_fill(self._bad[:, None], 0)
-            if self.keep_norms:
-                self._measured.append((norms, factors))
-        input_factors = 1.0 if use.factors is None else use.factors
-        rest = ((1 - input_factors) * factors).to(grad.dtype) @ summed if with_bias and summed is not None else None
-        return grad * _per_example(factors * input_factors, grad), rest
+        factors = scale_down(norms, self._limit(use))
+        if not _all_usable(norms):
+            self._leave_out(~(norms <= _LARGEST))
+        if self._bad is not None:
+            grad, factors = grad.masked_fill(_per_example(self._bad, grad), 0), factors.masked_fill(self._bad, 0)
+            summed = None if summed is None else summed.masked_fill(self._bad[:, None], 0)
+        if self.keep_norms:
+            self._measured.append((norms, factors))
+        use.input = None
+        if use.factors is None:
+            return grad * _per_example(factors, grad), None
+        rest = ((1 - use.factors) * factors) @ summed if with_bias and summed is not None else None
+        weights = factors * use.factors
+        # Numbers that are stored with fewer digits would round upwards: such an example is left out.
+        weights = weights.where(weights > _SMALLEST, 0.0)
+        return grad * _per_example(weights, grad), rest
 
 
-def _all_finite(norms: Tensor) -> bool:
-    """Whether there is surely nothing to leave out: one number to wait for."""
-    return math.isfinite(norms.sum().item())
+#: Examples with larger norms than that are left out like those that are not finite: squares of single precision end
+#: soon after, and what normalises such numbers makes NaN of them.
+_LARGEST = 1e15
+
+#: Weights below that are taken as zero.
+_SMALLEST = 1e-34
 
 
-def _require_grad(parameters: Any, value: bool) -> None:
-    for parameter in parameters:
-        parameter.requires_grad_(value)
+def _all_usable(norms: Tensor) -> bool:
+    """Whether there is nothing to leave out: one number to wait for."""
+    return bool(norms.amax() <= _LARGEST)
 
 
-def _components(own: Mapping[str, Sequence[nn.Parameter]]) -> dict[str, int]:
+def _norms_of(module: nn.Module, input: Tensor) -> Tensor:
+    return _norms(input)
+
+
+def _is_unchanged(input: Any, seen: Tensor, version: int) -> bool:
+    """Whether a layer saw what its hook returned; PyTorch itself wraps it when there are full backward hooks."""
+    if not isinstance(input, Tensor) or input._version != version:
+        return False
+    return input.data_ptr() == seen.data_ptr() and input.shape == seen.shape and input.stride() == seen.stride()
+
+
+def _around_the_bounds(names: list[str]) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"Parameters {names}: a gradient came to them around their layers' bounds. A forward pass outside "
+        "training_step that the loss depends on does that, and so does activation checkpointing, which runs layers "
+        "again within the backward pass. Call the layers in training_step, use max_physical_batch_size to save memory, "
+        "or use FlatClipping."
+    )
+
+
+def _refuse_global_hooks() -> None:
+    hooks = nn.modules.module
+    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        raise UnsupportedModelError(
+            "Hooks on all modules (register_module_forward_hook) could change what a layer sees or returns after it "
+            "was bounded. Remove them during training, or register them on single modules."
+        )
+
+
+def _components(own: Mapping[str, Mapping[str, nn.Parameter]]) -> dict[str, int]:
     """Layers that share parameters, directly or through others, have the same number."""
     number = {name: index for index, name in enumerate(own)}
     users: dict[int, str] = {}
     for name, parameters in own.items():
-        for parameter in parameters:
+        for parameter in parameters.values():
             first = users.setdefault(id(parameter), name)
             old, new = number[name], number[first]
             number = {n: new if c == old else c for n, c in number.items()}

@@ -26,21 +26,25 @@ from lightning_dp.records import UnsupportedModelError
 
 
 class FeedbackMatrices(nn.Module):
-    """The matrices ``B_l``, as buffers that are made when they are first needed and loaded when a checkpoint has them.
+    """The matrices ``B_l``: made when they are first needed, saved in the state_dict, and loaded where it has them.
 
     Each is semi-orthogonal, so that ``‖B_l‖₂ = 1``, and follows from the seed and the layer's name alone: never from
-    data, nor from any other random state.
+    data, nor from any other random state. They are no buffers, of which copies of a module (averaged weights) must have
+    as many as the module itself.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: By the layer's name, with "/" for dots.
+        self.matrices: dict[str, Tensor] = {}
 
     def matrix(self, key: str, rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
         """``B_l`` of shape ``(rows, columns)``."""
-        if key not in self._buffers:
+        if key not in self.matrices:
             digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            made = nn.init.orthogonal_(torch.empty(rows, columns), generator=generator)
-            self.register_buffer(key, made.to(device))
-        found = self._buffers[key]
-        assert found is not None
+            self.matrices[key] = nn.init.orthogonal_(torch.empty(rows, columns), generator=generator)
+        found = self.matrices[key] = self.matrices[key].to(device)
         if found.shape != (rows, columns):
             raise UnsupportedModelError(
                 f"The feedback to the input of layer '{_layer_of(key)}' is {tuple(found.shape)}, and {rows} features "
@@ -49,12 +53,13 @@ class FeedbackMatrices(nn.Module):
             )
         return found
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination.update({prefix + key: matrix for key, matrix in self.matrices.items()})
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         for key, value in state_dict.items():
-            name = key.removeprefix(prefix)
-            if key.startswith(prefix) and isinstance(value, Tensor):
-                self.register_buffer(name, torch.empty_like(value))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            if key.startswith(prefix):
+                self.matrices[key.removeprefix(prefix)] = value.detach().clone()
 
 
 def _key(layer: str, call: int) -> str:

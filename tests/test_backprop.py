@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import backprop
@@ -77,7 +78,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "convolutions": (convolutions, (2, 9, 8)),
     "one dimension": (lambda: nn.Sequential(nn.Conv1d(2, 3, 3, stride=2, padding=2, dilation=2)), (2, 9)),
     "three dimensions": (
-        lambda: nn.Sequential(nn.Conv3d(1, 2, 2, padding=1), nn.InstanceNorm3d(2, affine=True)),
+        lambda: nn.Sequential(nn.Conv3d(1, 2, 2, padding=1, bias=False), nn.InstanceNorm3d(2, affine=True)),
         (1, 3, 4, 3),
     ),
     "tokens": (Tokens, (4,)),
@@ -633,3 +634,138 @@ def test_a_backward_pass_of_the_steps_own_leaves_nothing_behind() -> None:
     assert model.weight.grad is not None
     # Two calls, of which the loss depends on one; each is bounded by half.
     assert_close(model.weight.grad[0], (x + direction).sum(0))
+
+
+# -- ways around the bounds, each of which once worked -----------------------------------------------------------------
+
+
+def normalising(layer: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (4, 3)), layer, nn.Flatten())
+
+
+@pytest.mark.parametrize("value", [1e16, 1e30, float("inf"), float("nan")])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.LayerNorm(12),
+        lambda: nn.RMSNorm(12),
+        nn.PReLU,
+        lambda: normalising(nn.GroupNorm(2, 4)),
+        lambda: normalising(nn.InstanceNorm1d(4, affine=True)),
+    ],
+)
+def test_what_cannot_be_normalised_leaves_the_sum_finite(make: Callable[[], nn.Module], value: float) -> None:
+    model = make()
+    inputs = torch.randn(3, 12)
+    expected = grads_of(RULES[0], model, inputs)
+    for row in (torch.full((12,), value), torch.randn(12) * value):
+        found = grads_of(RULES[0], model, torch.cat([inputs, row[None]]))
+        for name, grad in expected.items():
+            assert torch.allclose(found[name], grad, atol=1e-6)
+
+
+def unbounded_step(model: nn.Module, loss: Callable[[], Tensor], size: int = 2) -> None:
+    step = private_step(RULES[0], model)
+    step.begin(0.0, 0.5, 1.0)
+    with step.engine.forward(size):
+        value = loss()
+    with step.engine.backward():
+        value.backward()
+
+
+def test_a_forward_pass_from_before_the_step_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    cached = model(torch.full((2, 3), 1e6))
+    with pytest.raises(UnsupportedModelError, match=r"\['0.weight', '0.bias'\]: a gradient came to them around"):
+        unbounded_step(model, lambda: model(torch.randn(2, 3)).sum() + cached.pow(2).sum())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_activation_checkpointing_is_refused() -> None:
+    first, second = nn.Linear(3, 3), nn.Linear(3, 2)
+    model = nn.Sequential(first, second)
+    x = torch.randn(2, 3, requires_grad=True)
+    with pytest.raises(UnsupportedModelError, match="activation checkpointing"):
+        unbounded_step(model, lambda: second(checkpoint(first, x, use_reentrant=True)).sum())
+
+
+def test_a_gradient_penalty_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 1))
+    x = torch.randn(2, 3, requires_grad=True)
+
+    def loss() -> Tensor:
+        output = model(x).sum()
+        return output + torch.autograd.grad(output, x, create_graph=True)[0].pow(2).sum()
+
+    with pytest.raises(UnsupportedModelError, match=r"Layer '0': the loss depends on a gradient"):
+        unbounded_step(model, loss)
+
+
+def test_arguments_besides_the_input_are_refused() -> None:
+    model = nn.EmbeddingBag(5, 3, mode="sum")
+    tokens = torch.randint(5, (2, 4))
+    with pytest.raises(UnsupportedModelError, match="more than its input"):
+        unbounded_step(model, lambda: model(tokens, per_sample_weights=torch.full((2, 4), 1e6)).sum())
+
+
+@pytest.mark.parametrize("kind", ["window_sum", "unfolded"])
+def test_padding_that_was_changed_after_the_layer_was_made_counts(kind: Any) -> None:
+    model = nn.Conv2d(1, 2, 3, stride=3)
+    model.padding = (1, 1)
+    image = torch.zeros(1, 1, 7, 7)
+    image[..., 6, 6] = 1e3
+    rule = BackpropClipping(1.0, 0.1, convolution=kind)
+    assert grads_of(rule, model, image)["weight"].norm() <= 0.1 * (1 + 1e-4)
+
+
+def test_no_gradient_is_visible_before_the_noise_even_within_the_backward_pass() -> None:
+    seen = []
+
+    class Looking(Net):
+        def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            loss.backward()
+            seen.extend(p.grad for p in self.parameters())
+
+    fit(
+        trainer(strategy=PrivateStrategy(RULES[0], GaussianNoise(1.0)), max_steps=2, max_epochs=-1), Looking(), loader()
+    )
+    assert seen == [None] * len(seen) and seen
+
+
+def test_tiny_bounds_of_huge_examples_are_kept() -> None:
+    model = nn.Linear(3, 2)
+    rule = BackpropClipping(1e-4, 1e-4)
+    grads = grads_of(rule, model, torch.full((1, 3), 3e7), steepness=1e6)
+    assert grads["weight"].norm() <= 1e-8 * (1 + 1e-4)
+    assert grads["bias"].norm() <= 1e-4 * (1 + 1e-4)
+
+
+def test_global_hooks_are_refused() -> None:
+    model = nn.Linear(3, 2)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: output * 1e6)
+    try:
+        with pytest.raises(UnsupportedModelError, match="Hooks on all modules"):
+            unbounded_step(model, lambda: model(torch.randn(2, 3)).sum())
+    finally:
+        handle.remove()
+
+
+def test_full_backward_hooks_and_evaluation_of_other_batches_are_no_obstacle() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    plain = copy.deepcopy(model)
+    model[1].register_full_backward_hook(lambda module, grad_input, grad_output: None)
+    inputs = torch.randn(4, 3)
+
+    class WithTeacher(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                self.net(torch.full((7, 3), float("inf")))
+            return self.net(x)
+
+    expected = grads_of(RULES[0], plain, inputs)
+    for name, grad in grads_of(RULES[0], WithTeacher(), inputs).items():
+        assert_close(grad, expected[name.removeprefix("net.")])

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -61,7 +61,7 @@ def by_hand(module: FeedbackNet, inputs: Tensor, labels: Tensor) -> dict[str, Te
     a2 = torch.sigmoid(z2)
     logits = a2 @ last.weight.T + last.bias
     error = (logits.softmax(1) - F.one_hot(labels, 3)) / len(labels)
-    matrices = dict(module.feedback_matrices.named_buffers())
+    matrices = module.feedback_matrices.matrices
     d1 = error @ matrices["net/2"].T * (1 - a1**2)
     d2 = error @ matrices["net/4"].T * a2 * (1 - a2)
     return {
@@ -147,7 +147,7 @@ def test_backpropagation_clipping_bounds_the_error_behind_the_activation() -> No
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
     net = module.net
     module.training_step((inputs, labels), 0)
-    matrices = dict(module.feedback_matrices.named_buffers())
+    matrices = module.feedback_matrices.matrices
 
     def clip(v: Tensor, norm: float) -> Tensor:
         return v * min(1.0, norm / v.norm().item())
@@ -216,7 +216,7 @@ def test_chosen_blocks_learn_by_backpropagation_within() -> None:
     module.feedback_layers = ["net.2", "net.4"]
     images, labels = torch.randn(4, 1, 6, 6), torch.randint(3, (4,))
     module.training_step((images, labels), 0).backward()
-    matrices = dict(module.feedback_matrices.named_buffers())
+    matrices = module.feedback_matrices.matrices
     assert set(matrices) == {"net/2", "net/4"}
     found = {name: p.grad.clone() for name, p in module.named_parameters()}
     hidden = module.net[1](module.net[0](images))
@@ -235,7 +235,7 @@ def test_chosen_blocks_learn_by_backpropagation_within() -> None:
 def test_sequences_of_one_length_share_a_matrix_over_positions() -> None:
     module = FeedbackNet(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3), nn.Flatten(0, 1)))
     module.training_step((torch.randn(2, 7, 6), torch.randint(3, (14,))), 0).backward()
-    assert module.feedback_matrices.get_buffer("net/2").shape == (5, 3)
+    assert module.feedback_matrices.matrices["net/2"].shape == (5, 3)
     module.training_step((torch.randn(2, 9, 6), torch.randint(3, (18,))), 0)  # of any length
 
 
@@ -249,7 +249,7 @@ def test_matrices_have_norm_one_follow_from_the_seed_and_ignore_other_randomness
         module.training_step((inputs * torch.rand(1), labels), 0)
         state_after = torch.get_rng_state()
         assert (state != state_after).any()  # only the test's own draw
-        return dict(module.feedback_matrices.named_buffers())
+        return module.feedback_matrices.matrices
 
     first, again, other = matrices(0), matrices(0), matrices(1)
     for key, matrix in first.items():
@@ -264,12 +264,25 @@ def test_matrices_are_saved_loaded_and_used(tmp_path: Path) -> None:
     saving = ModelCheckpoint(dirpath=tmp_path, save_last=True)
     fit(trainer(enable_checkpointing=True, callbacks=[saving]), module, loader())
     loaded = FeedbackNet.load_from_checkpoint(tmp_path / "last.ckpt")  # whose own seed is another
-    for name, matrix in module.feedback_matrices.named_buffers():
-        assert torch.equal(loaded.feedback_matrices.get_buffer(name), matrix)
+    for name, matrix in module.feedback_matrices.matrices.items():
+        assert torch.equal(loaded.feedback_matrices.matrices[name], matrix)
     loaded.training_step(batch(), 0).backward()
     for name, expected in by_hand(loaded, *batch()).items():
         assert_close(loaded.get_parameter(name).grad, expected)
     fit(trainer(max_epochs=2), module, loader(), ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_weights_from_before_the_first_step_and_averaged_weights_fit_in(tmp_path: Path) -> None:
+    module = FeedbackNet()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    averaging = EMAWeightAveraging(decay=0.9)
+    saving = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    fit(trainer(callbacks=[averaging, saving], enable_checkpointing=True, max_epochs=2), module, loader())
+    assert set(module.state_dict()) - set(before) == {"feedback_matrices.net/2", "feedback_matrices.net/4"}
+    module.load_state_dict(before)
+    kept = module.feedback_matrices.matrices["net/2"]
+    module.training_step(batch(), 0).backward()
+    assert module.feedback_matrices.matrices["net/2"] is kept
 
 
 def test_a_classifier_on_digits_learns_and_every_layer_aligns() -> None:
@@ -302,7 +315,7 @@ def test_a_plain_trainer_and_evaluation_are_untouched() -> None:
     inputs, labels = batch()
     with torch.no_grad():
         assert module.training_step((inputs, labels), 0) == plain.training_step((inputs, labels), 0)
-    assert not dict(module.feedback_matrices.named_buffers())
+    assert not module.feedback_matrices.matrices
 
 
 class Backwards(FeedbackNet):
