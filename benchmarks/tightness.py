@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from curve import images
 from torch import Tensor, nn
 
-from lightning_dp.backprop import ConvolutionLayerBound
+from lightning_dp.bounds import ConvolutionLayerBound
 from lightning_dp.layers import convolution
 from lightning_dp.zoo import TanhCNN
 

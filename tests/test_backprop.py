@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dp import backprop
+from lightning_dp import bounds
 from lightning_dp.accounting import PrivacyLedger
-from lightning_dp.backprop import BackpropClipping, BoundBackpropClipping, ConvolutionLayerBound, InputClip, LinearBound
+from lightning_dp.backprop import BackpropClipping, BoundBackpropClipping, InputClip
+from lightning_dp.bounds import ConvolutionLayerBound, LinearBound
 from lightning_dp.checks import PrivacyConfigurationError
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.pipeline import PrivateStep
@@ -384,7 +385,7 @@ def test_convolutions_of_any_geometry(kernel: Any, stride: Any, dilation: Any, p
 def test_the_raw_bound_counts_windows_exactly() -> None:
     layer = nn.Conv2d(1, 1, (8, 3), (2, 4), (3, 0), (3, 2))
     windows = F.unfold(torch.ones(1, 1, 1, 1), 1).numel()  # 1
-    counts = backprop._windows_per_pixel(
+    counts = bounds._windows_per_pixel(
         (60, 60), (8, 3), (2, 4), (3, 2), ((3, 3), (0, 0)), torch.device("cpu"), torch.float64
     )
     assert ConvolutionLayerBound("raw").sensitivities(layer, 1.0, 1.0)["weight"] ** 2 == pytest.approx(
