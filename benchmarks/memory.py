@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 #: "capped": flat clipping with max_physical_batch_size at the expected batch size, which Poisson batches exceed half of
 #: the time; the others are given batches of that size.
-METHODS = ("non-private", "flat", "capped", "opacus hooks", "opacus ghost")
+METHODS = ("non-private", "flat", "capped", "backprop", "DFA", "opacus hooks", "opacus ghost")
 
 
 def resident() -> float:
@@ -37,7 +37,7 @@ def child(model: str, method: str, batch_size: int | None, micro: int | None) ->
     import lightning.pytorch as pl
     import speed
     import torch
-    from models import WORKLOADS
+    from models import WORKLOADS, FeedbackModule, Module
 
     import lightning_dp as ldp
 
@@ -52,15 +52,15 @@ def child(model: str, method: str, batch_size: int | None, micro: int | None) ->
         micro = workload.batch_size
 
     def strategy() -> ldp.PrivateStrategy:
-        return ldp.PrivateStrategy(
-            ldp.FlatClipping(1.0), ldp.GaussianNoise(1.0), self_check=False, max_physical_batch_size=micro
-        )
+        clipping = speed.CLIPPINGS["flat" if method == "capped" else method]
+        return ldp.PrivateStrategy(clipping, ldp.GaussianNoise(1.0), self_check=False, max_physical_batch_size=micro)
 
     if method.startswith("opacus"):
         steps = speed.opacus_steps(workload, "cpu", method.split()[1])
     else:
-        make = strategy if method in ("flat", "capped") else lambda: "auto"
-        steps = speed.lightning_steps(workload, "cpu", make, "32-true")
+        make = (lambda: "auto") if method == "non-private" else strategy
+        kind = FeedbackModule if method == "DFA" else Module
+        steps = speed.lightning_steps(workload, "cpu", make, "32-true", kind)
         pl.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False)  # what it imports is no cost
     before = resident()
     steps(3)
@@ -89,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["mlp", "tanh_cnn", "wrn", "transformer"])
     parser.add_argument("--batch-sizes", type=int, nargs="*", default=[], help="logical batches, with --micro")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS[1:]), choices=METHODS[1:])
     parser.add_argument("--micro", type=int, default=None, help="max_physical_batch_size")
     arguments = parser.parse_args()
     for model in arguments.models:
@@ -97,7 +98,7 @@ def main() -> None:
             cells = ", ".join(f"{b}: {g:.0f} MB" for b, g in zip(arguments.batch_sizes, grown, strict=True) if g)
             print(f"{model}, micro-batches of {arguments.micro}: {cells}", flush=True)
             continue
-        rows = {method: measure(model, method) for method in METHODS}
+        rows = {method: measure(model, method) for method in ("non-private", *arguments.methods)}
         base = rows.pop("non-private")
         cells = ", ".join(f"{m} {g / base:.2f}" for m, g in rows.items() if g and base)
         print(f"{model}: non-private {base:.0f} MB; times that: {cells}", flush=True)

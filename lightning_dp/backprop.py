@@ -252,7 +252,8 @@ class _Use:
     def __init__(
         self, engine: ClippedBackward, name: str, component: int, factors: Tensor | None, seen: Tensor
     ) -> None:
-        self.engine, self.name, self.component, self.factors, self.seen = engine, name, component, factors, seen
+        self.engine, self.name, self.component, self.factors = engine, name, component, factors
+        self.seen: Tensor | None = seen
         self.version = seen._version
         self.input: Tensor | None = None
         self.done = False
@@ -466,8 +467,9 @@ class ClippedBackward(SummingEngine):
                 output = scaled_output(limit.bound, output, bias, use.factors, in_place=False)
             else:
                 if not limit.bound.clips_input:
+                    assert use.seen is not None
                     use.input = with_batch(use.seen.detach(), self._batch_size, name, module)
-                use.seen = output.detach()
+                use.seen = None  # the layer keeps of it what it needs
                 self._calls[use.component] += 1
                 if len(output) != self._batch_size:
                     # An input that all examples share (position numbers): every example gets its own copy.
@@ -541,9 +543,9 @@ def _all_usable(norms: Tensor) -> bool:
     return bool(norms.amax() <= _LARGEST)
 
 
-def _is_unchanged(input: Any, seen: Tensor, version: int) -> bool:
+def _is_unchanged(input: Any, seen: Tensor | None, version: int) -> bool:
     """Whether a layer saw what its hook returned; PyTorch itself wraps it when there are full backward hooks."""
-    if not isinstance(input, Tensor) or input._version != version:
+    if not isinstance(input, Tensor) or seen is None or input._version != version:
         return False
     return input.data_ptr() == seen.data_ptr() and input.shape == seen.shape and input.stride() == seen.stride()
 
