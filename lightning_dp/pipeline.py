@@ -249,7 +249,6 @@ class PrivateStep:
         """``factor · sum + scale · noise`` for flat tensors, in place, with little of the noise in memory at a time."""
         device = sums[0].device
         chunk = _CHUNK if device.type == "cpu" else max(map(len, sums))
-
         noise = sums[0].new_empty(chunk)
         for number, block in enumerate(_blocks(sums, block_size(device, sum(map(len, sums))))):
             own = generators(number)
