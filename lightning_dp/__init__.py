@@ -17,9 +17,19 @@ from lightning_dp.callbacks import DifferentialPrivacy, PrivacyBudget, PrivacyMo
 from lightning_dp.card import PrivacyCard, card_of_run, privacy_card, render_card
 from lightning_dp.checks import PrivacyConfigurationError
 from lightning_dp.clipping import AdaptiveClipping, AutomaticClipping, FlatClipping, PerLayerClipping
+from lightning_dp.denoising import JamesSteinDenoiser, KSDenoiser, LowPassDenoiser
 from lightning_dp.dfa import DFAMixin
+from lightning_dp.encoding import (
+    FlatCodebook,
+    GradientEncoding,
+    PowerLawCodebook,
+    PublicCodebook,
+    RandomCodebook,
+    learn_codebook,
+    public_gradients,
+)
 from lightning_dp.journal import JournalError
-from lightning_dp.noise import GaussianNoise
+from lightning_dp.noise import GaussianNoise, LaplaceNoise, StudentTNoise
 from lightning_dp.records import UnsupportedModelError
 from lightning_dp.strategy import PrivateStrategy, register_strategies
 
@@ -34,16 +44,26 @@ __all__ = [
     "DFAMixin",
     "DifferentialPrivacy",
     "FlatClipping",
+    "FlatCodebook",
     "GaussianNoise",
+    "GradientEncoding",
+    "JamesSteinDenoiser",
     "JournalError",
+    "KSDenoiser",
+    "LaplaceNoise",
+    "LowPassDenoiser",
     "PerLayerClipping",
     "Phase",
+    "PowerLawCodebook",
     "PrivacyBudget",
     "PrivacyCard",
     "PrivacyConfigurationError",
     "PrivacyLedger",
     "PrivacyMonitor",
     "PrivateStrategy",
+    "PublicCodebook",
+    "RandomCodebook",
+    "StudentTNoise",
     "UnsupportedModelError",
     "calibrate_noise",
     "calibrate_schedule",
@@ -51,6 +71,8 @@ __all__ = [
     "card_of_run",
     "delta",
     "epsilon",
+    "learn_codebook",
     "privacy_card",
+    "public_gradients",
     "render_card",
 ]

@@ -2,6 +2,9 @@
 
 dp-accounting computes what one step leaks; this module composes steps, states both adjacencies, and keeps rounding
 errors on the safe side. Nothing here knows about ledgers or training: see `lightning_dp.accounting`.
+
+Noise other than Gaussian has Rényi divergences only, from the moments of its likelihood ratio
+(`lightning_dp.moments`), at integer orders: every accountant states the bound that follows from them.
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ from scipy.fft import irfft, next_fast_len, rfft
 from scipy.special import logsumexp
 from scipy.stats import norm
 
+from lightning_dp.moments import log_sampled_moment
+from lightning_dp.noise import ShiftedNoiseDpEvent
+
 Accountant = Literal["pld", "rdp"]
 ACCOUNTANTS: tuple[Accountant, ...] = ("pld", "rdp")
 
@@ -47,6 +53,10 @@ _FEW_ORDERS = (1.25, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 128, 256
 
 #: dp-accounting's default orders.
 _ALL_ORDERS = (*(1 + x / 10 for x in range(1, 100)), *range(11, 64), 128, 256, 512, 1024)
+
+#: Orders for noise other than Gaussian, and those that are enough to know the size of ε.
+_INTEGER_ORDERS = (*range(2, 65), 72, 80, 96, 112, 128, 160, 192, 224, 256)
+_FEW_INTEGER_ORDERS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 
 #: Cell of the grid of privacy losses, and of one that is good to half a per cent of ε, and far cheaper.
 FINE, COARSE = 1e-4, 2e-3
@@ -78,7 +88,9 @@ def event_epsilon(
     adjacency: Adjacency = "add_or_remove",
     resolution: float = FINE,
 ) -> float:
-    """An upper bound on ε at this δ of any composition of Poisson-subsampled Gaussian mechanisms, by either accountant.
+    """An upper bound on ε at this δ of any composition of Poisson-subsampled mechanisms, by either accountant.
+
+    Once a part of it has noise that is not Gaussian, the bound is the Rényi accountant's, whichever is asked for.
 
     Formal guarantee (replace_one): with noise of standard deviation z and sampling rate q, exchanging one record of
     bounded contribution is dominated by the pair ``P = (1-q) N(0, z²) + q N(1, z²)`` and
@@ -104,9 +116,9 @@ def event_epsilon(
     parts = _parts(event)
     if not parts:
         return 0.0
-    if accountant == "rdp":
+    if accountant == "rdp" or not has_loss_distribution(event):
         return _rdp_epsilon(parts, delta, adjacency)
-    rough = _rdp_epsilon(parts, delta, adjacency, _FEW_ORDERS)
+    rough = _rdp_epsilon(parts, delta, adjacency, few=True)
     if rough == 0:
         return 0.0
     if rough > _MEANINGLESS_EPSILON:
@@ -134,7 +146,9 @@ def event_delta(
     if not parts:
         return 1.0 if _is_non_private(event) else 0.0
     by_rdp = _rdp_delta(parts, epsilon, adjacency)
-    rough = max(_rdp_epsilon(parts, 1e-9, adjacency, _FEW_ORDERS), min(epsilon, _MEANINGLESS_EPSILON))
+    if not has_loss_distribution(event):
+        return by_rdp
+    rough = max(_rdp_epsilon(parts, 1e-9, adjacency, few=True), min(epsilon, _MEANINGLESS_EPSILON))
     if accountant == "rdp" or rough > _MEANINGLESS_EPSILON:
         return by_rdp
     composed = _composed(parts, adjacency, FINE, rough)
@@ -147,29 +161,32 @@ def rough_epsilon(event: DpEvent, delta: float, adjacency: Adjacency = "add_or_r
     if _is_non_private(event):
         return math.inf
     parts = _parts(event)
-    return _rdp_epsilon(parts, delta, adjacency, _FEW_ORDERS) if parts else 0.0
+    return _rdp_epsilon(parts, delta, adjacency, few=True) if parts else 0.0
 
 
 # -- events ------------------------------------------------------------------------------------------------------------
 
-#: Sampling rate, noise multiplier, number of steps.
-_Part = tuple[float, float, int]
+#: A noise multiplier, or noise that is not Gaussian.
+_Mechanism = float | ShiftedNoiseDpEvent
+
+#: Sampling rate, mechanism, number of steps.
+_Part = tuple[float, _Mechanism, int]
 
 
 def _parts(event: DpEvent) -> list[_Part]:
     """The kinds of steps in an event.
 
-    All that are not subsampled are one Gaussian mechanism: squared inverse multipliers add up (Dong, Roth & Su 2022).
+    All Gaussian ones that are not subsampled are one: squared inverse multipliers add up (Dong, Roth & Su 2022).
     """
-    counts: dict[tuple[float, float], int] = {}
+    counts: dict[tuple[float, _Mechanism], int] = {}
     precision = 0.0
-    for rate, multiplier, count in _flat(event, 1):
-        if rate == 1:
+    for rate, mechanism, count in _flat(event, 1):
+        if rate == 1 and isinstance(mechanism, float):
             # 1/z² overflows for the tiniest z: nothing is hidden then, and the caller sees an infinite divergence.
-            precision += count / multiplier / multiplier
+            precision += count / mechanism / mechanism
         elif count:
-            counts[rate, multiplier] = counts.get((rate, multiplier), 0) + count
-    parts = [(rate, multiplier, count) for (rate, multiplier), count in counts.items()]
+            counts[rate, mechanism] = counts.get((rate, mechanism), 0) + count
+    parts: list[_Part] = [(rate, mechanism, count) for (rate, mechanism), count in counts.items()]
     return [*parts, (1.0, precision**-0.5 if precision < math.inf else 1e-154, 1)] if precision else parts
 
 
@@ -181,9 +198,12 @@ def _flat(event: DpEvent, times: int) -> Iterator[_Part]:
         case SelfComposedDpEvent():
             yield from _flat(event.event, times * event.count)
         case GaussianDpEvent():
-            yield 1.0, event.noise_multiplier, times
-        case PoissonSampledDpEvent() if isinstance(event.event, GaussianDpEvent):
-            yield event.sampling_probability, event.event.noise_multiplier, times
+            yield 1.0, float(event.noise_multiplier), times
+        case ShiftedNoiseDpEvent():
+            yield 1.0, event, times
+        case PoissonSampledDpEvent() if isinstance(event.event, GaussianDpEvent | ShiftedNoiseDpEvent):
+            [(_, mechanism, _)] = _flat(event.event, 1)
+            yield event.sampling_probability, mechanism, times
         case _:
             raise TypeError(f"No accountant for a {type(event).__name__}.")
 
@@ -198,33 +218,46 @@ def _is_non_private(event: DpEvent) -> bool:
     return isinstance(event, NonPrivateDpEvent)
 
 
+def has_loss_distribution(event: DpEvent) -> bool:
+    """Whether privacy loss distributions are known: of Gaussian noise they are, of other noise moments only."""
+    if isinstance(event, ComposedDpEvent):
+        return all(has_loss_distribution(part) for part in event.events)
+    if isinstance(event, SelfComposedDpEvent | PoissonSampledDpEvent):
+        return has_loss_distribution(event.event)
+    return not isinstance(event, ShiftedNoiseDpEvent)
+
+
 # -- Rényi differential privacy ----------------------------------------------------------------------------------------
 
 
-def _rdp_epsilon(
-    parts: Sequence[_Part], delta: float, adjacency: Adjacency, orders: tuple[float, ...] = _ALL_ORDERS
-) -> float:
-    usable, divergence = _rdp(parts, adjacency, orders)
+def _rdp_epsilon(parts: Sequence[_Part], delta: float, adjacency: Adjacency, few: bool = False) -> float:
+    usable, divergence = _rdp(parts, adjacency, few)
     return float(compute_epsilon(usable, divergence, delta)[0]) if usable else math.inf
 
 
 def _rdp_delta(parts: Sequence[_Part], epsilon: float, adjacency: Adjacency) -> float:
-    usable, divergence = _rdp(parts, adjacency, _ALL_ORDERS)
+    usable, divergence = _rdp(parts, adjacency)
     return min(1.0, float(compute_delta(usable, divergence, epsilon)[0])) if usable else 1.0
 
 
-def _rdp(parts: Sequence[_Part], adjacency: Adjacency, orders: tuple[float, ...]) -> tuple[list[float], list[float]]:
+def _rdp(parts: Sequence[_Part], adjacency: Adjacency, few: bool = False) -> tuple[list[float], list[float]]:
     """The orders at which the divergence is a usable number, and the divergences."""
+    gaussian = all(isinstance(mechanism, float) for _, mechanism, _ in parts)
+    many_few = (_ALL_ORDERS, _FEW_ORDERS) if gaussian else (_INTEGER_ORDERS, _FEW_INTEGER_ORDERS)
+    orders = many_few[few]
     with np.errstate(over="ignore", invalid="ignore"):
-        total = sum(count * _step_rdp(rate, multiplier, adjacency, orders) for rate, multiplier, count in parts)
+        total = sum(count * _step_rdp(rate, mechanism, adjacency, orders) for rate, mechanism, count in parts)
     # A divergence is never negative. dp-accounting takes one that rounding made so for ε = 0: such orders are left out.
     usable = [(order, value) for order, value in zip(orders, np.asarray(total), strict=True) if 0 <= value < math.inf]
     return [order for order, _ in usable], [float(value) for _, value in usable]
 
 
 @lru_cache(maxsize=256)
-def _step_rdp(rate: float, multiplier: float, adjacency: Adjacency, orders: tuple[float, ...]) -> np.ndarray:
+def _step_rdp(rate: float, mechanism: _Mechanism, adjacency: Adjacency, orders: tuple[float, ...]) -> np.ndarray:
     """Rényi divergences of one step at all orders; infinity where they are not known."""
+    if isinstance(mechanism, ShiftedNoiseDpEvent):
+        return _shifted_divergences(rate, mechanism, adjacency, orders)
+    multiplier = mechanism
     if adjacency == "replace_one":
         return np.array([_replacement_divergence(rate, multiplier, order) for order in orders])
     gaussian = np.array(orders) / 2 / multiplier / multiplier if multiplier > 1e-150 else np.full(len(orders), math.inf)
@@ -236,6 +269,41 @@ def _step_rdp(rate: float, multiplier: float, adjacency: Adjacency, orders: tupl
         accountant = RdpAccountant(orders).compose(PoissonSampledDpEvent(rate, GaussianDpEvent(multiplier)))
     # There is no public way to the divergences. NaN is "not known", and fails the comparison with zero.
     return np.asarray(accountant._rdp, dtype=float)
+
+
+def _shifted_divergences(
+    rate: float, event: ShiftedNoiseDpEvent, adjacency: Adjacency, orders: tuple[float, ...]
+) -> np.ndarray:
+    """Rényi divergences of one step with noise that is not Gaussian, at integer orders; infinity at others.
+
+    Formal guarantee: adding or removing one record changes the output by no more than this.
+    Proof: given the other sampled records, the outputs are ``P = (1-q) F + q F_v`` and ``F``, a density and the same
+    shifted by v, and ``E_F[(P/F)^α]`` is the binomial sum of `log_sampled_moment` with the moments of v, each at most
+    those of the event (`ShiftedNoiseDpEvent.log_moments`); a mixture over the other records is no worse (joint
+    convexity). The divergence of F from P is no larger than that of P from F: the reflection ``x → v - x`` exchanges F
+    and F_v (Mironov, Talwar & Zhang 2019, "Rényi Differential Privacy of the Sampled Gaussian Mechanism", theorem 5).
+
+    Replacing a record is removing one and adding another:
+    ``D_α(P‖Q) ≤ (α-½)/(α-1) · D_2α(P‖F) + D_(2α-1)(F‖Q)`` (Mironov 2017, proposition 11).
+    """
+    exchange = adjacency == "replace_one"
+    wanted = [int(order) for order in orders if order == int(order) and order >= 2]
+    log_moments = event.log_moments(max(wanted))
+
+    def divergence(order: int) -> float:
+        if order >= len(log_moments):
+            return math.inf
+        return log_sampled_moment(rate, log_moments, order) / (order - 1)
+
+    found = np.full(len(orders), math.inf)
+    for i, order in enumerate(orders):
+        if order not in wanted:
+            continue
+        if exchange:
+            found[i] = (order - 0.5) / (order - 1) * divergence(int(2 * order)) + divergence(int(2 * order - 1))
+        else:
+            found[i] = divergence(int(order))
+    return found
 
 
 def _replacement_divergence(rate: float, multiplier: float, order: float) -> float:

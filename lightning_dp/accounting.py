@@ -11,7 +11,7 @@ import itertools
 import math
 import secrets
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from dp_accounting import (
@@ -34,6 +34,7 @@ from lightning_dp.accountants import (
     event_epsilon,
     rough_epsilon,
 )
+from lightning_dp.noise import NOISES, GaussianNoise, Magnitudes, ShiftedNoiseDpEvent
 
 __all__ = [
     "ACCOUNTANTS",
@@ -172,6 +173,16 @@ def _encode(event: DpEvent) -> dict[str, Any]:
         return {"type": "poisson", "sampling_rate": event.sampling_probability, "event": _encode(event.event)}
     if isinstance(event, GaussianDpEvent):
         return {"type": "gaussian", "noise_multiplier": event.noise_multiplier}
+    if isinstance(event, ShiftedNoiseDpEvent):
+        parameters = {field.name: getattr(event.noise, field.name) for field in fields(event.noise)}  # type: ignore[arg-type]
+        return {
+            "type": "shifted_noise",
+            "noise": next(name for name, kind in NOISES.items() if kind is type(event.noise)),
+            "parameters": {name: value for name, value in parameters.items() if value is not None},
+            "scale": event.scale,
+            "counts": list(event.magnitudes.counts),
+            "magnitudes": [list(entry) for entry in event.magnitudes.values],
+        }
     if isinstance(event, NonPrivateDpEvent):
         return {"type": "non_private"}
     raise TypeError(f"The ledger cannot store a {type(event).__name__}.")
@@ -183,6 +194,11 @@ def _decode(data: dict[str, Any]) -> DpEvent:
             return PoissonSampledDpEvent(float(data["sampling_rate"]), _decode(data["event"]))
         case "gaussian":
             return GaussianDpEvent(float(data["noise_multiplier"]))
+        case "shifted_noise" if data["noise"] in NOISES:
+            entries = tuple(tuple(map(float, entry)) for entry in data["magnitudes"])
+            magnitudes = Magnitudes(tuple(map(int, data["counts"])), entries)
+            noise = NOISES[data["noise"]](**{name: float(value) for name, value in data["parameters"].items()})
+            return ShiftedNoiseDpEvent(noise, float(data["scale"]), magnitudes)
         case "non_private":
             return NonPrivateDpEvent()
         case other:
@@ -191,26 +207,33 @@ def _decode(data: dict[str, Any]) -> DpEvent:
 
 def subsampled_gaussian(noise_multiplier: float, sampling_rate: float) -> DpEvent:
     """One private step: Gaussian noise on a sum over a Poisson sample. Without noise, an event of infinite ε."""
-    if not 0 <= noise_multiplier < math.inf:
-        raise ValueError(f"noise_multiplier must be non-negative and finite, got {noise_multiplier}.")
-    if not 0 < sampling_rate <= 1:
-        raise ValueError(f"sampling_rate must lie in (0, 1], got {sampling_rate}.")
-    if noise_multiplier == 0:
-        return NonPrivateDpEvent()
-    return PoissonSampledDpEvent(sampling_rate, GaussianDpEvent(noise_multiplier))
+    return Phase(1, sampling_rate, noise_multiplier).event()
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Some steps of a training with the same noise multiplier and sampling rate; a schedule is a list of phases."""
+    """Some steps of a training with the same noise multiplier and sampling rate; a schedule is a list of phases.
+
+    Args:
+        steps: Number of private steps.
+        sampling_rate: Probability with which each record joins each batch.
+        noise_multiplier: Scale of the noise over the sensitivity; 0 gives an event of infinite ε.
+        mechanism: What noise of a multiplier costs before sampling; Gaussian noise, unless said otherwise.
+    """
 
     steps: int
     sampling_rate: float
     noise_multiplier: float = 1.0
+    mechanism: Callable[[float], DpEvent] = GaussianNoise().event
 
     def event(self) -> DpEvent:
         """What one step costs."""
-        return subsampled_gaussian(self.noise_multiplier, self.sampling_rate)
+        if not 0 <= self.noise_multiplier < math.inf:
+            raise ValueError(f"noise_multiplier must be non-negative and finite, got {self.noise_multiplier}.")
+        if not 0 < self.sampling_rate <= 1:
+            raise ValueError(f"sampling_rate must lie in (0, 1], got {self.sampling_rate}.")
+        event = self.mechanism(self.noise_multiplier)
+        return event if isinstance(event, NonPrivateDpEvent) else PoissonSampledDpEvent(self.sampling_rate, event)
 
 
 def epsilon(
@@ -263,16 +286,26 @@ def calibrate_noise(
     accountant: Accountant = "pld",
     adjacency: Adjacency = "add_or_remove",
     spent: PrivacyLedger | None = None,
+    mechanism: Callable[[float], DpEvent] = GaussianNoise().event,
 ) -> float:
     """The noise multiplier with which ``steps`` steps, after those in ``spent``, cost ε, or up to 0.1 % less.
 
     Formal guarantee: the ε of the returned multiplier is at most ``epsilon``; it has been computed.
 
+    Args:
+        epsilon, delta: The target.
+        sampling_rate: Probability with which each record joins each batch.
+        steps: Number of private steps.
+        accountant: ``"pld"`` or ``"rdp"``.
+        adjacency: ``"add_or_remove"`` or ``"replace_one"``.
+        spent: What has been released before.
+        mechanism: As for `Phase`: noise other than Gaussian.
+
     Raises:
         ValueError: No noise can meet the target, because ``spent`` exceeds it already.
     """
     [phase] = calibrate_schedule(
-        [Phase(steps, sampling_rate)],
+        [Phase(steps, sampling_rate, mechanism=mechanism)],
         epsilon=epsilon,
         delta=delta,
         accountant=accountant,

@@ -21,6 +21,7 @@ from lightning_dp.accounting import Accountant, EpsilonMonitor, PrivacyLedger, a
 from lightning_dp.card import PrivacyCard
 from lightning_dp.checks import PrivacyConfigurationError, warn_about_delta
 from lightning_dp.clipping import Bounding, FlatClipping
+from lightning_dp.denoising import Denoiser
 from lightning_dp.noise import GaussianNoise, Noise
 from lightning_dp.strategy import PrivateMixin, make_private
 
@@ -162,6 +163,7 @@ class PrivacyBudget(Callback):
             "total_steps": float(len(strategy.ledger) + remaining),
         }
         if any(self._chosen.get(key) != value for key, value in plan.items()):
+            assert strategy.private_step is not None
             rank_zero_info(f"PrivacyBudget: choosing the noise for {remaining} steps …")
             try:
                 multiplier = calibrate_noise(
@@ -171,6 +173,7 @@ class PrivacyBudget(Callback):
                     steps=remaining,
                     accountant=self.accountant,
                     spent=strategy.ledger,
+                    mechanism=strategy.private_step.mechanism,
                 )
             except ValueError:
                 return self._chosen.get("noise_multiplier", 0.0)  # all spent: no step will be taken
@@ -286,6 +289,7 @@ class PrivacyMonitor(Callback):
             "expected_batch_size": strategy.expected_batch_size,
             "clipping": repr(strategy.clipping),
             "noise": repr(strategy.noise),
+            "denoiser": repr(strategy.denoiser),
             "engine": strategy.engine,
         }
 
@@ -295,7 +299,9 @@ class PrivacyMonitor(Callback):
         if step is None or not self._due(trainer, ahead=1):
             return
         scales, parameters = step.noise_scales(), step.engine.parameters
-        self._noise_square = sum(parameters[name].numel() * scale**2 for name, scale in scales.items())
+        std = step.noise.std()
+        square = sum(parameters[name].numel() * (scale * std) ** 2 for name, scale in scales.items() if scale)
+        self._noise_square = square if math.isfinite(square) else 0.0
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Estimates the signal-to-noise ratio: ``E‖signal + noise‖² = ‖signal‖² + E‖noise‖²``."""
@@ -303,8 +309,11 @@ class PrivacyMonitor(Callback):
         step = private_strategy(trainer, "PrivacyMonitor").private_step
         if step is None or not self._noise_square:
             return
-        gradients = [p.grad for p in step.engine.parameters.values() if p.grad is not None]
-        square = float(torch.stack(torch._foreach_norm(gradients)).double().square().sum())
+        if step.denoiser is None:
+            gradients = [p.grad for p in step.engine.parameters.values() if p.grad is not None]
+            square = float(torch.stack(torch._foreach_norm(gradients)).double().square().sum())
+        else:
+            square = step.noisy_square
         self._signal_to_noise = math.sqrt(max(0.0, square / self._noise_square - 1))
         self._noise_square = 0.0
 
@@ -435,7 +444,7 @@ class DifferentialPrivacy(Callback):
     Args:
         epsilon: The most that ε may become. ``None``: no limit; ``noise`` must then have a multiplier.
         delta: The δ at which ε is stated; well below 1/N.
-        clipping, noise, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal: As for
+        clipping, noise, denoiser, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal: As for
             `PrivateStrategy`.
         accountant: ``"pld"`` or ``"rdp"``.
         log_not_private: As for `PrivacyMonitor`.
@@ -448,6 +457,7 @@ class DifferentialPrivacy(Callback):
         delta: float,
         clipping: Bounding = FlatClipping(1.0),
         noise: Noise = GaussianNoise(),
+        denoiser: Denoiser | None = None,
         max_physical_batch_size: int | None = None,
         engine: str = "bookkeeping",
         loss_reduction: str = "mean",
@@ -470,6 +480,7 @@ class DifferentialPrivacy(Callback):
         self._configuration = {
             "clipping": clipping,
             "noise": noise,
+            "denoiser": denoiser,
             "max_physical_batch_size": max_physical_batch_size,
             "engine": engine,
             "loss_reduction": loss_reduction,

@@ -23,9 +23,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lightning_dp import dashboards
+from lightning_dp.accountants import has_loss_distribution
 from lightning_dp.accounting import ACCOUNTANTS, PrivacyLedger
 from lightning_dp.checks import PrivacyConfigurationError
 from lightning_dp.journal import JOURNAL_NAME, JournalContents, JournalError, run_directory
+from lightning_dp.noise import ShiftedNoiseDpEvent
 from lightning_dp.strategy import PrivateMixin
 
 #: The card's files, within its directory.
@@ -33,7 +35,17 @@ CARD_NAME = "privacy_card"
 
 #: Parts of the configuration that the card states under their own headings.
 _STATED_ELSEWHERE = frozenset(
-    ("clipping", "sensitivity", "groups", "noise", "num_records", "sampling_rate", "expected_batch_size", "software")
+    (
+        "clipping",
+        "sensitivity",
+        "groups",
+        "noise",
+        "denoiser",
+        "num_records",
+        "sampling_rate",
+        "expected_batch_size",
+        "software",
+    )
 )
 
 
@@ -105,6 +117,7 @@ def privacy_card(
         },
         "delta": delta,
         "epsilon": epsilons,
+        "accounting": _accounting(ledger),
         "target_epsilon": None if target_epsilon is None else _finite_or_name(target_epsilon),
         "mechanism": {
             "name": "noisy sums of bounded per-example gradients, divided by the expected batch size (DP-SGD)",
@@ -112,6 +125,7 @@ def privacy_card(
             "sensitivity": configuration["sensitivity"],
             "groups": configuration["groups"],
             "noise": configuration["noise"],
+            "denoiser": configuration.get("denoiser"),
         },
         "sampling": {
             "name": "Poisson: every record joins every batch independently with probability q",
@@ -156,7 +170,22 @@ def _in_words(event: DpEvent) -> str:
         return f"{_in_words(event.event)}, Poisson-sampled with q = {event.sampling_probability:.6g}"
     if isinstance(event, GaussianDpEvent):
         return f"Gaussian mechanism of noise multiplier {event.noise_multiplier:.6g}"
+    if isinstance(event, ShiftedNoiseDpEvent):
+        vectors, levels = len(event.magnitudes.values), len(event.magnitudes.counts)
+        return (
+            f"{type(event.noise).__name__} of scale {event.scale:.6g} on every coordinate; what one record adds is "
+            f"bounded by one of {vectors} public vectors of {levels} levels"
+        )
     return str(event)
+
+
+def _accounting(ledger: PrivacyLedger) -> str:
+    if has_loss_distribution(ledger.event()):
+        return "Both are upper bounds, and the smaller one is the tighter statement."
+    return (
+        "The noise is not Gaussian: its privacy loss distribution is not known here, and both numbers are the upper "
+        "bound that follows from Rényi divergences at integer orders."
+    )
 
 
 def _not_covered(
@@ -234,6 +263,7 @@ def render_card(card: Mapping[str, Any]) -> str:
     definition, mechanism, sampling, steps = (card[key] for key in ("definition", "mechanism", "sampling", "steps"))
     trusted, untrusted = card["epsilon"]["poisson_sampling"], card["epsilon"]["sampling_not_trusted"]
     lost = steps["lost_or_elsewhere"]
+    denoised = [f"| denoiser | {_call(mechanism['denoiser'])} |"] if mechanism["denoiser"] else []
     budget = [] if card["target_epsilon"] is None else [f"| budget | ε = {card['target_epsilon']} |"]
     lines = [
         "# Privacy card",
@@ -252,7 +282,7 @@ def render_card(card: Mapping[str, Any]) -> str:
         "| sampling not trusted: every record in every batch (q = 1) "
         f"| {_up(untrusted['pld'])} | {_up(untrusted['rdp'])} |",
         "",
-        "Both are upper bounds, and the smaller one is the tighter statement.",
+        card["accounting"],
         "",
         "## Definition",
         "",
@@ -274,6 +304,7 @@ def render_card(card: Mapping[str, Any]) -> str:
         f"| clipping | {_call(mechanism['clipping'])} |",
         f"| sensitivity | {mechanism['sensitivity']:.6g}, jointly over {_groups(mechanism['groups'])} |",
         f"| noise | {_call(mechanism['noise'])} |",
+        *denoised,
         f"| sampling | {sampling['name']} |",
         f"| q | {sampling['sampling_rate']:.6g} |",
         f"| N | {sampling['num_records']} |",

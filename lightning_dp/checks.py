@@ -22,9 +22,11 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor, nn
 
 from lightning_dp.clipping import Bounding
+from lightning_dp.denoising import Denoiser
 from lightning_dp.engines import BookKeeping, Engine, set_aside
 from lightning_dp.gradients import PerExampleGradient
 from lightning_dp.layers import refusal_for, rule_for, trainable, trained_layers
+from lightning_dp.noise import Noise
 from lightning_dp.records import Call, UnsupportedModelError, getattr_path
 
 
@@ -73,6 +75,22 @@ def check_precision(trainer: pl.Trainer, clipping: Bounding) -> None:
             f"precision='{trainer.precision}' with {type(clipping).__name__}: autograd adds up the batch in low "
             "precision, and rounds the sum by more than one record may move it. Use precision='32-true', or a rule "
             "that adds up in float32 (FlatClipping)."
+        )
+
+
+def check_mechanism(clipping: Bounding, noise: Noise, denoiser: Denoiser | None) -> None:
+    """Refuses noise that cannot be accounted for with this rule, and denoisers that do not know this noise."""
+    name = type(noise).__name__
+    try:
+        noise.event(1.0, clipping.magnitudes())
+        if denoiser is not None:
+            denoiser.check(noise)
+    except ValueError as error:
+        raise PrivacyConfigurationError(f"{type(clipping).__name__}: {error}") from error
+    if not np.isfinite(noise.log_moments(1.0, 2)).all():
+        raise PrivacyConfigurationError(
+            f"{name}: the ratio of its density and the same density shifted has no finite moment of order 2, so that "
+            "no Rényi divergence bounds what it reveals. Use GaussianNoise, LaplaceNoise or StudentTNoise."
         )
 
 

@@ -17,6 +17,7 @@ from dp_accounting import NeighboringRelation
 from torch import Tensor, nn
 
 from lightning_dp.engines import Engine, make_engine
+from lightning_dp.noise import Magnitudes
 
 #: Names of parameters whose joint gradient is clipped together.
 Group = tuple[str, ...]
@@ -63,6 +64,10 @@ class Bounding(ABC):
     @abstractmethod
     def group_sensitivities(self, groups: Sequence[Group], state: State = NO_STATE) -> list[float]:
         """The most that adding or removing one record moves each group's bounded sum, in Euclidean norm."""
+
+    def magnitudes(self) -> Magnitudes | None:
+        """What is known of one record's contribution besides its norm, over the sensitivity; ``None``: nothing."""
+        return None
 
     def shares(self, groups: Sequence[Group], sizes: Mapping[str, int]) -> list[float]:
         """Every group's share ``s_g`` of the step's privacy, ``Σ_g s_g = 1``: equal ones, unless a rule says otherwise.

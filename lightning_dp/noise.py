@@ -1,20 +1,28 @@
-"""Noise distributions: how a bounded sum is randomised, and the event that the accountant charges for it."""
+"""Noise distributions: how a bounded sum is randomised, and the event that the accountant charges for it.
+
+A new one is a class here, with a sampler and the moments of its likelihood ratio, and an entry in `NOISES`.
+"""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
 from torch import Tensor
+
+from lightning_dp import moments
 
 #: Coordinates that are drawn from one generator on the CPU. Making a generator takes 0.15 ms, as long as drawing 40 000
 #: numbers. Several threads could draw blocks with the same result; in Python threads that was measured to be no faster,
 #: because OpenMP's idle workers spin after a matrix product.
 BLOCK = 2**20
+
+Generators = Callable[[int], torch.Generator]
 
 
 def block_size(device: torch.device, coordinates: int) -> int:
@@ -22,14 +30,66 @@ def block_size(device: torch.device, coordinates: int) -> int:
     return min(BLOCK, max(coordinates, 1)) if device.type == "cpu" else max(coordinates, 1)
 
 
-class Noise(ABC):
-    """Additive noise, calibrated to the sensitivity of what it is added to."""
+@dataclass(frozen=True)
+class Magnitudes:
+    """What one record adds to a sum, coordinate for coordinate: up to signs and the order of coordinates, no more than
+    one of K vectors. Coordinates beyond those that are listed get nothing.
 
-    #: Ratio of the noise's scale to the sensitivity; ``None`` until something (a budget) has chosen it.
-    multiplier: float | None
+    Args:
+        counts: Number of coordinates of every level, ``(L,)``.
+        values: Magnitude of every level, in units of the sensitivity, ``(K, L)``.
+    """
+
+    counts: tuple[int, ...]
+    values: tuple[tuple[float, ...], ...]
+
+    def norms(self) -> np.ndarray:
+        """Euclidean norms of the K vectors."""
+        return np.sqrt(np.square(self.values) @ np.array(self.counts, dtype=float))
+
+
+@dataclass(frozen=True)
+class ShiftedNoiseDpEvent(DpEvent):
+    """Independent noise on every coordinate of a sum that one record shifts by at most these magnitudes.
+
+    Args:
+        noise: The distribution; its own scale plays no part.
+        scale: Of the noise, over the sensitivity.
+        magnitudes: What one record adds, over the sensitivity.
+    """
+
+    noise: Noise
+    scale: float
+    magnitudes: Magnitudes
+
+    def log_moments(self, highest: int) -> np.ndarray:
+        """``log max_j Π_r M_k(q_j[r])`` for k = 0 … ``highest``: the largest moments of the likelihood ratio.
+
+        Formal guarantee: no shift that the magnitudes allow has larger moments.
+        Proof: coordinates are independent, so that moments multiply; M_k is symmetric in the shift and grows with its
+        size, because ``M_k(v) = ∫ f(x - v)^k f(x)^(1-k)`` is a constant less a convolution of two functions that are
+        symmetric and fall away from 0, which falls away from 0 as well (Wintner 1938). So every coordinate is worst at
+        its bound.
+        """
+        shifts = {value / self.scale for entry in self.magnitudes.values for value in entry}
+        single = {shift: self.noise.log_moments(shift, highest) for shift in shifts}
+        totals = [
+            np.array(self.magnitudes.counts) @ np.stack([single[value / self.scale] for value in entry])
+            for entry in self.magnitudes.values
+        ]
+        return np.max(np.stack(totals), axis=0)
+
+
+class Noise(ABC):
+    """Additive noise, independent on every coordinate, calibrated to the sensitivity of what it is added to."""
+
+    @property
+    @abstractmethod
+    def multiplier(self) -> float | None:
+        """Ratio of the noise's scale to the sensitivity; ``None`` until something (a budget) has chosen it."""
 
     @abstractmethod
-    def fill_(self, out: Tensor, scale: float, generators: Callable[[int], torch.Generator]) -> None:
+    def fill_(self, out: Tensor, scale: float, generators: Generators) -> None:
         """Overwrites a flat tensor with independent noise.
 
         Args:
@@ -39,8 +99,54 @@ class Noise(ABC):
         """
 
     @abstractmethod
-    def event(self, multiplier: float) -> DpEvent:
-        """The privacy event of one such addition, without subsampling."""
+    def std(self) -> float:
+        """Standard deviation at scale 1; infinity when there is none."""
+
+    @abstractmethod
+    def log_moments(self, shift: float, highest: int) -> np.ndarray:
+        """``log E_{x~f}[(f(x - shift)/f(x))^k]`` for k = 0 … ``highest`` at scale 1; infinity where not finite."""
+
+    @abstractmethod
+    def event(self, multiplier: float, magnitudes: Magnitudes | None = None) -> DpEvent:
+        """The privacy event of one such addition, without subsampling.
+
+        Args:
+            multiplier: Scale of the noise over the sensitivity.
+            magnitudes: What is known of a record's contribution besides its norm.
+
+        Raises:
+            ValueError: The noise cannot be accounted for from the norm alone, and no more is known.
+        """
+
+
+class CoordinatewiseNoise(Noise):
+    """Noise whose cost depends on how a record's contribution is spread over the coordinates, not on its norm alone."""
+
+    scale: float | None
+
+    @property
+    def multiplier(self) -> float | None:
+        return self.scale
+
+    def event(self, multiplier: float, magnitudes: Magnitudes | None = None) -> DpEvent:
+        if not multiplier:
+            return NonPrivateDpEvent()
+        if magnitudes is None:
+            raise ValueError(
+                f"{type(self).__name__}: what this noise hides depends on the size of every coordinate, and a bound on "
+                "the norm says nothing about those. Use clipping=GradientEncoding(…), or GaussianNoise."
+            )
+        return ShiftedNoiseDpEvent(replace(self, scale=None), float(multiplier), magnitudes)  # type: ignore[type-var]
+
+
+def _blocks(out: Tensor, generators: Generators) -> Iterator[tuple[Tensor, torch.Generator]]:
+    for number, block in enumerate(out.split(block_size(out.device, len(out)))):
+        yield block, generators(number)
+
+
+def _check_scale(noise: str, name: str, scale: float | None) -> None:
+    if scale is not None and not 0 <= scale < math.inf:
+        raise ValueError(f"{noise}: {name} must be non-negative and finite, got {scale}.")
 
 
 @dataclass(frozen=True)
@@ -59,15 +165,101 @@ class GaussianNoise(Noise):
     multiplier: float | None = None
 
     def __post_init__(self) -> None:
-        if self.multiplier is not None and not 0 <= self.multiplier < math.inf:
-            raise ValueError(f"GaussianNoise: multiplier must be non-negative and finite, got {self.multiplier}.")
+        _check_scale("GaussianNoise", "multiplier", self.multiplier)
 
-    def fill_(self, out: Tensor, scale: float, generators: Callable[[int], torch.Generator]) -> None:
+    def fill_(self, out: Tensor, scale: float, generators: Generators) -> None:
         if scale == 0:
             out.zero_()
             return
-        for number, block in enumerate(out.split(block_size(out.device, len(out)))):
-            block.normal_(0.0, scale, generator=generators(number))
+        for block, generator in _blocks(out, generators):
+            block.normal_(0.0, scale, generator=generator)
 
-    def event(self, multiplier: float) -> DpEvent:
+    def std(self) -> float:
+        return 1.0
+
+    def log_moments(self, shift: float, highest: int) -> np.ndarray:
+        return moments.gaussian(shift, highest)
+
+    def event(self, multiplier: float, magnitudes: Magnitudes | None = None) -> DpEvent:
         return GaussianDpEvent(multiplier) if multiplier else NonPrivateDpEvent()
+
+
+@dataclass(frozen=True)
+class LaplaceNoise(CoordinatewiseNoise):
+    """Laplace noise, ``f(x) ∝ exp(-|x| / b)`` with ``b = scale · sensitivity``, on every coordinate.
+
+    Formal guarantee: see `ShiftedNoiseDpEvent`; for a rule that bounds every coordinate (`GradientEncoding`).
+
+    Args:
+        scale: b over the sensitivity (a Euclidean norm). ``None``: chosen by `PrivacyBudget`. 0.0 adds no noise.
+    """
+
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_scale("LaplaceNoise", "scale", self.scale)
+
+    def fill_(self, out: Tensor, scale: float, generators: Generators) -> None:
+        """A difference of two exponential variates: neither tail ends at the resolution of a uniform one."""
+        if scale == 0:
+            out.zero_()
+            return
+        for block, generator in _blocks(out, generators):
+            other = torch.empty_like(block).exponential_(generator=generator)
+            block.exponential_(generator=generator).sub_(other).mul_(scale)
+
+    def std(self) -> float:
+        return math.sqrt(2)
+
+    def log_moments(self, shift: float, highest: int) -> np.ndarray:
+        return moments.laplace(shift, highest)
+
+
+@dataclass(frozen=True)
+class StudentTNoise(CoordinatewiseNoise):
+    """Student's t, ``f(x) ∝ (1 + (x/s)²/df)^(-(df+1)/2)`` with ``s = scale · sensitivity``, on every coordinate.
+
+    Formal guarantee: see `ShiftedNoiseDpEvent`; for a rule that bounds every coordinate (`GradientEncoding`).
+    Source: Nasr, Shokri & Houmansadr 2020, "Improving Deep Learning with Differential Privacy using Gradient Encoding
+    and Denoising", section 3; they use 9 degrees of freedom.
+
+    Args:
+        df: Degrees of freedom, at least 1. From 2 down, there is no standard deviation.
+        scale: s over the sensitivity (a Euclidean norm). ``None``: chosen by `PrivacyBudget`. 0.0 adds no noise.
+    """
+
+    df: float = 9.0
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.df <= 1e4:
+            raise ValueError(
+                f"StudentTNoise: df must lie between 1 (below, noise overflows single precision) and 10 000 (beyond, "
+                f"it is GaussianNoise), got {self.df}."
+            )
+        _check_scale("StudentTNoise", "scale", self.scale)
+
+    def fill_(self, out: Tensor, scale: float, generators: Generators) -> None:
+        """``√(df · (exp(2E/df) - 1)) · cos(2πU)`` with E exponential and U uniform: Bailey 1994, "Polar generation of
+        random variates with the t-distribution", with ``E = -log`` of his uniform variate."""
+        if scale == 0:
+            out.zero_()
+            return
+        for block, generator in _blocks(out, generators):
+            radius = torch.empty_like(block).exponential_(self.df / 2, generator=generator)
+            radius.expm1_().mul_(self.df * scale**2).sqrt_()
+            block.uniform_(0.0, 2 * math.pi, generator=generator).cos_().mul_(radius)
+
+    def std(self) -> float:
+        return math.sqrt(self.df / (self.df - 2)) if self.df > 2 else math.inf
+
+    def log_moments(self, shift: float, highest: int) -> np.ndarray:
+        return moments.student_t(self.df, shift, highest)
+
+
+#: By the names under which a ledger stores them.
+NOISES: dict[str, type[Noise]] = {
+    "gaussian": GaussianNoise,
+    "laplace": LaplaceNoise,
+    "student_t": StudentTNoise,
+}

@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
-from dp_accounting import DpEvent, NonPrivateDpEvent, PoissonSampledDpEvent
+from dp_accounting import DpEvent, NonPrivateDpEvent
 from torch import Tensor, nn
 
-from lightning_dp.accounting import PrivacyLedger
+from lightning_dp.accounting import Phase, PrivacyLedger
 from lightning_dp.clipping import Bounding, Clipping, State
+from lightning_dp.denoising import Denoiser, DenoiserState, PublicNoise
 from lightning_dp.engines import Engine, PerExampleEngine, SummingEngine
 from lightning_dp.gradients import PerExampleGradient
 from lightning_dp.noise import Noise, block_size
@@ -59,12 +60,12 @@ class PrivateStep:
 
     A step is `begin`, then `accumulate` after the backward pass of every micro-batch, then `release`.
 
-    Formal guarantee: with multiplier z and sampling rate q, a step is a Poisson-subsampled Gaussian mechanism of
-    noise multiplier z with respect to adding or removing a record, and the ledger holds that event, and ``charge``
-    has returned, before any parameter's ``grad`` is set.
+    Formal guarantee: with multiplier z and sampling rate q, a step is the Poisson-subsampled mechanism of the noise (a
+    Gaussian mechanism of noise multiplier z, unless the noise is another) with respect to adding or removing a record,
+    and the ledger holds that event, and ``charge`` has returned, before any parameter's ``grad`` is set.
     Proof: `accumulate` adds to the sums one term per example, of joint norm at most the clipping rule's sensitivity S,
-    that depends on that example alone; the noise has standard deviation z·S on every coordinate of every trainable
-    parameter; the divisor q·N is public.
+    and within its magnitudes, that depends on that example alone; the noise has scale z·S on every coordinate of every
+    trainable parameter; the divisor q·N is public. The denoiser sees what has been released, and public numbers.
     Source: Abadi et al. 2016, Algorithm 1.
 
     Args:
@@ -75,6 +76,7 @@ class PrivateStep:
         reduce: Adds up the tensors over all processes, in place.
         charge: Makes the event of a step durable before anything of the step is used; the most steps, this one
             included, that are allowed is its second argument.
+        denoiser: What is done to the noisy gradient.
     """
 
     def __init__(
@@ -86,11 +88,17 @@ class PrivateStep:
         randomness: Randomness,
         reduce: Callable[[Sequence[Tensor]], None],
         charge: Callable[[DpEvent, int | None], None] = lambda event, at_most: None,
+        denoiser: Denoiser | None = None,
     ) -> None:
         self.engine = engine
         self.clipping = clipping
         self.noise = noise
         self.ledger = ledger
+        self.denoiser = denoiser
+        #: What the denoiser remembers: public.
+        self.denoiser_state: DenoiserState = {}
+        #: Squared norm of the noisy gradient of the last step, before it was denoised: public.
+        self.noisy_square = 0.0
         #: Examples whose gradient was not finite, so far. Not private.
         self.nonfinite_examples = 0
         #: Norms ``(B, G)`` before clipping of the examples of the current step, and their weights, one tensor per
@@ -120,7 +128,7 @@ class PrivateStep:
         """Starts a step, and forgets whatever an interrupted one left behind.
 
         The sums start out as noise, so that the bounded gradients are added to it and no sum without noise ever exists,
-        unless it is autograd's own (a `SummingEngine`): to that the noise is added, in place.
+        unless the engine forms it (a `SummingEngine`): to that the noise is added, in place.
 
         Args:
             multiplier: Noise multiplier z.
@@ -304,13 +312,32 @@ class PrivateStep:
         self._reduce(list(sums.values()))
         self._charge(self._event, self._allowed)
         self.ledger.record(self._event)
+        self._denoise({name: sums[name] for name in parameters})
         if self.clipping_state:
             self.clipping_state = self.clipping.next_state(sums[_QUERY].item(), self.clipping_state)
         for name, parameter in parameters.items():
             # Whatever was there before did not come through here: it is replaced, not added to.
             parameter.grad = sums[name].to(parameter.dtype)
 
+    def _denoise(self, gradients: dict[str, Tensor]) -> None:
+        """Lets the denoiser change the noisy gradients, in place. Nothing else of the step is within its reach."""
+        if self.denoiser is None:
+            return
+        self.noisy_square = float(torch.stack(torch._foreach_norm(list(gradients.values()))).double().square().sum())
+        step, like = len(self.ledger) - 1, next(iter(gradients.values()))
+
+        def fresh(count: int) -> Tensor:
+            drawn = torch.empty(count, device=like.device, dtype=like.dtype)
+            self.noise.fill_(drawn, 1.0, lambda block: self._randomness.torch("denoising", step, like.device, block))
+            return drawn
+
+        public = PublicNoise(self.noise_scales(), self.noise.std(), fresh)
+        self.denoiser_state = self.denoiser.denoise(gradients, public, self.denoiser_state)
+
+    def mechanism(self, multiplier: float) -> DpEvent:
+        """What one `release` costs, were every record in the batch."""
+        return self.noise.event(multiplier, self.clipping.magnitudes())
+
     def event(self, multiplier: float, sampling_rate: float) -> DpEvent:
         """What one `release` costs."""
-        event = self.noise.event(multiplier)
-        return event if isinstance(event, NonPrivateDpEvent) else PoissonSampledDpEvent(sampling_rate, event)
+        return Phase(1, sampling_rate, multiplier, self.mechanism).event()

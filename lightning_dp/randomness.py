@@ -12,8 +12,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-Stream = Literal["sampling", "noise", "query"]
-_STREAMS: dict[Stream, int] = {"sampling": 0, "noise": 1, "query": 2}
+Stream = Literal["sampling", "noise", "query", "denoising"]
+_STREAMS: dict[Stream, int] = {"sampling": 0, "noise": 1, "query": 2, "denoising": 3}
 
 
 class Randomness:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -30,6 +30,7 @@ from lightning_dp.accounting import PrivacyLedger
 from lightning_dp.batches import map_examples
 from lightning_dp.checks import PrivacyConfigurationError
 from lightning_dp.clipping import Bounding, FlatClipping, State
+from lightning_dp.denoising import Denoiser, DenoiserState
 from lightning_dp.engines import ENGINES
 from lightning_dp.journal import PrivacyJournal, relative_path, run_directory, software_versions
 from lightning_dp.noise import GaussianNoise, Noise
@@ -76,19 +77,22 @@ class PrivateMixin(Strategy):
         self_check: bool,
         seed: int | None,
         journal: bool,
+        denoiser: Denoiser | None = None,
     ) -> None:
         """Checks and keeps the configuration; arguments as for `PrivateStrategy`."""
         if not isinstance(clipping, Bounding):
             raise TypeError(f"clipping must be a clipping rule such as FlatClipping(1.0), got {clipping!r}.")
         if not isinstance(noise, Noise):
             raise TypeError(f"noise must be a noise such as GaussianNoise(1.0), got {noise!r}.")
+        if denoiser is not None and not isinstance(denoiser, Denoiser):
+            raise TypeError(f"denoiser must be one such as LowPassDenoiser(), or None, got {denoiser!r}.")
         if engine not in ENGINES:
             raise ValueError(f"engine must be one of {ENGINES}, got {engine!r}.")
         if loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}.")
         if max_physical_batch_size is not None and max_physical_batch_size < 1:
             raise ValueError(f"max_physical_batch_size must be at least 1, got {max_physical_batch_size}.")
-        self.clipping, self.noise = clipping, noise
+        self.clipping, self.noise, self.denoiser = clipping, noise, denoiser
         self.max_physical_batch_size = max_physical_batch_size
         self.engine, self.loss_reduction, self.self_check = engine, loss_reduction, self_check
         #: Every private step taken so far, in this fit and those that it resumes.
@@ -106,6 +110,7 @@ class PrivateMixin(Strategy):
         self._journal_reference: dict[str, str] | None = None
         self._resumed: _Resumed | None = None
         self._clipping_state: State = {}
+        self._denoiser_state: DenoiserState = {}
         self._randomness = Randomness(seed)
         self._train_loader: PoissonDataLoader | None = None
         self._batch_examples: int | None = None
@@ -169,6 +174,7 @@ class PrivateMixin(Strategy):
         """Binds the private step to the parameters that are trainable now."""
         assert self.lightning_module is not None
         clipping = self.clipping.bind(self.lightning_module)
+        checks.check_mechanism(clipping, self.noise, self.denoiser)
         clipping.attach(self.lightning_module)
         engine = clipping.make_engine(self.engine, self.lightning_module)
         checks.check_optimizers(trainer, engine)
@@ -181,11 +187,13 @@ class PrivateMixin(Strategy):
             self._randomness,
             self._add_up_over_processes,
             self._charge_journal,
+            self.denoiser,
         )
+        step.denoiser_state = self._denoiser_state
         if self._clipping_state.keys() == step.clipping_state.keys():
             step.clipping_state = self._clipping_state
         if before is not None:  # layers were frozen or unfrozen: the same training goes on
-            step.clipping_state = before.clipping_state
+            step.clipping_state, step.denoiser_state = before.clipping_state, before.denoiser_state
             step.nonfinite_examples, step.keep_norms = before.nonfinite_examples, before.keep_norms
         self.private_step = step
         self._bound = self._fingerprint()
@@ -316,6 +324,7 @@ class PrivateMixin(Strategy):
             "sensitivity": bound.sensitivity(NeighboringRelation.ADD_OR_REMOVE_ONE, groups, state),
             "groups": len(groups),
             "noise": {**describe(self.noise), "multiplier": self.noise_multiplier},
+            "denoiser": None if self.denoiser is None else describe(self.denoiser),
             "num_records": self.num_records,
             "sampling_rate": self.sampling_rate,
             "expected_batch_size": self.expected_batch_size,
@@ -459,8 +468,12 @@ class PrivateMixin(Strategy):
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        state = self.private_step.clipping_state if self.private_step else self._clipping_state
-        checkpoint[CHECKPOINT_KEY] = {"ledger": self.ledger.state_dict(), "clipping": dict(state)}
+        step = self.private_step
+        checkpoint[CHECKPOINT_KEY] = {
+            "ledger": self.ledger.state_dict(),
+            "clipping": dict(step.clipping_state if step else self._clipping_state),
+            "denoiser": dict(step.denoiser_state if step else self._denoiser_state),
+        }
         if self._journal_reference is not None:
             path, folder = self._journal_reference["path"], os.path.dirname(os.path.abspath(filepath))
             checkpoint[CHECKPOINT_KEY]["journal"] = {
@@ -481,6 +494,7 @@ class PrivateMixin(Strategy):
             elif self._journal_reference is None and reference is not None:
                 self._journal_reference = {key: reference[key] for key in ("name", "path")}
             self._clipping_state = dict(checkpoint[CHECKPOINT_KEY]["clipping"])
+            self._denoiser_state = dict(checkpoint[CHECKPOINT_KEY].get("denoiser", {}))
         elif self._trainer().state.fn == TrainerFn.FITTING:
             raise PrivacyConfigurationError(
                 f"The checkpoint {checkpoint_path} holds no privacy ledger: it comes from training without privacy, "
@@ -509,10 +523,14 @@ class _Resumed:
     journal: dict[str, str] | None
 
 
-def describe(stage: Bounding | Noise) -> dict[str, Any]:
-    """A stage of the mechanism in plain data: its class and its public parameters."""
-    fields: dict[str, Any] = asdict(stage) if is_dataclass(stage) else {}
-    return {"class": type(stage).__name__, **fields}
+def describe(stage: object) -> dict[str, Any]:
+    """A stage of the mechanism, or a part of one, in plain data: its class and its public parameters."""
+
+    def plain(value: Any) -> Any:
+        return describe(value) if is_dataclass(value) and not isinstance(value, type) else value
+
+    parameters = {f.name: plain(getattr(stage, f.name)) for f in fields(stage)} if is_dataclass(stage) else {}
+    return {"class": type(stage).__name__, **parameters}
 
 
 def _with_loss_value(output: Any, value: Any) -> Any:
@@ -539,6 +557,7 @@ class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
     Args:
         clipping: How contributions are bounded.
         noise: The noise. Without a multiplier, `PrivacyBudget` chooses one.
+        denoiser: What is done to the noisy gradient before the optimizer sees it; ``None``: nothing.
         max_physical_batch_size: The most examples that pass through the model at once; the result does not depend on
             it. ``None``: the whole logical batch.
         engine: ``"bookkeeping"``, fast, for layers that have a rule; ``"per_example"``, slow, for any.
@@ -564,6 +583,7 @@ class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
         self,
         clipping: Bounding = FlatClipping(1.0),
         noise: Noise = GaussianNoise(),
+        denoiser: Denoiser | None = None,
         max_physical_batch_size: int | None = None,
         engine: str = "bookkeeping",
         loss_reduction: str = "mean",
@@ -579,7 +599,7 @@ class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
         self._device_chosen = device is not None
         self._num_nodes = 1
         self.configure_privacy(
-            clipping, noise, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal
+            clipping, noise, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal, denoiser
         )
 
     @property

@@ -468,7 +468,7 @@ def test_a_run_interrupted_within_an_epoch_resumes(tmp_path: Path) -> None:
 def test_a_checkpoint_is_plain_data_without_any_generator_state(tmp_path: Path) -> None:
     _, private = run_and_save(tmp_path / "run.ckpt", None, 1)
     checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
-    assert set(checkpoint["lightning_dp"]) == {"ledger", "clipping", "journal"}
+    assert set(checkpoint["lightning_dp"]) == {"ledger", "clipping", "denoiser", "journal"}
     assert set(checkpoint["lightning_dp"]["journal"]) == {"name", "path", "relative"}
     secret = private._randomness._entropy
     for form in (str(secret).encode(), secret.to_bytes(32, "little"), secret.to_bytes(32, "big")):

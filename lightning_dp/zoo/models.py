@@ -24,7 +24,7 @@ class MLP(nn.Sequential):
 class TanhCNN(nn.Module):
     """The small convolutional network of the field: ``(B, channels, size, size) -> (B, classes)``, for MNIST as it is.
 
-    Convolutions 16@8×8/2 and 32@4×4/2, max-pooling 2×2/1 after each, a hidden layer of 32, tanh throughout (bounded
+    Convolutions 16@8×8/2 and 32@4×4/2, max-pooling 2×2/1 after each, a hidden layer, tanh throughout (bounded
     activations suit clipping). Source: Papernot et al. 2021, "Tempered Sigmoid Activations for Deep Learning with
     Differential Privacy", table 1.
 
@@ -32,9 +32,10 @@ class TanhCNN(nn.Module):
         classes: Number of classes.
         channels: Number of channels of the images.
         size: Height and width of the images.
+        hidden: Number of units of the hidden layer.
     """
 
-    def __init__(self, classes: int = 10, channels: int = 1, size: int = 28) -> None:
+    def __init__(self, classes: int = 10, channels: int = 1, size: int = 28, hidden: int = 32) -> None:
         super().__init__()
         first = (size + 6 - 8) // 2  # after convolution and pooling
         last = (first - 4) // 2
@@ -46,7 +47,9 @@ class TanhCNN(nn.Module):
             nn.Tanh(),
             nn.MaxPool2d(2, stride=1),
         )
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(32 * last * last, 32), nn.Tanh(), nn.Linear(32, classes))
+        self.head = nn.Sequential(
+            nn.Flatten(), nn.Linear(32 * last * last, hidden), nn.Tanh(), nn.Linear(hidden, classes)
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.features(images))
