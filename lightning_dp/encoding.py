@@ -305,14 +305,15 @@ class Encoder:
         self._last_ranks = torch.tensor(entries.counts).cumsum(0)
         self._values = torch.tensor(entries.values, dtype=torch.float64)
 
-    def __call__(self, rows: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-        """The encoded rows ``(B, d)`` of ``scale`` times these, which are overwritten; and norms ``(B,)`` of the top k
-        before, with the factors they were scaled by."""
+    def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodes rows ``(B, d)`` in place; returns the norms ``(B,)`` of their top k, as they were, and the factors
+        that these were scaled by."""
         if self.everything and len(self._last_ranks) == len(self._values) == 1:  # a flat codebook: no ranks
-            norms = torch.linalg.vector_norm(rows, dim=1) * scale
+            norms = torch.linalg.vector_norm(rows, dim=1)
             factors = scale_down(norms, self.max_norm)
             limit = self.max_norm * float(self._values)
-            return rows.mul_((factors * scale)[:, None]).clamp_(-limit, limit), norms, factors
+            rows.mul_(factors[:, None]).clamp_(-limit, limit)
+            return norms, factors
         magnitudes = rows.abs()
         buckets, lowest = _buckets(magnitudes)
         counts = _count(buckets)
@@ -324,13 +325,14 @@ class Encoder:
         limits[:, :-1] = self._values * self.max_norm
         table = limits.to(rows)[chosen].gather(1, levels)
         if self.everything:
-            norms = torch.linalg.vector_norm(rows, dim=1) * scale
+            norms = torch.linalg.vector_norm(rows, dim=1)
         else:
             kept = magnitudes * (levels < len(self._last_ranks)).to(rows.dtype).gather(1, buckets)
-            norms = torch.linalg.vector_norm(kept, dim=1) * scale
+            norms = torch.linalg.vector_norm(kept, dim=1)
         factors = scale_down(norms, self.max_norm)
-        encoded = torch.minimum(magnitudes.mul_((factors * scale)[:, None]), table.gather(1, buckets))
-        return torch.copysign(encoded, rows, out=rows), norms, factors
+        encoded = torch.minimum(magnitudes.mul_(factors[:, None]), table.gather(1, buckets))
+        torch.copysign(encoded, rows, out=rows)
+        return norms, factors
 
     def _nearest(self, levels: Tensor, counts: Tensor, lowest: Tensor) -> Tensor:
         """Index ``(B,)`` of the vector of largest cosine with the sorted magnitudes, up to the width of a bucket."""
@@ -418,12 +420,13 @@ class EncodedSum(SummingEngine):
                     column.copy_(matrices[name][start : start + some])
                 else:
                     column.zero_()
+            part.mul_(scale)
             bad = ~torch.linalg.vector_norm(part, dim=1).isfinite()
             if bad.any():
                 self._bad += int(bad.sum())
                 part.masked_fill_(bad[:, None], 0)
-            encoded, norms, factors = self._encode(part, scale)
-            self._total.add_(encoded.sum(0))
+            norms, factors = self._encode(part)
+            self._total.add_(part.sum(0))
             measured.append(torch.stack([norms / scale, factors]))
         if self.keep_norms:
             self.norms, self.factors = torch.cat(measured, 1)[..., None].unbind(0)
