@@ -23,7 +23,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
 from pathlib import Path
@@ -137,7 +137,12 @@ def key(job: dict[str, Any]) -> str:
     return json.dumps({k: v for k, v in job.items() if k not in ignored}, sort_keys=True)
 
 
-def run(jobs: Iterable[dict[str, Any]], file: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def run(
+    jobs: Iterable[dict[str, Any]],
+    file: Path,
+    arguments: argparse.Namespace,
+    train: Callable[[dict[str, Any]], dict[str, Any]] = train,
+) -> list[dict[str, Any]]:
     """The results of all jobs, of which those in the file are taken from there."""
     file.parent.mkdir(parents=True, exist_ok=True)
     known = {key(row): row for row in map(json.loads, file.read_text().splitlines())} if file.exists() else {}

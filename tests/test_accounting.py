@@ -30,6 +30,8 @@ from lightning_dp.accounting import (
     subsampled_gaussian,
 )
 from lightning_dp.accounting import delta as ledger_delta
+from lightning_dp.encoding import FlatCodebook, PowerLawCodebook, RandomCodebook
+from lightning_dp.noise import CoordinatewiseNoise, GaussianNoise, LaplaceNoise, ShiftedNoiseDpEvent, StudentTNoise
 
 # δ/T stays above the rounding errors that our ε allows for and dp-accounting's does not.
 GRID = [
@@ -423,3 +425,62 @@ def test_a_run_that_went_on_after_it_was_saved_is_counted_once(entries: list[tup
 def test_an_unknown_event_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown type 'quantum'"):
         PrivacyLedger.from_state_dict({"runs": [{"name": "a", "steps": [{"event": {"type": "quantum"}, "count": 1}]}]})
+
+
+# -- noise on coordinates ----------------------------------------------------------------------------------------------
+
+MAGNITUDES = PowerLawCodebook((0.3, 1.0)).entries(5000)
+
+
+@pytest.mark.parametrize("noise", [LaplaceNoise(), StudentTNoise(9), StudentTNoise(2.5)], ids=repr)
+def test_a_ledger_keeps_noise_on_coordinates(noise: CoordinatewiseNoise) -> None:
+    ledger = PrivacyLedger()
+    for magnitudes in (MAGNITUDES, RandomCodebook(3).entries(100)):
+        ledger.record(PoissonSampledDpEvent(0.01, noise.event(1.3, magnitudes)), 7)
+    ledger.record(subsampled_gaussian(1.0, 0.01), 3)
+    restored = PrivacyLedger.from_state_dict(json.loads(json.dumps(ledger.state_dict())))
+    assert list(restored) == list(ledger)
+    assert restored.epsilon(1e-5) == ledger.epsilon(1e-5)
+    with pytest.raises(ValueError, match="written by a newer version"):
+        text = json.dumps(ledger.state_dict()).replace("student_t", "noise_of_the_future")
+        PrivacyLedger.from_state_dict(json.loads(text.replace("laplace", "noise_of_the_future")))
+
+
+@pytest.mark.parametrize("adjacency", ADJACENCIES)
+@pytest.mark.parametrize("noise", [LaplaceNoise(), StudentTNoise(9)], ids=repr)
+def test_scales_and_steps_are_calibrated_as_for_gaussian_noise(
+    noise: CoordinatewiseNoise, adjacency: Adjacency
+) -> None:
+    def mechanism(multiplier: float) -> Any:
+        return noise.event(multiplier, MAGNITUDES)
+
+    scale = calibrate_noise(
+        epsilon=2.0, delta=1e-5, sampling_rate=0.01, steps=500, adjacency=adjacency, mechanism=mechanism
+    )
+    event = Phase(500, 0.01, scale, mechanism).event()
+    ledger = PrivacyLedger.of([Phase(500, 0.01, scale, mechanism)])
+    assert 1.997 <= ledger.epsilon(1e-5, adjacency=adjacency) <= 2.0
+    arguments: dict[str, Any] = {"epsilon": 2.0, "delta": 1e-5, "at_most": 10**6, "adjacency": adjacency}
+    more = affordable_steps(PrivacyLedger(), event, **arguments)
+    assert 500 <= more < 510
+    assert affordable_steps(ledger, event, **arguments) == more - 500
+
+
+@pytest.mark.parametrize("q", [0.004, 0.1, 1.0])
+def test_a_gaussian_counted_coordinate_by_coordinate_costs_what_it_costs_by_its_norm(q: float) -> None:
+    magnitudes = FlatCodebook().entries(1000)
+    steps, z = (1000, 1.0) if q < 1 else (2, 8.0)
+    found = PrivacyLedger()
+    found.record(PoissonSampledDpEvent(q, ShiftedNoiseDpEvent(GaussianNoise(), z, magnitudes)), steps)
+    integers = RdpAccountant(accountants._INTEGER_ORDERS)
+    integers.compose(PoissonSampledDpEvent(q, GaussianDpEvent(z)), steps)
+    assert found.epsilon(1e-5) == pytest.approx(integers.get_epsilon(1e-5), rel=1e-6)
+
+
+def test_epsilon_shown_while_training_is_an_upper_bound_within_a_per_cent_with_any_noise() -> None:
+    monitor, ledger = EpsilonMonitor(1e-5), PrivacyLedger()
+    event = PoissonSampledDpEvent(0.01, StudentTNoise(9).event(1.3, MAGNITUDES))
+    for steps in (1, 10, 100, 1000):
+        ledger.record(event, steps)
+        exact = ledger.epsilon(1e-5)
+        assert exact <= monitor.bound(ledger) <= 1.01 * exact

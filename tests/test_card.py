@@ -22,11 +22,15 @@ from lightning_dp import (
     DifferentialPrivacy,
     FlatClipping,
     GaussianNoise,
+    GradientEncoding,
+    LowPassDenoiser,
+    PowerLawCodebook,
     PrivacyBudget,
     PrivacyCard,
     PrivacyConfigurationError,
     PrivacyLedger,
     PrivateStrategy,
+    StudentTNoise,
     card_of_run,
     epsilon,
     privacy_card,
@@ -222,6 +226,27 @@ def test_the_card_of_the_journal_says_what_the_card_of_the_fit_said(tmp_path: Pa
     assert json.loads(json.dumps(again)) == card
     stricter = card_of_run(tmp_path, delta=1e-6)
     assert stricter["epsilon"]["poisson_sampling"]["pld"] > card["epsilon"]["poisson_sampling"]["pld"]
+
+
+def test_the_card_of_noise_on_coordinates_says_what_bounds_a_record_and_which_accountant_it_was(tmp_path: Path) -> None:
+    callback = DifferentialPrivacy(
+        2.0, DELTA, GradientEncoding(PowerLawCodebook()), StudentTNoise(9), LowPassDenoiser(), max_physical_batch_size=3
+    )
+    fit(trainer(default_root_dir=tmp_path, callbacks=[callback], max_steps=3), Net(), loader())
+    text = (tmp_path / "privacy_card.md").read_text()
+    for part in (
+        "GradientEncoding(codebook={'class': 'PowerLawCodebook'",
+        "StudentTNoise(df=9",
+        "LowPassDenoiser(a=(-0.9,)",
+        "what one record adds is bounded by one of 4 public vectors",
+        "The noise is not Gaussian",
+    ):
+        assert part in text
+    card = json.loads((tmp_path / "privacy_card.json").read_text())
+    assert 1.99 < card["epsilon"]["poisson_sampling"]["pld"] == card["epsilon"]["poisson_sampling"]["rdp"] <= 2.0
+    again = card_of_run(tmp_path)
+    again.pop("status"), card.pop("status")
+    assert json.loads(json.dumps(again)) == card
 
 
 def test_a_killed_run_has_a_card_from_its_journal(tmp_path: Path) -> None:

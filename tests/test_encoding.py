@@ -266,7 +266,12 @@ def test_gradients_that_are_not_finite_count_nothing() -> None:
     assert_close(released(rule, model, bad), released(rule, model, inputs[[0, 2, 3]]))
     bound = rule.bind(model)
     step = PrivateStep(
-        bound.make_engine("bookkeeping", model), bound, GaussianNoise(0.0), PrivacyLedger(), Randomness(), lambda t: None
+        bound.make_engine("bookkeeping", model),
+        bound,
+        GaussianNoise(0.0),
+        PrivacyLedger(),
+        Randomness(),
+        lambda t: None,
     )
     step.keep_norms = True
     step.begin(0.0, 0.5, 1.0)
@@ -429,7 +434,7 @@ def test_it_learns_also_by_feedback_alignment_and_in_one_callback() -> None:
     privacy = DifferentialPrivacy(
         None, 1e-3, clipping=GradientEncoding(RandomCodebook(2), 1.0), noise=StudentTNoise(9, 0.01), journal=False
     )
-    run = trainer(callbacks=[privacy], max_epochs=60)
+    run = trainer(callbacks=[privacy], max_epochs=40)
     inputs, labels = dataset(200).tensors
     labels = inputs[:, :3].argmax(1)
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, labels), batch_size=40, shuffle=True)

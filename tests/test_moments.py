@@ -7,11 +7,11 @@ import mpmath
 import numpy as np
 import pytest
 import torch
-from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+from dp_accounting import ComposedDpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.rdp import RdpAccountant
 
 from lightning_dp import moments
-from lightning_dp.accountants import event_delta, event_epsilon
+from lightning_dp.accountants import _step_rdp, event_delta, event_epsilon
 from lightning_dp.encoding import FlatCodebook, PowerLawCodebook, RandomCodebook
 from lightning_dp.noise import (
     CoordinatewiseNoise,
@@ -155,7 +155,7 @@ def shift_of(entries: Magnitudes) -> torch.Tensor:
 def test_a_monte_carlo_estimate_of_the_moments_agrees_with_the_bound(noise: CoordinatewiseNoise, rate: float) -> None:
     """It does not exceed it, and is not far below; with the scale off by a factor of 3/2 it would be either."""
     scale, order, shift = 1.5, 4, shift_of(ENTRIES)
-    x = outputs(noise, scale, torch.zeros(len(shift)), 400_000)
+    x = outputs(noise, scale, torch.zeros(len(shift)), 200_000)
     mixed = torch.log1p(rate * torch.expm1(log_ratio(noise, scale, x, shift)))
     terms = torch.exp(order * mixed)
     estimate, error = terms.mean().item(), 5 * terms.std().item() / math.sqrt(len(terms))
@@ -175,7 +175,7 @@ def test_a_monte_carlo_estimate_of_the_privacy_loss_never_exceeds_the_bound(
     noise: CoordinatewiseNoise, epsilon: float
 ) -> None:
     """δ(ε) of several steps, for the record's being added and its being removed, on the worst entry."""
-    scale, rate, steps, runs, shift = 1.5, 0.2, 10, 30_000, shift_of(ENTRIES)
+    scale, rate, steps, runs, shift = 1.5, 0.2, 10, 20_000, shift_of(ENTRIES)
     count = runs * steps
 
     def loss(x: torch.Tensor) -> torch.Tensor:
@@ -185,8 +185,6 @@ def test_a_monte_carlo_estimate_of_the_privacy_loss_never_exceeds_the_bound(
     sampled = torch.rand(count, 1, generator=torch.Generator().manual_seed(3)) < rate
     added, removed = loss(without + shift * sampled), -loss(without)
     event = PoissonSampledDpEvent(rate, ShiftedNoiseDpEvent(noise, scale, ENTRIES))
-    from dp_accounting import SelfComposedDpEvent
-
     bound = event_delta(SelfComposedDpEvent(event, steps), epsilon)
     for losses in (added, removed):
         terms = -torch.expm1((epsilon - losses).clamp(max=0))
@@ -198,12 +196,10 @@ def test_a_monte_carlo_estimate_of_the_privacy_loss_never_exceeds_the_bound(
 def test_replacing_a_record_costs_no_more_than_is_stated() -> None:
     """Estimated for a record that is exchanged for its opposite; adding or removing alone is exceeded."""
     noise, scale, rate, order, shift = StudentTNoise(9), 1.5, 0.3, 2, shift_of(ENTRIES)
-    x = outputs(noise, scale, torch.zeros(len(shift)), 400_000)
+    x = outputs(noise, scale, torch.zeros(len(shift)), 200_000)
     one, other = (torch.log1p(rate * torch.expm1(log_ratio(noise, scale, x, s))) for s in (shift, -shift))
     estimate = math.log(torch.exp(order * one + (1 - order) * other).mean().item()) / (order - 1)
     event = ShiftedNoiseDpEvent(noise, scale, ENTRIES)
-
-    from lightning_dp.accountants import _step_rdp
 
     [stated] = _step_rdp(rate, event, "replace_one", (order,))
     assert divergence(event, rate, order) < estimate <= stated
@@ -212,13 +208,11 @@ def test_replacing_a_record_costs_no_more_than_is_stated() -> None:
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 def test_either_accountant_states_the_renyi_bound(accountant: str) -> None:
     event = PoissonSampledDpEvent(0.01, ShiftedNoiseDpEvent(StudentTNoise(9), 1.0, FlatCodebook().entries(1000)))
-    from dp_accounting import ComposedDpEvent, SelfComposedDpEvent
-
     many = SelfComposedDpEvent(event, 1000)
     found = event_epsilon(many, 1e-5, accountant)  # type: ignore[arg-type]
     assert event_delta(many, found, accountant) == pytest.approx(1e-5, rel=1e-6)  # type: ignore[arg-type]
     with_gaussian = ComposedDpEvent([many, SelfComposedDpEvent(PoissonSampledDpEvent(0.01, GaussianDpEvent(1.0)), 10)])
     assert event_epsilon(with_gaussian, 1e-5, accountant) > found  # type: ignore[arg-type]
-    # Student's t of 9 degrees of freedom against a Gaussian of its standard deviation, on a flat vector: a little worse.
+    # Student's t of 9 degrees of freedom is a little worse on a flat vector than a Gaussian of its standard deviation.
     gaussian = SelfComposedDpEvent(PoissonSampledDpEvent(0.01, GaussianDpEvent(StudentTNoise(9).std())), 1000)
     assert event_epsilon(gaussian, 1e-5, "rdp") < found < 1.2 * event_epsilon(gaussian, 1e-5, "rdp")

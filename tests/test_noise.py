@@ -1,17 +1,28 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from dp_accounting import GaussianDpEvent, NonPrivateDpEvent
 from scipy import stats
 
-from lightning_dp.noise import BLOCK, GaussianNoise
+from lightning_dp.noise import (
+    BLOCK,
+    NOISES,
+    CoordinatewiseNoise,
+    GaussianNoise,
+    LaplaceNoise,
+    Magnitudes,
+    Noise,
+    ShiftedNoiseDpEvent,
+    StudentTNoise,
+)
 from lightning_dp.randomness import Randomness
 
 
-def draw(noise: GaussianNoise, multiplier: float, sensitivity: float, size: int = 20_000) -> torch.Tensor:
+def draw(noise: Noise, multiplier: float, sensitivity: float, size: int = 20_000) -> torch.Tensor:
     out = torch.empty(size)
     randomness = Randomness(seed=5)
     noise.fill_(out, multiplier * sensitivity, lambda block: randomness.torch("noise", 0, out.device, block))
@@ -60,3 +71,88 @@ def test_zero_multiplier_adds_nothing_and_is_not_private() -> None:
 def test_impossible_multipliers_are_refused(multiplier: float) -> None:
     with pytest.raises(ValueError, match="non-negative and finite"):
         GaussianNoise(multiplier)
+
+
+# -- Laplace and Student's t -------------------------------------------------------------------------------------------
+
+DISTRIBUTIONS = {
+    LaplaceNoise(): stats.laplace(),
+    StudentTNoise(9): stats.t(9),
+    StudentTNoise(2.5): stats.t(2.5),
+    StudentTNoise(1): stats.t(1),
+    StudentTNoise(100): stats.t(100),
+}
+
+
+def follows(sample: torch.Tensor, distribution: Any, scale: float) -> bool:
+    """Kolmogorov-Smirnov for the body, and the numbers of draws beyond quantiles of 1e-3 and 1e-4 for the tails."""
+    values = sample.numpy() / scale
+    if stats.kstest(values, distribution.cdf).pvalue < 1e-6:
+        return False
+    for tail in (1e-3, 1e-4):
+        beyond = int((abs(values) > distribution.isf(tail / 2)).sum())
+        if stats.binomtest(beyond, len(values), tail).pvalue < 1e-6:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("noise", DISTRIBUTIONS, ids=repr)
+@pytest.mark.parametrize("scale", [1.0, 0.03])
+def test_samplers_follow_scipys_distribution_of_that_scale_and_no_other(noise: Noise, scale: float) -> None:
+    sample = draw(noise, scale, 1.0, 200_000)
+    assert follows(sample, DISTRIBUTIONS[noise], scale)
+    assert not follows(sample, DISTRIBUTIONS[noise], scale * 2 / 3)
+    assert not follows(sample, DISTRIBUTIONS[noise], scale * 3 / 2)
+    for other, distribution in DISTRIBUTIONS.items():
+        if other != noise and not (isinstance(other, StudentTNoise) and other.df == 100 == getattr(noise, "df", 0)):
+            assert not follows(sample, distribution, scale), other
+    for lag in (1, 100_000):
+        signs = sample[lag:].sign() * sample[:-lag].sign()
+        assert abs(signs.mean()) < 5 / math.sqrt(len(signs))
+        large = (sample.abs() > sample.abs().median()).double() - 0.5
+        assert abs((large[lag:] * large[:-lag]).mean()) < 5 / 4 / math.sqrt(len(signs))
+
+
+@pytest.mark.parametrize("noise", [StudentTNoise(1), LaplaceNoise()], ids=repr)
+def test_samples_are_finite_and_blocks_are_independent(noise: Noise) -> None:
+    sample = draw(noise, 1.0, 1.0, BLOCK + 5000)
+    assert sample.isfinite().all()
+    assert not torch.equal(sample[:5000], sample[BLOCK:])
+
+
+@pytest.mark.parametrize("noise", [LaplaceNoise(), StudentTNoise(9), StudentTNoise(4), GaussianNoise()], ids=repr)
+def test_std_is_that_of_the_samples(noise: Noise) -> None:
+    assert draw(noise, 1.0, 1.0, 400_000).std().item() == pytest.approx(noise.std(), rel=0.05)
+
+
+def test_students_t_of_few_degrees_has_no_std() -> None:
+    assert math.isinf(StudentTNoise(2).std())
+
+
+@pytest.mark.parametrize("noise", [LaplaceNoise(), StudentTNoise(9)], ids=repr)
+def test_noise_on_coordinates_is_charged_with_what_it_hides(noise: CoordinatewiseNoise) -> None:
+    magnitudes = Magnitudes((2, 1), ((0.6, 0.5),))
+    assert noise.event(1.5, magnitudes) == ShiftedNoiseDpEvent(noise, 1.5, magnitudes)
+    assert type(noise)(scale=3.0).event(1.5, magnitudes).noise.scale is None
+    assert noise.event(0.0, magnitudes) == NonPrivateDpEvent()
+    with pytest.raises(ValueError, match="Use clipping=GradientEncoding"):
+        noise.event(1.5)
+    assert (draw(noise, 0.0, 1.0) == 0).all()
+
+
+def test_every_noise_has_a_name_in_ledgers() -> None:
+    assert set(NOISES.values()) == {GaussianNoise, LaplaceNoise, StudentTNoise}
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: StudentTNoise(0.5), "df must lie between 1"),
+        (lambda: StudentTNoise(math.nan), "df must lie between 1"),
+        (lambda: StudentTNoise(9, -1.0), "StudentTNoise: scale must be non-negative"),
+        (lambda: LaplaceNoise(math.inf), "LaplaceNoise: scale must be non-negative"),
+    ],
+)
+def test_impossible_scales_are_refused(make: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        make()
