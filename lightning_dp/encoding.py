@@ -36,8 +36,8 @@ _MANTISSA = 8
 #: Of these ranks there are so many: 16 octaves below an example's largest magnitude; what is smaller shares the last.
 _BUCKETS = 16 * 2**_MANTISSA
 
-#: Coordinates that are encoded at once: they stay in a core's cache.
-_AT_ONCE = 2**17
+#: Coordinates that are encoded at once, which stay in a core's cache, and that are materialised at once.
+_ENCODED, _MATERIALISED = 2**17, 2**22
 
 
 # -- codebooks ---------------------------------------------------------------------------------------------------------
@@ -316,21 +316,23 @@ class Encoder:
             return norms, factors
         magnitudes = rows.abs()
         buckets, lowest = _buckets(magnitudes)
-        counts = _count(buckets)
+        counts = torch.bincount(buckets, minlength=len(rows) * _BUCKETS).view(-1, _BUCKETS)
         # The last rank of a bucket decides about all that share it.
         last_ranks = counts.flip(1).cumsum(1).flip(1)
         levels = torch.searchsorted(self._last_ranks.to(rows.device), last_ranks)  # L: beyond the codebook's ranks
         chosen = self._nearest(levels, counts, lowest)
-        limits = self._values.new_zeros(len(self._values), self._values.shape[1] + 1)
-        limits[:, :-1] = self._values * self.max_norm
-        table = limits.to(rows)[chosen].gather(1, levels)
+        bounds = self._values.new_zeros(len(self._values), self._values.shape[1] + 1)
+        bounds[:, :-1] = self._values * self.max_norm
+        table = bounds.to(rows)[chosen].gather(1, levels)
         if self.everything:
             norms = torch.linalg.vector_norm(rows, dim=1)
         else:
-            kept = magnitudes * (levels < len(self._last_ranks)).to(rows.dtype).gather(1, buckets)
+            is_kept = (levels < len(self._last_ranks)).to(rows.dtype)
+            kept = magnitudes * is_kept.flatten()[buckets].view_as(rows)
             norms = torch.linalg.vector_norm(kept, dim=1)
         factors = scale_down(norms, self.max_norm)
-        encoded = torch.minimum(magnitudes.mul_(factors[:, None]), table.gather(1, buckets))
+        limits = table.flatten().index_select(0, buckets).view_as(rows)
+        encoded = torch.minimum(magnitudes.mul_(factors[:, None]), limits, out=limits)
         torch.copysign(encoded, rows, out=rows)
         return norms, factors
 
@@ -344,7 +346,8 @@ class Encoder:
 
 
 def _buckets(magnitudes: Tensor) -> tuple[Tensor, Tensor]:
-    """The bucket ``(B, d)`` of every magnitude, and the least magnitude ``(B, _BUCKETS)`` of every bucket.
+    """The bucket of every magnitude, flat, ``(B·d,)``, with `_BUCKETS` numbers for each row; and the least magnitude
+    ``(B, _BUCKETS)`` of every bucket.
 
     A larger magnitude never has a lower bucket: the bits of non-negative floating-point numbers are in their order.
     """
@@ -352,19 +355,15 @@ def _buckets(magnitudes: Tensor) -> tuple[Tensor, Tensor]:
     offset = keys.amax(1, keepdim=True) - (_BUCKETS - 1)
     lowest = (torch.arange(_BUCKETS, device=keys.device, dtype=torch.int32) + offset).clamp_(min=0)
     buckets = keys.sub_(offset).clamp_(min=0).long()
-    return buckets, (lowest << (23 - _MANTISSA)).view(torch.float32)
-
-
-def _count(buckets: Tensor) -> Tensor:
-    """How many coordinates of every row are in every bucket, ``(B, _BUCKETS)``."""
-    rows = torch.arange(len(buckets), device=buckets.device)[:, None] * _BUCKETS
-    return torch.bincount((buckets + rows).flatten(), minlength=len(buckets) * _BUCKETS).view(-1, _BUCKETS)
+    if len(buckets) > 1:
+        buckets += torch.arange(len(buckets), device=keys.device)[:, None] * _BUCKETS
+    return buckets.flatten(), (lowest << (23 - _MANTISSA)).view(torch.float32)
 
 
 class EncodedSum(SummingEngine):
     """Sums of encoded per-example gradients, a micro-batch at a time.
 
-    The gradients of one micro-batch are materialised, no more: memory is that of ``max_physical_batch_size`` models.
+    The gradients of a few examples are materialised at once, of one when the model is large.
 
     Args:
         engine: Supplies the gradients.
@@ -403,30 +402,29 @@ class EncodedSum(SummingEngine):
             self._add(gradients, scale)
 
     def _add(self, gradients: dict[str, PerExampleGradient], scale: float) -> None:
-        matrices = {name: gradients.pop(name).materialise().flatten(1) for name in list(gradients)}
-        first = next(iter(matrices.values()))
-        dtype = max((m.dtype for m in matrices.values()), key=lambda dtype: dtype.itemsize)
-        coordinates = sum(p.numel() for p in self.parameters.values())
-        if self._total is None:
-            self._total = torch.zeros(coordinates, dtype=dtype, device=first.device)
-        some = max(1, _AT_ONCE // coordinates)
-        rows = torch.empty(some, coordinates, dtype=self._total.dtype, device=first.device)
+        count = len(next(iter(gradients.values())).squared_norms())
+        sizes = [p.numel() for p in self.parameters.values()]
+        some = max(1, _MATERIALISED // sum(sizes))
+        rows: Tensor | None = None
         measured = []
-        for start in range(0, len(first), some):
-            part = rows[: min(some, len(first) - start)]
-            columns = part.split([p.numel() for p in self.parameters.values()], 1)
-            for name, column in zip(self.parameters, columns, strict=True):
+        for start in range(0, count, some):
+            matrices = {n: g.part(start, start + some).materialise().flatten(1) for n, g in gradients.items()}
+            if rows is None:
+                dtype = max((m.dtype for m in matrices.values()), key=lambda dtype: dtype.itemsize)
+                rows = next(iter(matrices.values())).new_empty(min(some, count), sum(sizes), dtype=dtype)
+            part = rows[: count - start]
+            for name, column in zip(self.parameters, part.split(sizes, 1), strict=True):
                 if name in matrices:
-                    column.copy_(matrices[name][start : start + some])
+                    torch.mul(matrices[name], scale, out=column)
                 else:
                     column.zero_()
-            part.mul_(scale)
             bad = ~torch.linalg.vector_norm(part, dim=1).isfinite()
             if bad.any():
                 self._bad += int(bad.sum())
                 part.masked_fill_(bad[:, None], 0)
-            norms, factors = self._encode(part)
-            self._total.add_(part.sum(0))
-            measured.append(torch.stack([norms / scale, factors]))
+            for few in part.split(max(1, _ENCODED // sum(sizes))):
+                norms, factors = self._encode(few)
+                measured.append(torch.stack([norms / scale, factors]))
+            self._total = part.sum(0) if self._total is None else self._total.add_(part.sum(0))
         if self.keep_norms:
             self.norms, self.factors = torch.cat(measured, 1)[..., None].unbind(0)

@@ -66,6 +66,10 @@ class PerExampleGradient(ABC):
         """All gradients, ``(B, *parameter.shape)``, in float32 or wider."""
 
     @abstractmethod
+    def part(self, start: int, stop: int) -> PerExampleGradient:
+        """The gradients of the examples from ``start`` to before ``stop``."""
+
+    @abstractmethod
     def without(self, examples: Tensor) -> PerExampleGradient:
         """The same gradients with those of ``examples`` (a boolean mask, ``(B,)``) replaced by exact zeros."""
 
@@ -114,6 +118,9 @@ class Dense(PerExampleGradient):
 
     def materialise(self) -> Tensor:
         return wide(self.values)
+
+    def part(self, start: int, stop: int) -> Dense:
+        return Dense(self.values[start:stop])
 
     def without(self, examples: Tensor) -> Dense:
         return Dense(_masked(self.values, examples))
@@ -186,6 +193,9 @@ class OuterProducts(PerExampleGradient):
     def materialise(self) -> Tensor:
         return torch.bmm(wide(self.left).transpose(1, 2), wide(self.right))
 
+    def part(self, start: int, stop: int) -> OuterProducts:
+        return OuterProducts(self.left[start:stop], self.right[start:stop])
+
     def without(self, examples: Tensor) -> OuterProducts:
         return OuterProducts(_masked(self.left, examples), _masked(self.right, examples))
 
@@ -245,6 +255,9 @@ class Rows(PerExampleGradient):
         tables = values.new_zeros(len(values), self.rows, values.shape[2])
         return tables.scatter_add_(1, self.index[..., None].expand_as(values), values)
 
+    def part(self, start: int, stop: int) -> Rows:
+        return Rows(self.index[start:stop], self.values[start:stop], self.rows)
+
     def without(self, examples: Tensor) -> Rows:
         return Rows(self.index, _masked(self.values, examples), self.rows)
 
@@ -277,6 +290,9 @@ class Blocks(PerExampleGradient):
             whole[:, start:stop] = part
         return whole
 
+    def part(self, start: int, stop: int) -> Blocks:
+        return Blocks({rows: part.part(start, stop) for rows, part in self.parts.items()}, self.shape)
+
     def without(self, examples: Tensor) -> Blocks:
         return Blocks({rows: part.without(examples) for rows, part in self.parts.items()}, self.shape)
 
@@ -306,6 +322,9 @@ class RowsAndOuterProducts(PerExampleGradient):
 
     def materialise(self) -> Tensor:
         return self.rows.materialise() + self.products.materialise()
+
+    def part(self, start: int, stop: int) -> RowsAndOuterProducts:
+        return RowsAndOuterProducts(self.rows.part(start, stop), self.products.part(start, stop))
 
     def without(self, examples: Tensor) -> RowsAndOuterProducts:
         return RowsAndOuterProducts(self.rows.without(examples), self.products.without(examples))
@@ -351,18 +370,14 @@ class Convolution(PerExampleGradient):
         if gram < positions * size:
             rows = max(1, held // ((pixels**2 + 2 * positions**2) * self.groups))
             starts = range(0, batch, rows)
-            return torch.cat([self._examples(start, start + rows)._squared_norms_by_gram() for start in starts])
+            return torch.cat([self._part(start, start + rows)._squared_norms_by_gram() for start in starts])
         if batch * size > held:  # not worth keeping; and some examples at a time when it is much more than what is held
             rows = max(1, _MATERIALISED * held // size)
             starts = range(0, batch, rows)
-            return torch.cat([_squares(self._examples(start, start + rows).materialise()) for start in starts])
+            return torch.cat([_squares(self._part(start, start + rows).materialise()) for start in starts])
         self.values = self.materialise()
         self.grad = self.input = self.values.new_empty(0)
         return _squares(self.values)
-
-    def _examples(self, start: int, stop: int) -> Convolution:
-        grad, input = self.grad[start:stop], self.input[start:stop]
-        return Convolution(grad, input, self.shape, self.stride, self.padding, self.dilation, self.groups)
 
     def _padded_pixels(self) -> int:
         return math.prod(n + 2 * pad for n, pad in zip(self.input.shape[2:], self.padding, strict=True))
@@ -446,6 +461,13 @@ class Convolution(PerExampleGradient):
             (batch * self.shape[0], *self.shape[1:]),
             batch * self.groups,
         )
+
+    def part(self, start: int, stop: int) -> PerExampleGradient:
+        return Dense(self.values[start:stop]) if self.values is not None else self._part(start, stop)
+
+    def _part(self, start: int, stop: int) -> Convolution:
+        grad, input = self.grad[start:stop], self.input[start:stop]
+        return Convolution(grad, input, self.shape, self.stride, self.padding, self.dilation, self.groups)
 
     def without(self, examples: Tensor) -> PerExampleGradient:
         if self.values is not None:

@@ -235,25 +235,24 @@ def test_the_sum_equals_that_of_single_examples_by_autograd(name: str) -> None:
     assert_close(released(rule, model, inputs, 1, "per_example"), expected, 1e-5)
 
 
-def test_memory_is_that_of_a_micro_batch() -> None:
-    """Gradients of no more than one micro-batch are ever materialised."""
-    model, seen = nn.Linear(6, 5), []
-    rule = GradientEncoding(PowerLawCodebook())
-    bound = rule.bind(model)
+def test_memory_is_that_of_a_few_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many examples a micro-batch has, and however many micro-batches there are."""
+    model, seen = nn.Linear(60, 50), []
+    monkeypatch.setattr("lightning_dp.encoding._ENCODED", 7000)
+    monkeypatch.setattr("lightning_dp.encoding._MATERIALISED", 10_000)
+    bound = GradientEncoding(PowerLawCodebook()).bind(model)
     engine = bound.make_engine("bookkeeping", model)
-    add = engine._add
-    engine._add = lambda gradients, scale: (  # type: ignore[method-assign]
-        seen.append(len(next(iter(gradients.values())).squared_norms())),
-        add(gradients, scale),
-    )[1]
-    for part in torch.randn(10, 6).split(4):
+    encode = engine._encode
+    engine._encode = lambda rows: (seen.append(len(rows)), encode(rows))[1]  # type: ignore[assignment]
+    inputs = torch.randn(10, 60)
+    for part in inputs.split(5):
         with engine.forward(len(part)):
             loss = model(part).sum()
         with engine.backward():
             loss.backward()
-    assert seen == [4, 4, 2]
+    assert seen == [2, 1, 2, 2, 1, 2]
     sums, factor = engine.take()
-    assert factor == 1 and {name: s.shape for name, s in sums.items()} == {"weight": (5, 6), "bias": (5,)}
+    assert factor == 1 and {name: s.shape for name, s in sums.items()} == {"weight": (50, 60), "bias": (50,)}
     assert engine.take() == ({}, 1.0)
 
 
