@@ -173,7 +173,7 @@ def _encode(event: DpEvent) -> dict[str, Any]:
         return {"type": "poisson", "sampling_rate": event.sampling_probability, "event": _encode(event.event)}
     if isinstance(event, GaussianDpEvent):
         return {"type": "gaussian", "noise_multiplier": event.noise_multiplier}
-    if isinstance(event, ShiftedNoiseDpEvent):
+    if isinstance(event, ShiftedNoiseDpEvent) and type(event.noise) in NOISES.values():
         parameters = {field.name: getattr(event.noise, field.name) for field in fields(event.noise)}  # type: ignore[arg-type]
         return {
             "type": "shifted_noise",

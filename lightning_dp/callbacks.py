@@ -6,6 +6,7 @@ They only read the ledger; what is released, and what it costs, is decided by th
 from __future__ import annotations
 
 import math
+import zlib
 from typing import Any
 
 import lightning.pytorch as pl
@@ -156,14 +157,15 @@ class PrivacyBudget(Callback):
             )
         if remaining == 0:
             return self._chosen.get("noise_multiplier", 0.0)
+        assert strategy.private_step is not None
         plan = {
+            "mechanism": float(zlib.crc32(repr(strategy.private_step.mechanism(1.0)).encode())),
             "epsilon": self.epsilon,
             "delta": self.delta,
             "sampling_rate": strategy.sampling_rate,
             "total_steps": float(len(strategy.ledger) + remaining),
         }
         if any(self._chosen.get(key) != value for key, value in plan.items()):
-            assert strategy.private_step is not None
             rank_zero_info(f"PrivacyBudget: choosing the noise for {remaining} steps …")
             try:
                 multiplier = calibrate_noise(

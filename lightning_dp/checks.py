@@ -26,7 +26,7 @@ from lightning_dp.denoising import Denoiser
 from lightning_dp.engines import BookKeeping, Engine, set_aside
 from lightning_dp.gradients import PerExampleGradient
 from lightning_dp.layers import refusal_for, rule_for, trainable, trained_layers
-from lightning_dp.noise import Noise
+from lightning_dp.noise import NOISES, Noise
 from lightning_dp.records import Call, UnsupportedModelError, getattr_path
 
 
@@ -81,12 +81,19 @@ def check_precision(trainer: pl.Trainer, clipping: Bounding) -> None:
 def check_mechanism(clipping: Bounding, noise: Noise, denoiser: Denoiser | None) -> None:
     """Refuses noise that cannot be accounted for with this rule, and denoisers that do not know this noise."""
     name = type(noise).__name__
+    if type(noise) not in NOISES.values():
+        raise PrivacyConfigurationError(
+            f"{name} has no entry in lightning_dp.noise.NOISES, so that no ledger can store what it costs."
+        )
     try:
         noise.event(1.0, clipping.magnitudes())
-        if denoiser is not None:
-            denoiser.check(noise)
     except ValueError as error:
-        raise PrivacyConfigurationError(f"{type(clipping).__name__}: {error}") from error
+        raise PrivacyConfigurationError(f"{type(clipping).__name__} with {error}") from error
+    if denoiser is not None:
+        try:
+            denoiser.check(noise)
+        except ValueError as error:
+            raise PrivacyConfigurationError(str(error)) from error
     if not np.isfinite(noise.log_moments(1.0, 2)).all():
         raise PrivacyConfigurationError(
             f"{name}: the ratio of its density and the same density shifted has no finite moment of order 2, so that "

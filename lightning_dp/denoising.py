@@ -164,25 +164,33 @@ class LowPassDenoiser(Denoiser):
         return sum(self.b[: step + 1]) - recursive
 
     def denoise(self, gradients: Mapping[str, Tensor], noise: PublicNoise, state: DenoiserState) -> DenoiserState:
-        step = int(state.get("step", 0))
-        inputs: list[Mapping[str, Tensor]] = [dict(gradients), *state.get("inputs", [])]
-        outputs: list[Mapping[str, Tensor]] = state.get("outputs", [])
-        gains: list[float] = list(state.get("gains", []))
+        filter = [list(self.a), list(self.b)]
+        past = state["past"] if state.get("filter") == filter else {}
+        return {
+            "filter": filter,
+            "past": {name: self._filter(gradient, past.get(name, {})) for name, gradient in gradients.items()},
+        }
+
+    def _filter(self, gradient: Tensor, past: dict[str, Any]) -> dict[str, Any]:
+        """Filters one parameter's gradient in place, and returns its past for the next step.
+
+        A parameter that was frozen, or exchanged for one of another shape, begins anew.
+        """
+        inputs, outputs, gains = (past.get(key, []) for key in ("inputs", "outputs", "gains"))
+        step = past.get("step", 0)
+        if any(before.shape != gradient.shape for before in (*inputs, *outputs)):
+            step, inputs, outputs, gains = 0, [], [], []
         gain = self._gain(step, gains)
-        filtered: dict[str, Tensor] = {}
-        for name, gradient in gradients.items():
-            filtered[name] = gradient * self.b[0]
-            past = [(b, before) for b, before in zip(self.b[1:], inputs[1:], strict=False)]
-            past += [(-a, before) for a, before in zip(self.a, outputs, strict=False)]
-            for coefficient, before in past:
-                if name in before:  # a parameter that was frozen then has no past
-                    filtered[name].add_(before[name].to(gradient), alpha=coefficient)
-        kept = {name: gradient.clone() for name, gradient in gradients.items()} if self.b[1:] else {}
-        for name, gradient in gradients.items():
-            torch.div(filtered[name], gain, out=gradient)
+        filtered = gradient * self.b[0]
+        for coefficient, before in zip(self.b[1:], inputs, strict=False):
+            filtered.add_(before.to(gradient), alpha=coefficient)
+        for coefficient, before in zip(self.a, outputs, strict=False):
+            filtered.sub_(before.to(gradient), alpha=coefficient)
+        kept = [gradient.clone()] if self.b[1:] else []
+        torch.div(filtered, gain, out=gradient)
         return {
             "step": step + 1,
-            "inputs": [kept, *inputs[1:]][: len(self.b) - 1],
+            "inputs": [*kept, *inputs][: len(self.b) - 1],
             "outputs": [filtered, *outputs][: len(self.a)],
             "gains": [gain, *gains][: len(self.a)],
         }

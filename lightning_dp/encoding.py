@@ -74,6 +74,7 @@ class PowerLawCodebook(Codebook):
     exponents: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "exponents", tuple(self.exponents))
         if not self.exponents or not all(0 <= exponent < math.inf for exponent in self.exponents):
             raise ValueError(f"PowerLawCodebook: exponents must be non-negative numbers, got {self.exponents}.")
 
@@ -98,7 +99,8 @@ class RandomCodebook(Codebook):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.size < 1 or not 0 <= self.shapes[0] <= self.shapes[1] < math.inf:
+        object.__setattr__(self, "shapes", tuple(self.shapes))
+        if self.size < 1 or len(self.shapes) != 2 or not 0 <= self.shapes[0] <= self.shapes[1] < math.inf:
             raise ValueError(
                 "RandomCodebook: size must be at least 1 and shapes two non-negative numbers in ascending order, got "
                 f"size={self.size}, shapes={self.shapes}."
@@ -139,13 +141,15 @@ def learn_codebook(gradients: Tensor, path: str | os.PathLike[str], size: int = 
     Args:
         gradients: Per-example gradients of **public** data, ``(n, d)`` (see `public_gradients`), restricted to their
             top-k coordinates where the encoding is: pass the k largest magnitudes.
-        path: Where the codebook is written (``.npz``).
+        path: Where the codebook is written; ``.npz`` is added where it is missing.
         size: Number of vectors.
         seed: Of the first centres.
 
     Raises:
         ValueError: There are fewer gradients than vectors, or some are zero or not finite.
     """
+    if gradients.dim() != 2:
+        raise ValueError(f"learn_codebook: gradients must be (n, d), one row each, got {tuple(gradients.shape)}.")
     shapes = -np.sort(-np.abs(gradients.double().cpu().numpy()), axis=1)
     norms = np.linalg.norm(shapes, axis=1, keepdims=True)
     if len(shapes) < size or not np.isfinite(norms).all() or (norms == 0).any():
@@ -163,10 +167,11 @@ def learn_codebook(gradients: Tensor, path: str | os.PathLike[str], size: int = 
             break
         centres = moved
     found = staircases(list(centres))
-    path = Path(path).with_suffix(".npz")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, counts=np.array(found.counts), values=np.array(found.values))
-    return PublicCodebook(str(path))
+    name = os.fspath(path)
+    name = name if name.endswith(".npz") else f"{name}.npz"
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    np.savez(name, counts=np.array(found.counts), values=np.array(found.values))
+    return PublicCodebook(name)
 
 
 def public_gradients(module: Any, batches: Iterable[Any]) -> Tensor:
@@ -260,11 +265,11 @@ class GradientEncoding(Bounding):
 def _check_entries(name: str, entries: Magnitudes, size: int) -> None:
     """Refuses what is no codebook: a bound would be wrong."""
     values = np.array(entries.values)
+    if sum(entries.counts) != size or min(entries.counts) < 1:
+        raise ValueError(f"GradientEncoding: the levels of {name} must have {size} coordinates in all.")
     descending = values.ndim == 2 and values.size and (np.diff(values, axis=1) <= 1e-12).all()
     if not descending or not (values >= 0).all() or not np.allclose(entries.norms(), 1, atol=1e-6):
         raise ValueError(f"GradientEncoding: the vectors of {name} must be descending, non-negative and of norm 1.")
-    if sum(entries.counts) != size or min(entries.counts) < 1 or len(entries.counts) != values.shape[1]:
-        raise ValueError(f"GradientEncoding: the levels of {name} must have {size} coordinates in all.")
 
 
 @dataclass(frozen=True)
@@ -422,7 +427,7 @@ class EncodedSum(SummingEngine):
             if bad.any():
                 self._bad += int(bad.sum())
                 part.masked_fill_(bad[:, None], 0)
-            for few in part.split(max(1, _ENCODED // sum(sizes))):
+            for few in part.split(max(1, _ENCODED // max(sum(sizes), _BUCKETS))):
                 norms, factors = self._encode(few)
                 measured.append(torch.stack([norms / scale, factors]))
             self._total = part.sum(0) if self._total is None else self._total.add_(part.sum(0))

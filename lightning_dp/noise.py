@@ -38,10 +38,21 @@ class Magnitudes:
     Args:
         counts: Number of coordinates of every level, ``(L,)``.
         values: Magnitude of every level, in units of the sensitivity, ``(K, L)``.
+
+    Raises:
+        ValueError: The levels of a vector are not as many as there are counts.
     """
 
     counts: tuple[int, ...]
     values: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        # Plain numbers, which can be hashed, compared and stored, whatever they were given as.
+        object.__setattr__(self, "counts", tuple(map(int, self.counts)))
+        object.__setattr__(self, "values", tuple(tuple(map(float, entry)) for entry in self.values))
+        if any(len(entry) != len(self.counts) for entry in self.values):
+            levels = [len(entry) for entry in self.values]
+            raise ValueError(f"Magnitudes: there are {len(self.counts)} counts, and vectors of {levels} levels.")
 
     def norms(self) -> np.ndarray:
         """Euclidean norms of the K vectors."""
@@ -247,7 +258,7 @@ class StudentTNoise(CoordinatewiseNoise):
             return
         for block, generator in _blocks(out, generators):
             radius = torch.empty_like(block).exponential_(self.df / 2, generator=generator)
-            radius.expm1_().mul_(self.df * scale**2).sqrt_()
+            radius.expm1_().mul_(self.df).sqrt_().mul_(scale)
             block.uniform_(0.0, 2 * math.pi, generator=generator).cos_().mul_(radius)
 
     def std(self) -> float:

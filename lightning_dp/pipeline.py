@@ -6,6 +6,7 @@ is in. Nothing here knows about Lightning.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -325,10 +326,11 @@ class PrivateStep:
             return
         self.noisy_square = float(torch.stack(torch._foreach_norm(list(gradients.values()))).double().square().sum())
         step, like = len(self.ledger) - 1, next(iter(gradients.values()))
+        blocks = itertools.count()
 
         def fresh(count: int) -> Tensor:
             drawn = torch.empty(count, device=like.device, dtype=like.dtype)
-            self.noise.fill_(drawn, 1.0, lambda block: self._randomness.torch("denoising", step, like.device, block))
+            self.noise.fill_(drawn, 1.0, lambda _: self._randomness.torch("denoising", step, like.device, next(blocks)))
             return drawn
 
         public = PublicNoise(self.noise_scales(), self.noise.std(), fresh)

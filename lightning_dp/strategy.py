@@ -7,7 +7,7 @@ One Lightning batch is one logical batch is one private step, so that `global_st
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -263,7 +263,8 @@ class PrivateMixin(Strategy):
         if self.journal is not None:  # the train loader has been loaded again
             self.journal.set_num_records(self.num_records)
             return
-        mechanism = {"clipping": describe(self.clipping), "noise": type(self.noise).__name__}
+        noise = {name: value for name, value in describe(self.noise).items() if name not in ("multiplier", "scale")}
+        mechanism = {"clipping": describe(self.clipping), "noise": " ".join(map(str, noise.values()))}
         journal = PrivacyJournal(self._run_directory, num_records=self.num_records, configuration=mechanism)
         try:
             self._charge_lost_steps(journal)
@@ -527,7 +528,9 @@ def describe(stage: object) -> dict[str, Any]:
     """A stage of the mechanism, or a part of one, in plain data: its class and its public parameters."""
 
     def plain(value: Any) -> Any:
-        return describe(value) if is_dataclass(value) and not isinstance(value, type) else value
+        if isinstance(value, int | float | str | list | tuple | Mapping | None):
+            return value
+        return describe(value)
 
     parameters = {f.name: plain(getattr(stage, f.name)) for f in fields(stage)} if is_dataclass(stage) else {}
     return {"class": type(stage).__name__, **parameters}

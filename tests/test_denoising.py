@@ -120,12 +120,18 @@ def test_the_low_pass_filter_is_scipys_over_its_response_to_a_constant(rule: Low
     assert_close(constant["w"], torch.full((3,), 2.0))
 
 
-def test_the_filter_of_a_parameter_begins_when_it_is_unfrozen() -> None:
-    rule, state = LowPassDenoiser(b=(0.05, 0.05)), {}
-    for names in (["a"], ["a", "b"], ["b"]):
-        gradients = {name: torch.ones(2) for name in names}
+def test_a_parameter_that_was_frozen_or_exchanged_begins_anew() -> None:
+    """Unbiased: a constant gradient stays what it is."""
+    rule: LowPassDenoiser = LowPassDenoiser(b=(0.05, 0.05))
+    state: DenoiserState = {}
+    for number, names in enumerate([["a"], ["a", "b"], ["b"], ["a", "b"], ["a", "b"]]):
+        gradients = {name: torch.ones(2 if number < 4 else 3) for name in names}
         state = rule.denoise(gradients, public(0.1, gradients), state)
-        assert all(value.isfinite().all() for value in gradients.values())
+        for value in gradients.values():
+            assert_close(value, torch.ones_like(value))
+    other = {"a": torch.ones(3)}
+    LowPassDenoiser(a=(-0.5,), b=(0.5,)).denoise(other, public(0.1, other), state)  # a past of another filter
+    assert_close(other["a"], torch.ones(3))
 
 
 @pytest.mark.parametrize(
@@ -222,6 +228,7 @@ def test_a_denoiser_is_given_the_noisy_gradient_and_independent_noise_of_its_sca
     assert scale == pytest.approx(2.0 * clipping.max_norm / 8)  # type: ignore[attr-defined]
     sample = torch.cat([value.flatten() for value in given.values()]) / scale
     fresh = known.fresh(len(sample))
+    assert not torch.equal(fresh, known.fresh(len(sample)))
     assert abs((sample * fresh).mean()) < 5 * noise.std() ** 2 / len(sample) ** 0.5
     distribution = stats.norm() if isinstance(noise, GaussianNoise) else stats.t(9)
     for drawn in (sample, fresh):

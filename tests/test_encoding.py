@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_dp import (
@@ -32,7 +33,7 @@ from lightning_dp import (
 )
 from lightning_dp.checks import PrivacyConfigurationError
 from lightning_dp.encoding import _MANTISSA, Codebook, Encoder, staircases
-from lightning_dp.noise import Magnitudes, Noise
+from lightning_dp.noise import NOISES, Magnitudes, Noise
 from lightning_dp.pipeline import PrivateStep
 from lightning_dp.randomness import Randomness
 from lightning_dp.zoo import MLP, FeedbackClassifier
@@ -238,7 +239,7 @@ def test_the_sum_equals_that_of_single_examples_by_autograd(name: str) -> None:
 def test_memory_is_that_of_a_few_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many examples a micro-batch has, and however many micro-batches there are."""
     model, seen = nn.Linear(60, 50), []
-    monkeypatch.setattr("lightning_dp.encoding._ENCODED", 7000)
+    monkeypatch.setattr("lightning_dp.encoding._ENCODED", 9000)
     monkeypatch.setattr("lightning_dp.encoding._MATERIALISED", 10_000)
     bound = GradientEncoding(PowerLawCodebook()).bind(model)
     engine = bound.make_engine("bookkeeping", model)
@@ -313,6 +314,7 @@ def test_a_codebook_is_learned_from_public_gradients(tmp_path: Path) -> None:
     flat = torch.rand(40, 500, generator=generator) + 5
     codebook = learn_codebook(torch.cat([spiky, flat]), tmp_path / "book", size=2)
     assert codebook == PublicCodebook(str(tmp_path / "book.npz"))
+    assert learn_codebook(spiky, tmp_path / "book_0.5", size=1).path == str(tmp_path / "book_0.5.npz")
     entries = codebook.entries(500)
     peaks = sorted(entry[0] for entry in entries.values)
     assert peaks[0] < 0.07 and peaks[1] > 0.3
@@ -352,6 +354,8 @@ class Wrong(Codebook):
         (lambda: PowerLawCodebook(()), "non-negative"),
         (lambda: RandomCodebook(0), "size must be at least 1"),
         (lambda: RandomCodebook(2, (2.0, 1.0)), "ascending"),
+        (lambda: RandomCodebook(2, (1.0,)), "two non-negative"),  # type: ignore[arg-type]
+        (lambda: learn_codebook(torch.ones(5), "book"), "one row each"),
         (lambda: GradientEncoding(Wrong((12,), ((1.0,),))).bind(nn.Linear(3, 3)), "of norm 1"),
         (lambda: GradientEncoding(Wrong((6, 6), ((0.1, 0.4),))).bind(nn.Linear(3, 3)), "descending"),
         (lambda: GradientEncoding(Wrong((1,), ((1.0,),))).bind(nn.Linear(3, 3)), "must have 12 coordinates"),
@@ -392,17 +396,56 @@ def test_a_budget_stops_training_of_which_the_scale_was_given() -> None:
 
 @pytest.mark.parametrize("noise", [StudentTNoise(9, 1.0), LaplaceNoise(1.0)], ids=repr)
 def test_noise_that_needs_coordinates_is_refused_without(noise: Noise) -> None:
-    with pytest.raises(PrivacyConfigurationError, match="FlatClipping: .*Use clipping=GradientEncoding"):
+    with pytest.raises(PrivacyConfigurationError, match="FlatClipping with .*Use clipping=GradientEncoding"):
         fit(trainer(strategy=PrivateStrategy(FlatClipping(1.0), noise)), Net(), loader())
 
 
-def test_noise_without_moments_is_refused() -> None:
-    class Endless(StudentTNoise):
-        def log_moments(self, shift: float, highest: int) -> np.ndarray:
-            return np.full(highest + 1, np.inf)
+class StopAt(Callback):
+    """Interrupts a training after so many steps."""
 
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.steps
+
+
+class Endless(StudentTNoise):
+    def log_moments(self, shift: float, highest: int) -> np.ndarray:
+        return np.full(highest + 1, np.inf)
+
+
+def test_noise_without_moments_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(strategy=PrivateStrategy(GradientEncoding(), Endless(9, 1.0)))
+    with pytest.raises(PrivacyConfigurationError, match="Endless has no entry in"):
+        fit(run, Net(), loader())
+    monkeypatch.setitem(NOISES, "endless", Endless)
     with pytest.raises(PrivacyConfigurationError, match="no finite moment"):
-        fit(trainer(strategy=PrivateStrategy(GradientEncoding(), Endless(9, 1.0))), Net(), loader())
+        fit(run, Net(), loader())
+
+
+def test_a_resumed_run_with_other_noise_chooses_its_scale_anew(tmp_path: Path) -> None:
+    def run(noise: Noise, steps: int, ckpt: Path | None = None) -> PrivateStrategy:
+        strategy = PrivateStrategy(GradientEncoding(), noise, journal=False)
+        budget = PrivacyBudget(2.0, 1e-3)
+        fit(
+            trainer(
+                strategy=strategy,
+                callbacks=[budget, StopAt(steps), ModelCheckpoint(tmp_path, filename="last", save_last=False)],
+                enable_checkpointing=True,
+                max_epochs=4,
+            ),
+            Net(),
+            loader(),
+            ckpt_path=ckpt,
+        )
+        assert strategy.ledger.epsilon(1e-3) <= 2.0
+        return strategy
+
+    first = run(StudentTNoise(9), 5)
+    assert run(StudentTNoise(9), 20, tmp_path / "last.ckpt").noise_multiplier == first.noise_multiplier
+    other = run(StudentTNoise(3), 20, tmp_path / "last.ckpt")
+    assert other.noise_multiplier != first.noise_multiplier and len(other.ledger) == 20
 
 
 @pytest.mark.parametrize("noise", [StudentTNoise(9, 2.0), LaplaceNoise(2.0)], ids=repr)

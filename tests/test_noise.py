@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from dp_accounting import GaussianDpEvent, NonPrivateDpEvent
@@ -125,6 +126,22 @@ def test_std_is_that_of_the_samples(noise: Noise) -> None:
     assert draw(noise, 1.0, 1.0, 400_000).std().item() == pytest.approx(noise.std(), rel=0.05)
 
 
+def test_exponential_draws_use_the_whole_generator() -> None:
+    """Rather than a small seed of their own per call, as some builds of torch did before 2.7."""
+    one, other = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
+    whole = torch.empty(1000).exponential_(generator=one)
+    parts = [torch.empty(500).exponential_(generator=other) for _ in range(2)]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+@pytest.mark.parametrize("noise", [LaplaceNoise(), StudentTNoise(9), GaussianNoise()], ids=repr)
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_no_scale_makes_the_noise_vanish(noise: Noise, scale: float) -> None:
+    sample = draw(noise, scale, 1.0, 1000)
+    assert (sample != 0).all() and sample.isfinite().all()
+    assert torch.allclose(sample / scale, draw(noise, 1.0, 1.0, 1000), rtol=1e-4)
+
+
 def test_students_t_of_few_degrees_has_no_std() -> None:
     assert math.isinf(StudentTNoise(2).std())
 
@@ -138,6 +155,14 @@ def test_noise_on_coordinates_is_charged_with_what_it_hides(noise: Coordinatewis
     with pytest.raises(ValueError, match="Use clipping=GradientEncoding"):
         noise.event(1.5)
     assert (draw(noise, 0.0, 1.0) == 0).all()
+
+
+def test_magnitudes_are_plain_numbers() -> None:
+    found = Magnitudes(np.array([2, 1]), [np.array([0.5, 0.1])])  # type: ignore[arg-type]
+    assert found == Magnitudes((2, 1), ((0.5, 0.1),)) and hash(found)
+    assert type(found.counts[0]) is int and type(found.values[0][0]) is float
+    with pytest.raises(ValueError, match=r"2 counts, and vectors of \[1\] levels"):
+        Magnitudes((2, 1), ((0.5,),))
 
 
 def test_every_noise_has_a_name_in_ledgers() -> None:
