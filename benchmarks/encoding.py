@@ -3,6 +3,7 @@
     python benchmarks/encoding.py search --out runs/encoding
     python benchmarks/encoding.py test --out runs/encoding --seeds 1 2 3
     python benchmarks/encoding.py table --out runs/encoding
+    python benchmarks/encoding.py epsilons
 
 MNIST, the network of Nasr et al. 2020 with tanh (convolutions 16@8x8 and 32@4x4, a hidden layer of 50), expected batch
 256, a few epochs. The search trains every row with three learning rates on 55 000 records and looks at the 5000 at the
@@ -25,8 +26,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from curve import Data, interval, run
+from dp_accounting import PoissonSampledDpEvent
 
 import lightning_dp as ldp
+from lightning_dp.noise import ShiftedNoiseDpEvent
 from lightning_dp.zoo import Classifier, TanhCNN
 
 EPSILON, DELTA, BATCH_SIZE, MAX_NORM = 2.5, 1e-5, 256, 0.1
@@ -163,9 +166,28 @@ def table(arguments: argparse.Namespace) -> None:
             print(f"| {' | '.join(row)} | {std:.3f} | {own[0]['learning_rate']:g} | {mean:.2f} ± {half:.2f} |")
 
 
+def epsilons(arguments: argparse.Namespace) -> None:
+    """Prints ε of 40 epochs for noise of the same standard deviation (that of Student-t at 9 degrees of freedom and
+    scale 1), with one vector in the codebook."""
+    coordinates, std = 35_424, ldp.StudentTNoise(9).std()
+    rate, steps = BATCH_SIZE / 60_000, 40 * 60_000 // BATCH_SIZE
+    shapes = {"flat": 0.0, "rank^-1/2": 0.5, "1 / rank": 1.0, "one spike": 50.0}
+    noises = [ldp.GaussianNoise(), ldp.LaplaceNoise(), ldp.StudentTNoise(9), ldp.StudentTNoise(3)]
+    print("| vector | " + " | ".join(map(str, noises)) + " |\n|---|" + "---|" * len(noises))
+    for name, exponent in shapes.items():
+        entries = ldp.PowerLawCodebook((exponent,)).entries(coordinates)
+        cells = []
+        for noise in noises:
+            ledger = ldp.PrivacyLedger()
+            event = ShiftedNoiseDpEvent(noise, std / noise.std(), entries)
+            ledger.record(PoissonSampledDpEvent(rate, event), steps)
+            cells.append(f"{ledger.epsilon(DELTA):.3f}")
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["search", "test", "table"])
+    parser.add_argument("what", choices=["search", "test", "table", "epsilons"])
     parser.add_argument("--out", type=Path, default=Path("runs/encoding"))
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
@@ -174,7 +196,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--npz", default=None, help="MNIST as arrays, where `datasets` is not installed")
     arguments = parser.parse_args()
-    {"search": search, "test": test, "table": table}[arguments.what](arguments)
+    {"search": search, "test": test, "table": table, "epsilons": epsilons}[arguments.what](arguments)
 
 
 if __name__ == "__main__":

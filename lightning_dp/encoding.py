@@ -333,12 +333,11 @@ class Encoder:
             norms = torch.linalg.vector_norm(rows, dim=1)
         else:
             is_kept = (levels < len(self._last_ranks)).to(rows.dtype)
-            kept = magnitudes * is_kept.flatten()[buckets].view_as(rows)
+            kept = magnitudes * is_kept.flatten().index_select(0, buckets).view_as(rows)
             norms = torch.linalg.vector_norm(kept, dim=1)
         factors = scale_down(norms, self.max_norm)
         limits = table.flatten().index_select(0, buckets).view_as(rows)
-        encoded = torch.minimum(magnitudes.mul_(factors[:, None]), limits, out=limits)
-        torch.copysign(encoded, rows, out=rows)
+        torch.clamp(rows.mul_(factors[:, None]), -limits, limits, out=rows)
         return norms, factors
 
     def _nearest(self, levels: Tensor, counts: Tensor, lowest: Tensor) -> Tensor:
@@ -359,9 +358,9 @@ def _buckets(magnitudes: Tensor) -> tuple[Tensor, Tensor]:
     keys = magnitudes.float().view(torch.int32) >> (23 - _MANTISSA)
     offset = keys.amax(1, keepdim=True) - (_BUCKETS - 1)
     lowest = (torch.arange(_BUCKETS, device=keys.device, dtype=torch.int32) + offset).clamp_(min=0)
-    buckets = keys.sub_(offset).clamp_(min=0).long()
+    buckets = keys.sub_(offset).clamp_(min=0)
     if len(buckets) > 1:
-        buckets += torch.arange(len(buckets), device=keys.device)[:, None] * _BUCKETS
+        buckets += torch.arange(0, len(buckets) * _BUCKETS, _BUCKETS, device=keys.device, dtype=torch.int32)[:, None]
     return buckets.flatten(), (lowest << (23 - _MANTISSA)).view(torch.float32)
 
 
