@@ -377,8 +377,9 @@ class EncodedSum(SummingEngine):
     def __init__(self, engine: PerExampleEngine, rule: BoundGradientEncoding) -> None:
         self.engine, self.parameters, self.max_examples = engine, engine.parameters, engine.max_examples
         self._encode = Encoder(rule.entries, rule.max_norm, sum(p.numel() for p in self.parameters.values()))
+        engine.expects_norms = False
         self._total: Tensor | None = None
-        self._bad = 0
+        self._batch_size = self._bad = 0
 
     def reset(self) -> None:
         self._total = None
@@ -394,6 +395,7 @@ class EncodedSum(SummingEngine):
         return self._bad
 
     def forward(self, batch_size: int) -> AbstractContextManager[None]:
+        self._batch_size = batch_size
         return self.engine.forward(batch_size)
 
     @contextmanager
@@ -406,27 +408,25 @@ class EncodedSum(SummingEngine):
             self._add(gradients, scale)
 
     def _add(self, gradients: dict[str, PerExampleGradient], scale: float) -> None:
-        count = len(next(iter(gradients.values())).squared_norms())
+        count = self._batch_size
         sizes = [p.numel() for p in self.parameters.values()]
         some = max(1, _MATERIALISED // sum(sizes))
-        rows: Tensor | None = None
         measured = []
+        dtype = max((p.dtype for p in self.parameters.values()), key=lambda dtype: dtype.itemsize)
+        like = next(iter(self.parameters.values()))
+        rows = like.new_empty(min(some, count), sum(sizes), dtype=torch.promote_types(dtype, torch.float32))
         for start in range(0, count, some):
-            matrices = {n: g.part(start, start + some).materialise().flatten(1) for n, g in gradients.items()}
-            if rows is None:
-                dtype = max((m.dtype for m in matrices.values()), key=lambda dtype: dtype.itemsize)
-                rows = next(iter(matrices.values())).new_empty(min(some, count), sum(sizes), dtype=dtype)
             part = rows[: count - start]
             for name, column in zip(self.parameters, part.split(sizes, 1), strict=True):
-                if name in matrices:
-                    torch.mul(matrices[name], scale, out=column)
+                if name in gradients:
+                    gradients[name].part(start, start + some).write_(column, scale)
                 else:
                     column.zero_()
-            bad = ~torch.linalg.vector_norm(part, dim=1).isfinite()
-            if bad.any():
-                self._bad += int(bad.sum())
-                part.masked_fill_(bad[:, None], 0)
             for few in part.split(max(1, _ENCODED // max(sum(sizes), _BUCKETS))):
+                bad = ~torch.linalg.vector_norm(few, dim=1).isfinite()
+                if bad.any():
+                    self._bad += int(bad.sum())
+                    few.masked_fill_(bad[:, None], 0)
                 norms, factors = self._encode(few)
                 measured.append(torch.stack([norms / scale, factors]))
             self._total = part.sum(0) if self._total is None else self._total.add_(part.sum(0))

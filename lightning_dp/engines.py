@@ -52,6 +52,9 @@ class Engine(ABC):
 class PerExampleEngine(Engine):
     """An engine that supplies the gradient of every example."""
 
+    #: Whether norms will be asked for: then they are computed as early as possible, and what only they need is freed.
+    expects_norms = True
+
     @abstractmethod
     def gradients(self) -> dict[str, PerExampleGradient]:
         """After both: the gradients, by parameter name, of the loss that was given to ``backward``.
@@ -129,7 +132,7 @@ class BookKeeping(PerExampleEngine):
         """Takes note of one call of a layer, whose gradient is known."""
         for name, gradient in gradients_of(self.layers[layer], layer, call).items():
             parameter = self._names[id(getattr_path(self.layers[layer], name))]
-            if sum(map(self.recorder.count, self._users[parameter])) == 1:
+            if self.expects_norms and sum(map(self.recorder.count, self._users[parameter])) == 1:
                 gradient.squared_norms()
             self._uses.setdefault(parameter, []).append(gradient)
 

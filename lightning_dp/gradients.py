@@ -65,6 +65,10 @@ class PerExampleGradient(ABC):
     def materialise(self) -> Tensor:
         """All gradients, ``(B, *parameter.shape)``, in float32 or wider."""
 
+    def write_(self, out: Tensor, scale: float) -> None:
+        """Writes the gradients times ``scale`` into a tensor ``(B, *)`` with one row per example."""
+        torch.mul(self.materialise().flatten(1), scale, out=out)
+
     @abstractmethod
     def part(self, start: int, stop: int) -> PerExampleGradient:
         """The gradients of the examples from ``start`` to before ``stop``."""
@@ -192,6 +196,13 @@ class OuterProducts(PerExampleGradient):
 
     def materialise(self) -> Tensor:
         return torch.bmm(wide(self.left).transpose(1, 2), wide(self.right))
+
+    def write_(self, out: Tensor, scale: float) -> None:
+        if self.left.shape[1] > 1:
+            super().write_(out, scale)
+            return
+        left, right = wide(self.left)[:, 0] * scale, wide(self.right)[:, 0]
+        torch.mul(left[:, :, None], right[:, None], out=out.unflatten(1, (left.shape[1], right.shape[1])))
 
     def part(self, start: int, stop: int) -> OuterProducts:
         return OuterProducts(self.left[start:stop], self.right[start:stop])
