@@ -5,7 +5,7 @@
     python benchmarks/encoding.py epsilons
 
 MNIST, the network of Nasr et al. 2020 with tanh (convolutions 16@8x8 and 32@4x4, a hidden layer of 50), expected batch
-256, a few epochs. All rows take steps of the same learning rate, but for those of `ROWS` that say otherwise; nothing is
+256, one epoch. All rows take steps of the same learning rate, but for those of `ROWS` that say otherwise; nothing is
 tuned row by row. Every result is a line of JSON under ``--out``; what is there is not computed again.
 """
 
@@ -36,7 +36,6 @@ EPSILON, DELTA, BATCH_SIZE, MAX_NORM = 2.5, 1e-5, 256, 0.1
 CLIPPINGS: dict[str, Any] = {
     "none": ldp.FlatClipping(MAX_NORM),
     "flat": ldp.GradientEncoding(ldp.FlatCodebook(), MAX_NORM),
-    "power law": ldp.GradientEncoding(ldp.PowerLawCodebook(), MAX_NORM),
     "random": ldp.GradientEncoding(ldp.RandomCodebook(), MAX_NORM),
     "public digits": ldp.GradientEncoding(ldp.PublicCodebook(""), MAX_NORM),
 }
@@ -58,14 +57,12 @@ ROWS = [
     ("none", "Gaussian", "KS scale", 0.5),
     ("none", "Gaussian", "James-Stein", 2.0),
     ("none", "Gaussian", "low-pass", 20.0),
-    ("flat", "Gaussian", "none", 2.0),
-    ("flat", "Student-t, 9 df", "none", 2.0),
+    ("flat", "Gaussian", "none", 4.0),
     ("flat", "Student-t, 9 df", "none", 4.0),
     ("random", "Gaussian", "none", 2.0),
-    ("random", "Student-t, 9 df", "none", 2.0),
-    ("power law", "Student-t, 9 df", "none", 2.0),
-    ("public digits", "Student-t, 9 df", "none", 2.0),
     ("random", "Laplace", "none", 2.0),
+    ("random", "Student-t, 9 df", "none", 2.0),
+    ("public digits", "Student-t, 9 df", "none", 2.0),
     ("random", "Student-t, 9 df", "KS scale", 0.5),
 ]
 
@@ -179,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["test", "table", "epsilons"])
     parser.add_argument("--out", type=Path, default=Path("runs/encoding"))
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--threads", type=int, default=1, help="of every process")
