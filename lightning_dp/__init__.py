@@ -19,6 +19,8 @@ from lightning_dp.checks import PrivacyConfigurationError
 from lightning_dp.clipping import AdaptiveClipping, AutomaticClipping, FlatClipping, PerLayerClipping
 from lightning_dp.denoising import JamesSteinDenoiser, KSDenoiser, LowPassDenoiser
 from lightning_dp.dfa import DFAMixin
+from lightning_dp.distributed import PrivateDDPStrategy, ReplicasDiverged
+from lightning_dp.distributed import register_strategies as register_ddp_strategies
 from lightning_dp.encoding import (
     FlatCodebook,
     GradientEncoding,
@@ -34,6 +36,7 @@ from lightning_dp.records import UnsupportedModelError
 from lightning_dp.strategy import PrivateStrategy, register_strategies
 
 register_strategies()
+register_ddp_strategies()
 
 __version__ = "0.1.0.dev0"
 
@@ -60,9 +63,11 @@ __all__ = [
     "PrivacyConfigurationError",
     "PrivacyLedger",
     "PrivacyMonitor",
+    "PrivateDDPStrategy",
     "PrivateStrategy",
     "PublicCodebook",
     "RandomCodebook",
+    "ReplicasDiverged",
     "StudentTNoise",
     "UnsupportedModelError",
     "calibrate_noise",

@@ -71,9 +71,9 @@ class PrivacyLedger:
         self._runs: dict[str, list[tuple[DpEvent, int]]] = {}
         self._current = ""
 
-    def start_run(self) -> None:
-        """What is recorded from now on belongs to a new run."""
-        self._current = secrets.token_hex(8)
+    def start_run(self, name: str | None = None) -> None:
+        """What is recorded from now on belongs to a new run, of a random name unless one is given."""
+        self._current = secrets.token_hex(8) if name is None else name
 
     @property
     def run(self) -> str:
@@ -130,6 +130,10 @@ class PrivacyLedger:
         ledger._runs = {name: list(run) for name, run in self._runs.items()}
         ledger._current = self._current
         return ledger
+
+    def become(self, other: PrivacyLedger) -> None:
+        """Takes the entries and the current run of the other in place of one's own."""
+        self._runs, self._current = other.copy()._runs, other._current
 
     def extend(self, other: PrivacyLedger) -> None:
         """Records the steps of the other after one's own."""

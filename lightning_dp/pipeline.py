@@ -78,6 +78,8 @@ class PrivateStep:
         charge: Makes the event of a step durable before anything of the step is used; the most steps, this one
             included, that are allowed is its second argument.
         denoiser: What is done to the noisy gradient.
+        rank, world_size: Of the processes that add up. The noise is added once in all: its blocks are shared out among
+            them, and drawn from the streams that a single process would draw them from.
     """
 
     def __init__(
@@ -90,6 +92,8 @@ class PrivateStep:
         reduce: Callable[[Sequence[Tensor]], None],
         charge: Callable[[DpEvent, int | None], None] = lambda event, at_most: None,
         denoiser: Denoiser | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.engine = engine
         self.clipping = clipping
@@ -111,6 +115,7 @@ class PrivateStep:
         self.clipping_state: State = clipping.initial_state()
         #: Names of parameters that are clipped together.
         self.groups = clipping.groups(list(engine.parameters))
+        self._rank, self._world_size = rank, world_size
         self._randomness = randomness
         self._reduce = reduce
         self._charge = charge
@@ -218,17 +223,29 @@ class PrivateStep:
             generator = self._noise_generators(step, device, first)
             parts = dict(zip(members, flat.split([p.numel() for p in members.values()]), strict=True))
             if len({scales[name] for name in members}) == 1:
-                self.noise.fill_(flat, scales[next(iter(members))], generator)
+                self._fill_own_blocks_(flat, scales[next(iter(members))], generator)
             else:
-                self.noise.fill_(flat, 1.0, generator)
+                self._fill_own_blocks_(flat, 1.0, generator)
                 torch._foreach_mul_(list(parts.values()), [scales[name] for name in parts])
             self._sums |= {name: part.view_as(members[name]) for name, part in parts.items()}
         device = next(iter(parameters.values())).device
         answer = torch.empty(1, device=device)
         query_std = self.clipping.query_std(self._multiplier, self._divisor) / self._divisor
-        self.noise.fill_(answer, query_std, lambda block: self._randomness.torch("query", step, device, block))
+        self._fill_own_blocks_(answer, query_std, lambda block: self._randomness.torch("query", step, device, block))
         self._sums[_QUERY] = answer
         return self._sums
+
+    def _is_own(self, block: int) -> bool:
+        """Whether this process draws the noise of a block of coordinates."""
+        return block % self._world_size == self._rank
+
+    def _fill_own_blocks_(self, out: Tensor, scale: float, generators: Callable[[int], torch.Generator]) -> None:
+        """Noise on this process's blocks of a flat tensor, and zeros on the others."""
+        for number, block in enumerate(out.split(block_size(out.device, len(out)))):
+            if self._is_own(number):
+                self.noise.fill_(block, scale, lambda _, number=number: generators(number))  # type: ignore[misc]
+            else:
+                block.zero_()
 
     def _with_noise(self) -> dict[str, Tensor]:
         """The noisy sums over q·N, of whichever kind of engine."""
@@ -260,6 +277,10 @@ class PrivateStep:
         chunk = _CHUNK if device.type == "cpu" else max(map(len, sums))
         noise = sums[0].new_empty(chunk)
         for number, block in enumerate(_blocks(sums, block_size(device, sum(map(len, sums))))):
+            if not self._is_own(number):
+                for _, part in block:
+                    part.mul_(factor)
+                continue
             own = generators(number)
             for index, part in block:
                 for piece in part.split(chunk):
@@ -310,9 +331,10 @@ class PrivateStep:
                 "added to the optimizer while a step was under way. Do that between steps (on_train_epoch_start)."
             )
         sums, self._sums = self._with_noise(), {}
-        self._reduce(list(sums.values()))
+        # In this order: no process gets the sum before the first one, which keeps the journal, has charged it.
         self._charge(self._event, self._allowed)
         self.ledger.record(self._event)
+        self._reduce(list(sums.values()))
         self._denoise({name: sums[name] for name in parameters})
         if self.clipping_state:
             self.clipping_state = self.clipping.next_state(sums[_QUERY].item(), self.clipping_state)

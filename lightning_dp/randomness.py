@@ -7,6 +7,7 @@ system's entropy at the start of every fit, never from `seed_everything`, and ne
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
@@ -36,6 +37,14 @@ class Randomness:
     def renew(self) -> None:
         """Draws a new secret; without effect under an explicit seed."""
         self._entropy = secrets.randbits(256) if self.seed is None else self.seed
+
+    def share(self, broadcast: Callable[[int], int]) -> None:
+        """Takes the secret of the first process, with which all draw the same samples.
+
+        Args:
+            broadcast: Returns its argument of the first process, in every process.
+        """
+        self._entropy = broadcast(self._entropy)
 
     def numpy(self, stream: Stream, step: int) -> np.random.Generator:
         """The generator of this stream at this step, for index sampling."""

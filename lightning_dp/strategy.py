@@ -7,7 +7,8 @@ One Lightning batch is one logical batch is one private step, so that `global_st
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -114,10 +115,11 @@ class PrivateMixin(Strategy):
         self._randomness = Randomness(seed)
         self._train_loader: PoissonDataLoader | None = None
         self._batch_examples: int | None = None
+        self._largest_share = 0
         self._examples_left_to_backward = 0
         self._bound: tuple[Any, ...] = ()
         self._run_directory = ""
-        self._is_set_up = self._journal_is_due = False
+        self._is_set_up = self._journal_is_due = self._journal_is_open = False
         self._self_check_pending = self_check
 
     # -- what callbacks read ---------------------------------------------------------------------------------------
@@ -157,7 +159,8 @@ class PrivateMixin(Strategy):
             checks.check_precision(trainer, self.clipping)
             checks.check_model(self.lightning_module, self.engine)
             self._randomness.renew()
-            self.ledger.start_run()
+            self._randomness.share(self.share)
+            self.ledger.start_run(self.share(secrets.token_hex(8)))
             self.private_step = None
             self._self_check_pending = self.self_check
             self._run_directory = run_directory(trainer)  # before a search for learning rates puts the loggers away
@@ -188,6 +191,8 @@ class PrivateMixin(Strategy):
             self._add_up_over_processes,
             self._charge_journal,
             self.denoiser,
+            trainer.global_rank,
+            trainer.world_size,
         )
         step.denoiser_state = self._denoiser_state
         if self._clipping_state.keys() == step.clipping_state.keys():
@@ -208,8 +213,18 @@ class PrivateMixin(Strategy):
     def _optimized_parameters(self) -> list[torch.nn.Parameter]:
         return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
 
+    # -- other processes, of which there are none here: see `lightning_dp.distributed` -------------------------------
+
+    def share(self, value: Any) -> Any:
+        """The first process's value, in every process."""
+        return value
+
+    def on_first_process(self, action: Callable[[], None]) -> None:
+        """Does something in the first process; an error there is one in every process."""
+        action()
+
     def _add_up_over_processes(self, tensors: Sequence[Tensor]) -> None:
-        """One process: nothing to add."""
+        """Adds up tensors over all processes, in place."""
 
     def process_dataloader(self, dataloader: object) -> object:
         trainer = self._trainer()
@@ -247,6 +262,7 @@ class PrivateMixin(Strategy):
             )
         if self.budget is not None:
             self.budget.choose_noise(self._trainer(), self)
+        self.noise_multiplier = self.share(self.noise_multiplier)
         if self.noise_multiplier is None:
             raise PrivacyConfigurationError(
                 "No noise multiplier: give GaussianNoise(multiplier=…), or add the callback PrivacyBudget(epsilon=…, "
@@ -260,9 +276,19 @@ class PrivateMixin(Strategy):
         self._journal_is_due = False
         if not self.keep_journal or getattr(trainer, "fast_dev_run", False):
             return
-        if self.journal is not None:  # the train loader has been loaded again
-            self.journal.set_num_records(self.num_records)
+        if self._journal_is_open:  # the train loader has been loaded again
+            if self.journal is not None:
+                self.journal.set_num_records(self.num_records)
             return
+        self.on_first_process(lambda: self._start_journal(trainer))
+        self._journal_is_open = True
+        known = self.share((self.ledger.state_dict(), self.ledger.run, self._journal_reference))
+        if self.journal is None:  # not the first process: it counts what that one has found
+            self.ledger.become(PrivacyLedger.from_state_dict(known[0]))
+            self.ledger.start_run(known[1])
+            self._journal_reference = known[2]
+
+    def _start_journal(self, trainer: Trainer) -> None:
         noise = {name: value for name, value in describe(self.noise).items() if name not in ("multiplier", "scale")}
         mechanism = {"clipping": describe(self.clipping), "noise": " ".join(map(str, noise.values()))}
         journal = PrivacyJournal(self._run_directory, num_records=self.num_records, configuration=mechanism)
@@ -345,7 +371,7 @@ class PrivateMixin(Strategy):
         if self.journal is not None:
             self.journal.close()
         self.journal, self._resumed = None, None
-        self._is_set_up = self._journal_is_due = False
+        self._is_set_up = self._journal_is_due = self._journal_is_open = False
         super().teardown()
 
     # -- the training step -----------------------------------------------------------------------------------------
@@ -354,7 +380,9 @@ class PrivateMixin(Strategy):
         super().on_train_batch_start(batch, batch_idx)
         assert self._train_loader is not None and self.lightning_module is not None
         checks.check_no_accumulation(self._trainer())
-        self._batch_examples = self._iterator().last_size
+        drawn = self._iterator()
+        self._batch_examples = drawn.last_size
+        self._largest_share = -(-drawn.last_total // self._trainer().world_size)
         if self._bound != self._fingerprint():
             # A callback froze, unfroze or exchanged layers: bound exactly what is trained from now on.
             checks.check_model(self.lightning_module, self.engine)
@@ -384,10 +412,14 @@ class PrivateMixin(Strategy):
             return torch.zeros((), device=self.root_device, requires_grad=True)
         self._check_examples(args)
         results = self._trainer()._results
-        limit = min(self.max_physical_batch_size or count, step.engine.max_examples or count)
+        # As many micro-batches in every process, so that each of them is at the same place.
+        largest = self._largest_share
+        parts = -(-largest // min(self.max_physical_batch_size or largest, step.engine.max_examples or largest))
         weighted_loss: Any = 0.0
-        for start in range(0, count, limit):
-            stop = min(start + limit, count)
+        for part in range(parts):
+            start, stop = count * part // parts, count * (part + 1) // parts
+            if start == stop:
+                continue
             micro_batch = batch if stop - start == count else self.take_examples(batch, count, slice(start, stop))
             if results is not None:  # so that self.log weights its means by the micro-batch's size
                 results.batch, results.batch_size = micro_batch, None
@@ -402,7 +434,7 @@ class PrivateMixin(Strategy):
         if results is not None:
             results.batch, results.batch_size = batch, None
         self._examples_left_to_backward = stop - start
-        return _with_loss_value(output, weighted_loss) if count > limit else output
+        return _with_loss_value(output, weighted_loss) if parts > 1 else output
 
     def take_examples(self, batch: Any, size: int, examples: slice | list[int]) -> Any:
         """Some examples of a collated batch of ``size``. Override it for batches that are not trees of tensors."""
@@ -543,6 +575,10 @@ def _with_loss_value(output: Any, value: Any) -> Any:
     return {**output, "loss": shown} if isinstance(output, dict) else shown
 
 
+#: What can be combined with a strategy of Lightning's to make it private.
+MIXINS: list[Any] = [PrivateMixin]
+
+
 class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
     """Differentially private training on one device, of any `LightningModule`, unchanged.
 
@@ -614,7 +650,8 @@ class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
     def parallel_devices(self, devices: list[torch.device] | None) -> None:
         if devices is not None and len(devices) > 1:
             raise PrivacyConfigurationError(
-                f"PrivateStrategy trains on one device, and the Trainer has {len(devices)}. Use Trainer(devices=1)."
+                f"PrivateStrategy trains on one device, and the Trainer has {len(devices)}. Use PrivateDDPStrategy "
+                "(strategy='private_ddp'), or Trainer(devices=1)."
             )
         if devices and not self._device_chosen:
             self._root_device = devices[0]
@@ -627,7 +664,10 @@ class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
     @num_nodes.setter
     def num_nodes(self, num_nodes: int) -> None:
         if num_nodes > 1:
-            raise PrivacyConfigurationError("PrivateStrategy trains on one node. Use Trainer(num_nodes=1).")
+            raise PrivacyConfigurationError(
+                "PrivateStrategy trains on one node. Use PrivateDDPStrategy (strategy='private_ddp'), or "
+                "Trainer(num_nodes=1)."
+            )
         self._num_nodes = num_nodes
 
 
@@ -643,12 +683,13 @@ def make_private(strategy: Strategy, **configuration: Any) -> PrivateMixin:
     """
     if isinstance(strategy, PrivateMixin):
         return strategy
-    if type(strategy) not in PrivateMixin.supported:
+    mixin = next((mixin for mixin in MIXINS if type(strategy) in mixin.supported), None)
+    if mixin is None:
         raise PrivacyConfigurationError(
             f"Private training does not know how {type(strategy).__name__} computes and exchanges gradients. Use one "
-            "device (Trainer(devices=1))."
+            "device (Trainer(devices=1)), or strategy='ddp'."
         )
-    strategy.__class__ = type(f"Private{type(strategy).__name__}", (PrivateMixin, type(strategy)), {})
+    strategy.__class__ = type(f"Private{type(strategy).__name__}", (mixin, type(strategy)), {})
     assert isinstance(strategy, PrivateMixin)
     strategy.configure_privacy(**configuration)
     strategy.made_private = True

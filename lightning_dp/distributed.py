@@ -1,0 +1,221 @@
+"""Private training in several processes, on one node or many: exactly what one process would compute.
+
+All processes draw the same global Poisson sample and take their share of it; the bounded sums are added up, and the
+noise is added once. There is no `DistributedDataParallel`, whose reducer would wait for gradients that never come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, Precision
+from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import Tensor, nn
+from torch.distributed.constants import default_pg_timeout
+
+from lightning_dp.accounting import PrivacyLedger
+from lightning_dp.clipping import Bounding, FlatClipping
+from lightning_dp.denoising import Denoiser
+from lightning_dp.noise import GaussianNoise, Noise
+from lightning_dp.strategy import MIXINS, PrivateMixin
+
+#: Bytes that are added up over the processes at once.
+BUCKET = 2**25
+
+#: Private steps between two comparisons of the replicas' parameters.
+REPLICA_CHECK_EVERY = 100
+
+
+class ReplicasDiverged(RuntimeError):
+    """The processes no longer hold the same parameters."""
+
+
+class PrivateParallelMixin(PrivateMixin):
+    """What makes a strategy of several processes private; combined with Lightning's `DDPStrategy`.
+
+    Formal guarantee: with W processes, a step is the same mechanism as in one. Proof: each record of the global sample
+    is in one process's share, so that the sum over all processes has one bounded term per record; of the noise's
+    blocks each is drawn by one process, from the stream that a single process draws it from; the divisor is q·N of the
+    global sample. The processes trust each other: sums travel between them before all of the noise is in.
+    """
+
+    supported: ClassVar[tuple[type[Strategy], ...]] = (DDPStrategy,)
+
+    def configure_ddp(self) -> None:
+        """Every process starts from the first one's parameters and buffers; nothing is wrapped."""
+        _sync_module_states(self._module())
+
+    def share(self, value: Any) -> Any:
+        return self.broadcast(value)
+
+    def on_first_process(self, action: Callable[[], None]) -> None:
+        error: Exception | None = None
+        if self.is_global_zero:
+            try:
+                action()
+            except Exception as raised:
+                error = raised
+        message = self.share(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        if message is not None:
+            raise RuntimeError(f"The first process stopped the training: {message}")
+
+    def _add_up_over_processes(self, tensors: Sequence[Tensor]) -> None:
+        if dist.get_world_size() == 1:
+            return
+        for bucket in buckets(tensors, BUCKET):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket]) if len(bucket) > 1 else bucket[0].view(-1)
+            dist.all_reduce(flat)
+            if len(bucket) > 1:
+                parts = flat.split([tensor.numel() for tensor in bucket])
+                torch._foreach_copy_(list(bucket), [p.view_as(t) for p, t in zip(parts, bucket, strict=True)])
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().optimizer_step(*args, **kwargs)
+        if len(self.ledger) % REPLICA_CHECK_EVERY == 0:
+            self._check_replicas()
+        return output
+
+    def _check_replicas(self) -> None:
+        """Compares a hash of the parameters over all processes."""
+        own = parameter_hash(self._module())
+        everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, own)
+        others = [rank for rank, other in enumerate(everyone) if not torch.equal(other, everyone[0])]
+        if others:
+            raise ReplicasDiverged(
+                f"After {len(self.ledger)} private steps the parameters of processes {others} differ from those of "
+                "process 0. Something changes parameters in one process only (a callback, a hook, a metric that "
+                "decides), or the machines compute differently. What was released until now is charged."
+            )
+
+    def _configure_launcher(self) -> None:
+        super()._configure_launcher()
+        if isinstance(self._launcher, _MultiProcessingLauncher):
+            self._launcher = _Launcher(self, start_method=self._launcher._start_method)  # type: ignore[arg-type]
+
+
+def buckets(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Groups of tensors of one type and device, in order, each closed once it has ``size`` bytes."""
+    for kind in dict.fromkeys((t.dtype, t.device) for t in tensors):
+        group: list[Tensor] = []
+        for tensor in (t for t in tensors if (t.dtype, t.device) == kind):
+            group.append(tensor)
+            if sum(t.numel() * t.element_size() for t in group) >= size:
+                yield group
+                group = []
+        if group:
+            yield group
+
+
+def parameter_hash(module: nn.Module) -> Tensor:
+    """A number ``(2,)`` that differs, almost surely, when a bit of a parameter does."""
+    views = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    device = next(module.parameters()).device
+    total = torch.zeros(2, dtype=torch.int64, device=device)
+    for number, parameter in enumerate(module.parameters(), 1):
+        bits = parameter.detach().contiguous().view(views[parameter.element_size()]).flatten().long()
+        positions = torch.arange(1, len(bits) + 1, device=device)
+        total += number * torch.stack([bits.sum(), (bits * positions).sum()])
+    return total
+
+
+class _Launcher(_MultiProcessingLauncher):
+    """Brings the ledger back from the processes that it started."""
+
+    def get_extra_results(self, trainer: Trainer) -> dict[str, Any]:
+        strategy: Any = trainer.strategy
+        extra = super().get_extra_results(trainer)
+        ledger = (strategy.ledger.state_dict(), strategy.ledger.run)
+        return {**extra, "ledger": ledger, "noise_multiplier": strategy.noise_multiplier}
+
+    def update_main_process_results(self, trainer: Trainer, extra: dict[str, Any]) -> None:
+        strategy: Any = trainer.strategy
+        state, run = extra.pop("ledger")
+        strategy.ledger.become(PrivacyLedger.from_state_dict(state))
+        strategy.ledger.start_run(run)
+        strategy.noise_multiplier = extra.pop("noise_multiplier")
+        super().update_main_process_results(trainer, extra)
+
+
+class PrivateDDPStrategy(PrivateParallelMixin, DDPStrategy):
+    """Differentially private training in several processes, one per device, on one node or many.
+
+    Samples, noise and ledger are those of the whole, not of a process: ε does not depend on the number of devices. The
+    train loader's batch size is per device, as always in Lightning: the expected batch is ``batch_size · devices ·
+    num_nodes``. A process whose share of a sample is empty runs no ``training_step`` in that step; `self.log` with
+    ``on_step=True, sync_dist=True`` would wait for it.
+
+    Args:
+        clipping, noise, denoiser, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal: As for
+            `PrivateStrategy`. ``max_physical_batch_size`` is per device.
+        accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
+            timeout, start_method: As for Lightning's `DDPStrategy`; the Trainer fills most of them in.
+
+    Raises:
+        ReplicasDiverged: The processes' parameters differ; looked at every `REPLICA_CHECK_EVERY` steps.
+    """
+
+    strategy_name = "private_ddp"
+
+    def __init__(
+        self,
+        clipping: Bounding = FlatClipping(1.0),
+        noise: Noise = GaussianNoise(),
+        denoiser: Denoiser | None = None,
+        max_physical_batch_size: int | None = None,
+        engine: str = "bookkeeping",
+        loss_reduction: str = "mean",
+        self_check: bool = True,
+        seed: int | None = None,
+        journal: bool = True,
+        accelerator: Accelerator | None = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: ClusterEnvironment | None = None,
+        checkpoint_io: CheckpointIO | None = None,
+        precision_plugin: Precision | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        self.configure_privacy(
+            clipping, noise, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal, denoiser
+        )
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        """Under `strategy_name`, with the ways to start processes."""
+        for suffix, start_method in (("", "popen"), ("_spawn", "spawn"), ("_fork", "fork"), ("_notebook", "fork")):
+            strategy_registry.register(
+                f"{cls.strategy_name}{suffix}",
+                cls,
+                description=f"Differentially private training in several processes, started by {start_method}",
+                override=True,
+                start_method=start_method,
+            )
+
+
+def register_strategies() -> None:
+    """Makes ``Trainer(strategy="private_ddp")`` work, and `make_private` of Lightning's own strategy."""
+    if PrivateParallelMixin not in MIXINS:
+        MIXINS.append(PrivateParallelMixin)
+    PrivateDDPStrategy.register_strategies(StrategyRegistry)
