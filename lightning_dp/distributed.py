@@ -98,6 +98,10 @@ class PrivateParallelMixin(PrivateMixin):
                 "decides), or the machines compute differently. What was released until now is charged."
             )
 
+    def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
+        exception.add_note(f"lightning_dp: this happened in process {self.global_rank} of {self.world_size}.")
+
     def _configure_launcher(self) -> None:
         super()._configure_launcher()
         if isinstance(self._launcher, _MultiProcessingLauncher):
