@@ -6,8 +6,14 @@ noise is added once. There is no `DistributedDataParallel`, whose reducer would 
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -48,6 +54,13 @@ class PrivateParallelMixin(PrivateMixin):
     """
 
     supported: ClassVar[tuple[type[Strategy], ...]] = (DDPStrategy,)
+
+    global_rank: int
+    world_size: int
+
+    def setup(self, trainer: Trainer) -> None:
+        _die_with_launcher()
+        super().setup(trainer)
 
     def configure_ddp(self) -> None:
         """Every process starts from the first one's parameters and buffers; nothing is wrapped."""
@@ -100,12 +113,31 @@ class PrivateParallelMixin(PrivateMixin):
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
-        exception.add_note(f"lightning_dp: this happened in process {self.global_rank} of {self.world_size}.")
+        note = f"lightning_dp: this happened in process {self.global_rank} of {self.world_size}."
+        if (isinstance(exception, RuntimeError) and "gloo" in str(exception)) or isinstance(exception, dist.DistError):
+            note += " It could not reach another one, which may have failed before: look for that one's error."
+        exception.add_note(note)
 
     def _configure_launcher(self) -> None:
         super()._configure_launcher()
         if isinstance(self._launcher, _MultiProcessingLauncher):
             self._launcher = _Launcher(self, start_method=self._launcher._start_method)  # type: ignore[arg-type]
+
+
+def _die_with_launcher() -> None:
+    """Asks the kernel to end this process when the one that launched it ends, as far as that is known (on Linux).
+
+    A process that hangs in user code would otherwise outlive a job that failed: Lightning catches the gentler signals.
+    """
+    with suppress(OSError, AttributeError):
+        if multiprocessing.parent_process() is not None or _arguments(os.getppid()) == _arguments(os.getpid()):
+            ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
+
+
+def _arguments(process: int) -> list[str]:
+    """What a process was started with, without the folders of what was named."""
+    arguments = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+    return [os.path.basename(argument.decode(errors="replace")) for argument in arguments[1:]]
 
 
 def buckets(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
