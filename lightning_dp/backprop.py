@@ -386,6 +386,9 @@ class ClippedBackward(SummingEngine):
         for name, stand_in in summands.items():
             stand_in.grad = self._sums.get(name)
         self._listening = True
+        if self.on_complete is not None:
+            for name, stand_in in summands.items():
+                stand_in.register_post_accumulate_grad_hook(lambda summand, name=name: self._complete(name, summand))
         try:
             with set_aside(self.parameters.values()):
                 yield
@@ -399,6 +402,12 @@ class ClippedBackward(SummingEngine):
         self._sums = {name: s.grad for name, s in summands.items() if s.grad is not None}
         self._stand_ins = {}
         self._note_measured()
+
+    def _complete(self, name: str, summand: Tensor) -> None:
+        """Hands a sum over: autograd has added up all that the parameter's uses owe to it."""
+        total, summand.grad = summand.grad, None
+        if self.on_complete is not None and total is not None:
+            self.on_complete(name, total, self._unit)
 
     def _note_measured(self) -> None:
         self.norms = self.factors = None

@@ -112,6 +112,10 @@ class Clipping(Bounding):
     """Weights ``w_ig`` for example i and group g of parameters, such that one record changes ``Σ_i w_ig g_ig`` by at
     most the group's sensitivity."""
 
+    #: Whether a group's weights depend on its own norms alone. Then it is bounded as soon as its gradients are known,
+    #: within the backward pass, and an example whose gradient is not finite is left out of that group alone.
+    separable: ClassVar[bool] = False
+
     @abstractmethod
     def weights(self, norms: Tensor, groups: Sequence[Group], state: State = NO_STATE) -> Tensor:
         """Weights ``(B, G)`` for gradients with these Euclidean norms ``(B, G)``, all finite."""
@@ -171,6 +175,8 @@ class PerLayerClipping(Clipping):
         max_norm: The joint norm C, of which each of L layers gets ``C / √L``.
         max_norms: Instead, the norm of every layer by its name (``{"net.0": 0.1, …}``).
     """
+
+    separable: ClassVar[bool] = True
 
     max_norm: float | None = None
     max_norms: Mapping[str, float] | None = None

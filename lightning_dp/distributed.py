@@ -10,7 +10,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -32,9 +32,6 @@ from lightning_dp.clipping import Bounding, FlatClipping
 from lightning_dp.denoising import Denoiser
 from lightning_dp.noise import GaussianNoise, Noise
 from lightning_dp.strategy import MIXINS, PrivateMixin
-
-#: Bytes that are added up over the processes at once.
-BUCKET = 2**25
 
 #: Private steps between two comparisons of the replicas' parameters.
 REPLICA_CHECK_EVERY = 100
@@ -82,15 +79,14 @@ class PrivateParallelMixin(PrivateMixin):
         if message is not None:
             raise RuntimeError(f"The first process stopped the training: {message}")
 
-    def _add_up_over_processes(self, tensors: Sequence[Tensor]) -> None:
-        if dist.get_world_size() == 1:
-            return
-        for bucket in buckets(tensors, BUCKET):
-            flat = torch.cat([tensor.reshape(-1) for tensor in bucket]) if len(bucket) > 1 else bucket[0].view(-1)
-            dist.all_reduce(flat)
-            if len(bucket) > 1:
-                parts = flat.split([tensor.numel() for tensor in bucket])
-                torch._foreach_copy_(list(bucket), [p.view_as(t) for p, t in zip(parts, bucket, strict=True)])
+    def add_up(self, tensor: Tensor) -> Callable[[], None]:
+        work = dist.all_reduce(tensor, async_op=True)
+        assert work is not None
+
+        def wait() -> None:
+            work.wait()
+
+        return wait
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         output = super().optimizer_step(*args, **kwargs)
@@ -138,19 +134,6 @@ def _arguments(process: int) -> list[str]:
     """What a process was started with, without the folders of what was named."""
     arguments = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
     return [os.path.basename(argument.decode(errors="replace")) for argument in arguments[1:]]
-
-
-def buckets(tensors: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """Groups of tensors of one type and device, in order, each closed once it has ``size`` bytes."""
-    for kind in dict.fromkeys((t.dtype, t.device) for t in tensors):
-        group: list[Tensor] = []
-        for tensor in (t for t in tensors if (t.dtype, t.device) == kind):
-            group.append(tensor)
-            if sum(t.numel() * t.element_size() for t in group) >= size:
-                yield group
-                group = []
-        if group:
-            yield group
 
 
 def parameter_hash(module: nn.Module) -> Tensor:

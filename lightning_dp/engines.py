@@ -55,6 +55,10 @@ class PerExampleEngine(Engine):
     #: Whether norms will be asked for: then they are computed as early as possible, and what only they need is freed.
     expects_norms = True
 
+    #: Takes, within the backward pass, the gradient of a parameter to which nothing more will come, by its name.
+    #: ``None``: all gradients are kept for `gradients`. An engine that cannot tell keeps them too.
+    on_complete: Callable[[str, PerExampleGradient], None] | None = None
+
     @abstractmethod
     def gradients(self) -> dict[str, PerExampleGradient]:
         """After both: the gradients, by parameter name, of the loss that was given to ``backward``.
@@ -71,6 +75,10 @@ class SummingEngine(Engine):
     norms: Tensor | None = None
     factors: Tensor | None = None
     keep_norms = False
+
+    #: Takes, within the last backward pass of a step, the sum of a parameter to which nothing more will come, by its
+    #: name, and a factor that it is yet to be multiplied with. ``None``: all sums are kept for `take`.
+    on_complete: Callable[[str, Tensor, float], None] | None = None
 
     @abstractmethod
     def reset(self) -> None:
@@ -132,9 +140,13 @@ class BookKeeping(PerExampleEngine):
         """Takes note of one call of a layer, whose gradient is known."""
         for name, gradient in gradients_of(self.layers[layer], layer, call).items():
             parameter = self._names[id(getattr_path(self.layers[layer], name))]
-            if self.expects_norms and sum(map(self.recorder.count, self._users[parameter])) == 1:
+            count = sum(map(self.recorder.count, self._users[parameter]))
+            if self.expects_norms and count == 1:
                 gradient.squared_norms()
-            self._uses.setdefault(parameter, []).append(gradient)
+            uses = self._uses.setdefault(parameter, [])
+            uses.append(gradient)
+            if self.on_complete is not None and len(uses) == count:
+                self.on_complete(parameter, add(self._uses.pop(parameter)))
 
     def gradients(self) -> dict[str, PerExampleGradient]:
         uses, self._uses = self._uses, {}

@@ -22,12 +22,15 @@ from lightning_dp import moments
 #: because OpenMP's idle workers spin after a matrix product.
 BLOCK = 2**20
 
+#: The same on other devices: enough to occupy all of one.
+DEVICE_BLOCK = 2**23
+
 Generators = Callable[[int], torch.Generator]
 
 
-def block_size(device: torch.device, coordinates: int) -> int:
+def block_size(device: torch.device) -> int:
     """How many coordinates are drawn from one generator."""
-    return min(BLOCK, max(coordinates, 1)) if device.type == "cpu" else max(coordinates, 1)
+    return BLOCK if device.type == "cpu" else DEVICE_BLOCK
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,7 @@ class CoordinatewiseNoise(Noise):
 
 
 def _blocks(out: Tensor, generators: Generators) -> Iterator[tuple[Tensor, torch.Generator]]:
-    for number, block in enumerate(out.split(block_size(out.device, len(out)))):
+    for number, block in enumerate(out.split(block_size(out.device))):
         yield block, generators(number)
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from dp_accounting import DpEvent, NonPrivateDpEvent
@@ -25,11 +27,11 @@ from lightning_dp.randomness import Randomness
 #: The key of the clipping rule's own query among the sums; no parameter has an empty name.
 _QUERY = ""
 
-#: Generators of parameters in another precision start here, beyond any number of blocks.
-_SECOND_STREAM = 2**31
-
 #: Coordinates of noise that are drawn and added at once on a CPU: they stay in its cache, and torch needs no threads.
 _CHUNK = 2**15
+
+#: Bytes of sums that are added up over the processes at once.
+BUCKET = 2**25
 
 
 def _wide_dtype(parameter: Tensor) -> torch.dtype:
@@ -52,6 +54,36 @@ def _blocks(flats: Sequence[Tensor], size: int) -> Iterator[list[tuple[int, Tens
         yield block
 
 
+@dataclass(frozen=True)
+class Bucket:
+    """Parameters whose sums lie in memory together: they get their noise, and are added up over processes, at once."""
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    #: The number of its first block of noise among those of all buckets.
+    first_block: int
+
+
+def make_buckets(parameters: Mapping[str, Tensor], size: int) -> list[Bucket]:
+    """Every parameter once, the last first, as a backward pass reaches them; a bucket is full at ``size`` bytes."""
+    buckets: list[Bucket] = []
+    first_block = 0
+    kinds = dict.fromkeys((_wide_dtype(p), p.device) for p in parameters.values())
+    for dtype, device in kinds:
+        names: list[str] = []
+        members = [n for n, p in reversed(list(parameters.items())) if (_wide_dtype(p), p.device) == (dtype, device)]
+        for name in members:
+            names.append(name)
+            sizes = tuple(parameters[n].numel() for n in names)
+            if sum(sizes) * dtype.itemsize >= size or name == members[-1]:
+                buckets.append(Bucket(tuple(names), sizes, dtype, device, first_block))
+                first_block += -(-sum(sizes) // block_size(device))
+                names = []
+    return buckets
+
+
 class PrivacyLimitReached(RuntimeError):
     """A private step was attempted that the budget does not allow."""
 
@@ -59,14 +91,16 @@ class PrivacyLimitReached(RuntimeError):
 class PrivateStep:
     """Turns the gradients of a logical batch into one noisy gradient, and writes it into the ledger.
 
-    A step is `begin`, then `accumulate` after the backward pass of every micro-batch, then `release`.
+    A step is `begin`, then every micro-batch's backward pass within `backward`, then `release`.
 
     Formal guarantee: with multiplier z and sampling rate q, a step is the Poisson-subsampled mechanism of the noise (a
     Gaussian mechanism of noise multiplier z, unless the noise is another) with respect to adding or removing a record,
     and the ledger holds that event, and ``charge`` has returned, before any parameter's ``grad`` is set.
-    Proof: `accumulate` adds to the sums one term per example, of joint norm at most the clipping rule's sensitivity S,
+    Proof: `backward` adds to the sums one term per example, of joint norm at most the clipping rule's sensitivity S,
     and within its magnitudes, that depends on that example alone; the noise has scale z·S on every coordinate of every
     trainable parameter; the divisor q·N is public. The denoiser sees what has been released, and public numbers.
+    With several processes, no process gets a total before the first one, which keeps the journal, has charged it: it
+    charges before it adds its own part to the first total.
     Source: Abadi et al. 2016, Algorithm 1.
 
     Args:
@@ -74,12 +108,14 @@ class PrivateStep:
         clipping, noise: The mechanism; the rule is bound to the engine's module.
         ledger: Charged for every release.
         randomness: Where the noise comes from.
-        reduce: Adds up the tensors over all processes, in place.
+        add_up: Starts to add up a tensor over all processes, in place, and returns a function that waits for the total.
+            ``None``: there is one process.
         charge: Makes the event of a step durable before anything of the step is used; the most steps, this one
             included, that are allowed is its second argument.
         denoiser: What is done to the noisy gradient.
         rank, world_size: Of the processes that add up. The noise is added once in all: its blocks are shared out among
-            them, and drawn from the streams that a single process would draw them from.
+            them, and drawn from the streams that a single process would draw them from. A bucket of sums travels as
+            soon as it is complete; within the last backward pass where the engine or the rule can tell.
     """
 
     def __init__(
@@ -89,7 +125,7 @@ class PrivateStep:
         noise: Noise,
         ledger: PrivacyLedger,
         randomness: Randomness,
-        reduce: Callable[[Sequence[Tensor]], None],
+        add_up: Callable[[Tensor], Callable[[], None]] | None = None,
         charge: Callable[[DpEvent, int | None], None] = lambda event, at_most: None,
         denoiser: Denoiser | None = None,
         rank: int = 0,
@@ -117,12 +153,37 @@ class PrivateStep:
         self.groups = clipping.groups(list(engine.parameters))
         self._rank, self._world_size = rank, world_size
         self._randomness = randomness
-        self._reduce = reduce
+        self._add_up = add_up
         self._charge = charge
-        self._sums: dict[str, Tensor] = {}
+        self._buckets = make_buckets(engine.parameters, BUCKET)
+        self._group_of = {name: index for index, group in enumerate(self.groups) for name in group}
         self._event: DpEvent = NonPrivateDpEvent()
-        self._multiplier, self._divisor = 0.0, 1.0
+        self._multiplier, self._divisor, self._scale = 0.0, 1.0, 1.0
+        self._number = 0
         self._allowed: int | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing of a step is left."""
+        self.norms, self.weights = [], []
+        #: Sums over q·N by parameter, with this process's share of the noise, and those of whole buckets. Those of a
+        #: `SummingEngine` are yet to be multiplied with a factor, and to get their noise.
+        self._sums: dict[str, Tensor] = {}
+        self._factor = 1.0
+        self._flats: list[Tensor] = []
+        #: Names of which the last backward pass has nothing more to say, and how many buckets are on their way.
+        self._complete: set[str] = set()
+        self._finished = 0
+        self._waits: list[Callable[[], None]] = []
+        self._is_last = self._is_charged = False
+        #: Of a micro-batch: what a separable rule waits for, by group; the groups that are bounded; norms and weights;
+        #: who was left out.
+        self._waiting: dict[int, dict[str, PerExampleGradient]] = {}
+        self._bounded: set[int] = set()
+        self._measured: tuple[Tensor, Tensor] | None = None
+        self._bad: Tensor | None = None
+        if isinstance(self.engine, SummingEngine):
+            self.engine.reset()
 
     def begin(
         self,
@@ -146,29 +207,39 @@ class PrivateStep:
             PrivacyLimitReached: The ledger is at its limit.
         """
         self._event = self.event(multiplier, sampling_rate)
-        self.norms, self.weights = [], []
-        self._sums = {}
+        self._forget()
+        self._number = len(self.ledger)
         if isinstance(self.engine, SummingEngine):
-            self.engine.reset()
             self.engine.keep_norms = self.keep_norms
         self._multiplier, self._divisor = multiplier, expected_batch_size
-        self._allowed = None if limit is None else limit(self._event) - len(self.ledger)
+        self._allowed = None if limit is None else limit(self._event) - self._number
         if self._allowed is not None and self._allowed <= 0:
             raise PrivacyLimitReached(
-                f"The privacy budget allows no step after the {len(self.ledger)} that were taken. Nothing was released."
+                f"The privacy budget allows no step after the {self._number} that were taken. Nothing was released."
             )
 
-    def accumulate(self, scale: float) -> None:
-        """Adds the bounded gradients of one micro-batch, whose backward pass has just run.
+    @contextmanager
+    def backward(self, scale: float = 1.0, last: bool = False) -> Iterator[None]:
+        """Surrounds the backward pass of a micro-batch, and adds its bounded gradients to the sums.
 
         Args:
             scale: What the gradients must be multiplied with to be those of single examples' losses: the number of
                 examples that a mean-reduced loss was divided by.
+            last: Whether no other micro-batch follows: sums may then travel while the backward pass goes on.
         """
+        self._scale, self._is_last = scale, last and self._add_up is not None
+        self._bad, self._measured, self._bounded = None, None, set()
         if isinstance(self.engine, SummingEngine):
+            self.engine.on_complete = self._take_sum if self._is_last else None
+            with self.engine.backward(scale):
+                yield
             self._note_bounds(self.engine, scale)
         elif isinstance(self.engine, PerExampleEngine):
-            self._add_clipped(self.engine, scale)
+            separable = isinstance(self.clipping, Clipping) and self.clipping.separable
+            self.engine.on_complete = self._take_gradient if separable else None
+            with self.engine.backward(scale):
+                yield
+            self._add_rest(self.engine, separable)
 
     def _note_bounds(self, engine: SummingEngine, scale: float) -> None:
         """What is worth knowing of a micro-batch whose bounded sum the engine keeps."""
@@ -177,32 +248,62 @@ class PrivateStep:
             self.norms.append(engine.norms * scale)
             self.weights.append(engine.factors)
 
-    def _add_clipped(self, engine: PerExampleEngine, scale: float) -> None:
-        assert isinstance(self.clipping, Clipping)
+    def _take_gradient(self, name: str, gradient: PerExampleGradient) -> None:
+        """Bounds a group within the backward pass, once all of its gradients are known."""
+        group = self._group_of[name]
+        waiting = self._waiting.setdefault(group, {})
+        waiting[name] = gradient
+        if len(waiting) == len(self.groups[group]):
+            self._add_clipped(self._waiting.pop(group), [group])
+            self._note_complete(self.groups[group])
+
+    def _add_rest(self, engine: PerExampleEngine, separable: bool) -> None:
+        """Bounds what the backward pass has left, and takes note of who was left out."""
         gradients = engine.gradients()
-        if not gradients:
-            return
-        norms = self._norms(gradients) * scale
+        for waiting in self._waiting.values():
+            gradients |= waiting
+        self._waiting = {}
+        if separable:
+            for index, group in enumerate(self.groups):
+                if own := {name: gradients[name] for name in group if name in gradients}:
+                    self._add_clipped(own, [index])
+        elif gradients:
+            self._add_clipped(gradients, list(range(len(self.groups))))
+        if self._bad is not None:
+            self.nonfinite_examples += int(self._bad.sum())
+        if self._measured is not None:
+            norms, weights = self._measured
+            self.norms.append(norms)
+            self.weights.append(weights)
+
+    def _add_clipped(self, gradients: dict[str, PerExampleGradient], groups: Sequence[int]) -> None:
+        """Adds the clipped gradients of these groups."""
+        assert isinstance(self.clipping, Clipping)
+        if not self._bounded.isdisjoint(groups):
+            raise RuntimeError("A gradient came in two parts, each of which would be clipped by itself.")
+        self._bounded.update(groups)
+        norms = self._norms(gradients) * self._scale
         bad = ~norms.isfinite().all(1)
-        if bad.any():
-            self.nonfinite_examples += int(bad.sum())
+        is_bad = bool(bad.any())
+        if is_bad:
+            self._bad = bad if self._bad is None else self._bad | bad
             gradients = {name: g.without(bad) for name, g in gradients.items()}
             norms = norms.masked_fill(bad[:, None], 0)
         weights = self.clipping.weights(norms, self.groups, self.clipping_state)
         if self.keep_norms:
-            self.norms.append(norms)
-            self.weights.append(weights)
+            if self._measured is None:
+                self._measured = torch.zeros_like(norms), torch.ones_like(weights)
+            for kept, new in zip(self._measured, (norms, weights), strict=True):
+                kept[:, groups] = new[:, groups]
         query = self.clipping.query(norms, self.clipping_state)
-        if bad.any():
-            query = None if query is None else query.masked_fill(bad, 0)
         sums = self._totals()
         if query is not None:
-            sums[_QUERY] += query.sum() / self._divisor
-        weights = weights * (scale / self._divisor)
-        for group, column in zip(self.groups, weights.unbind(1), strict=True):
-            for name in group:
+            sums[_QUERY] += (query.masked_fill(bad, 0) if is_bad else query).sum() / self._divisor
+        weights = weights * (self._scale / self._divisor)
+        for index in groups:
+            for name in self.groups[index]:
                 if name in gradients:
-                    gradients.pop(name).add_weighted_sum_(sums[name], column)
+                    gradients.pop(name).add_weighted_sum_(sums[name], weights[:, index])
 
     def _norms(self, gradients: dict[str, PerExampleGradient]) -> Tensor:
         """Norms ``(B, G)`` of every example's gradient with respect to every group."""
@@ -212,28 +313,34 @@ class PrivateStep:
         return torch.stack([torch.stack(parts).sum(0) if parts else nothing for parts in groups], 1).sqrt_()
 
     def _totals(self) -> dict[str, Tensor]:
-        """Noise plus the sums so far, over q·N: one tensor per trainable parameter, in float32 or wider."""
+        """Noise plus the sums so far, over q·N: one tensor per trainable parameter, in float32 or wider.
+
+        Of the noise, this process's share.
+        """
         if self._sums:
             return self._sums
-        parameters, scales, step = self.engine.parameters, self.noise_scales(), len(self.ledger)
-        for device, dtype in {(p.device, _wide_dtype(p)) for p in parameters.values()}:
-            members = {n: p for n, p in parameters.items() if (p.device, _wide_dtype(p)) == (device, dtype)}
-            flat = torch.empty(sum(p.numel() for p in members.values()), device=device, dtype=dtype)
-            first = 0 if dtype == torch.float32 else _SECOND_STREAM  # parameters of mixed precision share no generator
-            generator = self._noise_generators(step, device, first)
-            parts = dict(zip(members, flat.split([p.numel() for p in members.values()]), strict=True))
-            if len({scales[name] for name in members}) == 1:
-                self._fill_own_blocks_(flat, scales[next(iter(members))], generator)
+        parameters, scales = self.engine.parameters, self.noise_scales()
+        for bucket in self._buckets:
+            flat = torch.empty(sum(bucket.sizes), device=bucket.device, dtype=bucket.dtype)
+            generators = self._noise_generators(bucket)
+            parts = dict(zip(bucket.names, flat.split(bucket.sizes), strict=True))
+            if len({scales[name] for name in bucket.names}) == 1:
+                self._fill_own_blocks_(flat, scales[bucket.names[0]], generators)
             else:
-                self._fill_own_blocks_(flat, 1.0, generator)
+                self._fill_own_blocks_(flat, 1.0, generators)
                 torch._foreach_mul_(list(parts.values()), [scales[name] for name in parts])
-            self._sums |= {name: part.view_as(members[name]) for name, part in parts.items()}
-        device = next(iter(parameters.values())).device
-        answer = torch.empty(1, device=device)
-        query_std = self.clipping.query_std(self._multiplier, self._divisor) / self._divisor
-        self._fill_own_blocks_(answer, query_std, lambda block: self._randomness.torch("query", step, device, block))
-        self._sums[_QUERY] = answer
+            self._flats.append(flat)
+            self._sums |= {name: part.view_as(parameters[name]) for name, part in parts.items()}
+        self._sums[_QUERY] = self._query_noise()
         return self._sums
+
+    def _query_noise(self) -> Tensor:
+        """This process's share of the noise on the rule's query, over q·N."""
+        device = next(iter(self.engine.parameters.values())).device
+        answer = torch.empty(1, device=device)
+        std = self.clipping.query_std(self._multiplier, self._divisor) / self._divisor
+        self._fill_own_blocks_(answer, std, lambda block: self._randomness.torch("query", self._number, device, block))
+        return answer
 
     def _is_own(self, block: int) -> bool:
         """Whether this process draws the noise of a block of coordinates."""
@@ -241,42 +348,82 @@ class PrivateStep:
 
     def _fill_own_blocks_(self, out: Tensor, scale: float, generators: Callable[[int], torch.Generator]) -> None:
         """Noise on this process's blocks of a flat tensor, and zeros on the others."""
-        for number, block in enumerate(out.split(block_size(out.device, len(out)))):
+        for number, block in enumerate(out.split(block_size(out.device))):
             if self._is_own(number):
                 self.noise.fill_(block, scale, lambda _, number=number: generators(number))  # type: ignore[misc]
             else:
                 block.zero_()
 
-    def _with_noise(self) -> dict[str, Tensor]:
-        """The noisy sums over q·N, of whichever kind of engine."""
-        if not isinstance(self.engine, SummingEngine):
-            return self._totals()
-        sums, factor = self.engine.take()
-        parameters, scales, step = self.engine.parameters, self.noise_scales(), len(self.ledger)
-        sums |= {n: torch.zeros_like(p, dtype=_wide_dtype(p)) for n, p in parameters.items() if n not in sums}
-        for device, dtype in {(total.device, total.dtype) for total in sums.values()}:
-            members = [n for n in parameters if (sums[n].device, sums[n].dtype) == (device, dtype)]
-            first = 0 if dtype == torch.float32 else _SECOND_STREAM
-            self._add_noise_(
-                [sums[name].view(-1) for name in members],
-                [scales[name] for name in members],
-                factor / self._divisor,
-                self._noise_generators(step, device, first),
-            )
-        return sums
+    def _take_sum(self, name: str, total: Tensor, factor: float) -> None:
+        """Takes a parameter's bounded sum from the engine, within the last backward pass."""
+        self._sums[name], self._factor = total, factor
+        self._note_complete([name])
+
+    def _note_complete(self, names: Iterable[str]) -> None:
+        """Nothing more will come to these sums, if this is the last backward pass."""
+        if self._is_last:
+            self._complete.update(names)
+            self._finish_buckets()
+
+    def _finish_buckets(self) -> None:
+        """Sends off the buckets that are complete. All processes send them in the same order."""
+        while self._finished < len(self._buckets) and self._complete.issuperset(self._buckets[self._finished].names):
+            index, bucket = self._finished, self._buckets[self._finished]
+            self._finished += 1
+            if isinstance(self.engine, SummingEngine):
+                flat = self._add_noise(bucket)
+            else:
+                self._totals()
+                flat = self._flats[index]
+            if self._add_up is not None and flat is not None:
+                self._spend()
+                self._waits.append(self._add_up(flat))
+
+    def _noisy_sums(self) -> dict[str, Tensor]:
+        """The noisy sums of all processes over q·N, of whichever kind of engine."""
+        if isinstance(self.engine, SummingEngine):
+            sums, factor = self.engine.take()
+            for name, total in sums.items():
+                self._take_sum(name, total, factor)
+        self._complete.update(self.engine.parameters)
+        self._finish_buckets()
+        if self._add_up is not None and self.clipping_state:
+            self._waits.append(self._add_up(self._sums[_QUERY]))
+        for wait in self._waits:
+            wait()
+        return self._sums
+
+    def _add_noise(self, bucket: Bucket) -> Tensor | None:
+        """Adds noise to the sums of a bucket, in place, and divides them by q·N.
+
+        Returns:
+            The sums in one piece, where they have to be sent: nothing is copied otherwise.
+        """
+        flats = [self._sum_of(name, bucket.dtype) for name in bucket.names]
+        whole = None
+        if self._add_up is not None:
+            whole = torch.cat(flats)
+            flats = list(whole.split(bucket.sizes))
+        scales = self.noise_scales()
+        self._add_noise_(flats, [scales[name] for name in bucket.names], self._noise_generators(bucket))
+        parameters = self.engine.parameters
+        self._sums |= {name: f.view_as(parameters[name]) for name, f in zip(bucket.names, flats, strict=True)}
+        return whole
+
+    def _sum_of(self, name: str, dtype: torch.dtype) -> Tensor:
+        total = self._sums.get(name)
+        if total is None:  # no loss of this process depended on the parameter
+            return torch.zeros_like(self.engine.parameters[name], dtype=dtype).view(-1)
+        return total.contiguous().to(dtype).view(-1)
 
     def _add_noise_(
-        self,
-        sums: Sequence[Tensor],
-        scales: Sequence[float],
-        factor: float,
-        generators: Callable[[int], torch.Generator],
+        self, sums: Sequence[Tensor], scales: Sequence[float], generators: Callable[[int], torch.Generator]
     ) -> None:
-        """``factor · sum + scale · noise`` for flat tensors, in place, with little of the noise in memory at a time."""
-        device = sums[0].device
-        chunk = _CHUNK if device.type == "cpu" else max(map(len, sums))
-        noise = sums[0].new_empty(chunk)
-        for number, block in enumerate(_blocks(sums, block_size(device, sum(map(len, sums))))):
+        """``factor · sum / q·N + scale · noise`` for flat tensors, in place, with little noise in memory at a time."""
+        device, factor = sums[0].device, self._factor / self._divisor
+        chunk = _CHUNK if device.type == "cpu" else block_size(device)
+        noise = sums[0].new_empty(min(chunk, sum(map(len, sums))))
+        for number, block in enumerate(_blocks(sums, block_size(device))):
             if not self._is_own(number):
                 for _, part in block:
                     part.mul_(factor)
@@ -288,8 +435,9 @@ class PrivateStep:
                     self.noise.fill_(drawn, scales[index], lambda _, own=own: own)  # type: ignore[misc]
                     torch.add(drawn, piece, alpha=factor, out=piece)
 
-    def _noise_generators(self, step: int, device: torch.device, first: int) -> Callable[[int], torch.Generator]:
-        return lambda block: self._randomness.torch("noise", step, device, first + block)
+    def _noise_generators(self, bucket: Bucket) -> Callable[[int], torch.Generator]:
+        number, device, first = self._number, bucket.device, bucket.first_block
+        return lambda block: self._randomness.torch("noise", number, device, first + block)
 
     def noise_scales(self) -> dict[str, float]:
         """The scale of the noise on every parameter's sum over q·N.
@@ -318,36 +466,39 @@ class PrivateStep:
             others: Parameters that the optimizer could apply a gradient to, besides the engine's.
 
         Raises:
-            RuntimeError: One of ``others`` has a gradient, which did not come through here; nothing was released.
+            RuntimeError: One of ``others`` has a gradient, which did not come through here; no gradient was set.
         """
         parameters = self.engine.parameters
         bounded = {id(p) for p in parameters.values()}
         if any(p.grad is not None for p in others if id(p) not in bounded):
-            self._sums = {}
-            if isinstance(self.engine, SummingEngine):
-                self.engine.reset()
+            self._forget()
             raise RuntimeError(
                 "A parameter that private training does not bound has a gradient: layers were exchanged, unfrozen or "
                 "added to the optimizer while a step was under way. Do that between steps (on_train_epoch_start)."
             )
-        sums, self._sums = self._with_noise(), {}
-        # In this order: no process gets the sum before the first one, which keeps the journal, has charged it.
-        self._charge(self._event, self._allowed)
-        self.ledger.record(self._event)
-        self._reduce(list(sums.values()))
+        sums = self._noisy_sums()
+        self._spend()
         self._denoise({name: sums[name] for name in parameters})
         if self.clipping_state:
             self.clipping_state = self.clipping.next_state(sums[_QUERY].item(), self.clipping_state)
         for name, parameter in parameters.items():
             # Whatever was there before did not come through here: it is replaced, not added to.
             parameter.grad = sums[name].to(parameter.dtype)
+        self._sums, self._flats, self._waits = {}, [], []
+
+    def _spend(self) -> None:
+        """Charges the step, once, before anybody sees anything of it."""
+        if not self._is_charged:
+            self._is_charged = True
+            self._charge(self._event, self._allowed)
+            self.ledger.record(self._event)
 
     def _denoise(self, gradients: dict[str, Tensor]) -> None:
         """Lets the denoiser change the noisy gradients, in place. Nothing else of the step is within its reach."""
         if self.denoiser is None:
             return
         self.noisy_square = float(torch.stack(torch._foreach_norm(list(gradients.values()))).double().square().sum())
-        step, like = len(self.ledger) - 1, next(iter(gradients.values()))
+        step, like = self._number, next(iter(gradients.values()))
         blocks = itertools.count()
 
         def fresh(count: int) -> Tensor:

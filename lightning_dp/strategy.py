@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -188,7 +188,7 @@ class PrivateMixin(Strategy):
             self.noise,
             self.ledger,
             self._randomness,
-            self._add_up_over_processes,
+            self.add_up if trainer.world_size > 1 else None,
             self._charge_journal,
             self.denoiser,
             trainer.global_rank,
@@ -223,8 +223,9 @@ class PrivateMixin(Strategy):
         """Does something in the first process; an error there is one in every process."""
         action()
 
-    def _add_up_over_processes(self, tensors: Sequence[Tensor]) -> None:
-        """Adds up tensors over all processes, in place."""
+    def add_up(self, tensor: Tensor) -> Callable[[], None]:
+        """Starts to add up a tensor over all processes, in place; returns a function that waits for the total."""
+        return lambda: None
 
     def process_dataloader(self, dataloader: object) -> object:
         trainer = self._trainer()
@@ -428,9 +429,8 @@ class PrivateMixin(Strategy):
             loss = checks.loss_of(output)
             weighted_loss += loss.detach() * ((stop - start) / count if self.loss_reduction == "mean" else 1)
             if stop < count:
-                with step.engine.backward(self._loss_scale(stop - start)):
+                with step.backward(self._loss_scale(stop - start)):
                     self.precision_plugin.backward(loss, self._module(), None)
-                step.accumulate(self._loss_scale(stop - start))
         if results is not None:
             results.batch, results.batch_size = batch, None
         self._examples_left_to_backward = stop - start
@@ -453,10 +453,8 @@ class PrivateMixin(Strategy):
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
         if self._examples_left_to_backward:
-            scale = self._loss_scale(self._examples_left_to_backward)
-            with step.engine.backward(scale):
+            with step.backward(self._loss_scale(self._examples_left_to_backward), last=True):
                 self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
-            step.accumulate(scale)
         step.release(others=[*module.parameters(), *self._optimized_parameters()])
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)
         self.post_backward(closure_loss)

@@ -106,7 +106,7 @@ RULES = [
 def private_step(rule: BackpropClipping, model: nn.Module) -> PrivateStep:
     bound = rule if isinstance(rule, BoundBackpropClipping) else rule.bind(model)
     engine = bound.make_engine("bookkeeping", model)
-    return PrivateStep(engine, bound, GaussianNoise(), PrivacyLedger(), Randomness(), lambda tensors: None)
+    return PrivateStep(engine, bound, GaussianNoise(), PrivacyLedger(), Randomness())
 
 
 def grads_of(
@@ -120,9 +120,8 @@ def grads_of(
     if len(inputs):
         with step.engine.forward(len(inputs)):
             loss = steepness * model(inputs).pow(2).flatten(1).sum(1).mean()
-        with step.engine.backward(float(len(inputs))):
+        with step.backward(float(len(inputs))):
             loss.backward()
-        step.accumulate(float(len(inputs)))
     step.release()
     return {n: p.grad.double() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
 
@@ -516,9 +515,8 @@ def test_an_example_that_is_not_finite_contributes_nothing_and_is_counted() -> N
     step.begin(0.0, 0.5, 1.0)
     with step.engine.forward(2):
         loss = model(torch.tensor([[1.0, 2.0, 3.0], [1.0, float("inf"), 1.0]])).sum()
-    with step.engine.backward():
+    with step.backward(1.0):
         loss.backward()
-    step.accumulate(1.0)
     assert step.nonfinite_examples == 1
 
 

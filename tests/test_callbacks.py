@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_dp import (
     BackpropClipping,
@@ -351,8 +352,11 @@ def test_two_ways_at_once_are_refused() -> None:
 
 
 def test_strategies_that_are_not_known_are_refused_by_name() -> None:
-    with pytest.raises(PrivacyConfigurationError, match="DDPStrategy"):
-        fit(trainer(strategy="ddp", callbacks=[DifferentialPrivacy(2.0, DELTA)]), Net(), loader())
+    class OwnStrategy(SingleDeviceStrategy):
+        """It may do anything to gradients."""
+
+    with pytest.raises(PrivacyConfigurationError, match="OwnStrategy"):
+        fit(trainer(strategy=OwnStrategy(), callbacks=[DifferentialPrivacy(2.0, DELTA)]), Net(), loader())
 
 
 def test_neither_target_nor_noise_is_refused() -> None:

@@ -88,16 +88,13 @@ def bounded_sums(clipping: Clipping, model: nn.Module, inputs: torch.Tensor) -> 
     noise, through the private step."""
     for parameter in model.parameters():
         parameter.grad = None
-    step = PrivateStep(
-        BookKeeping(model), clipping, GaussianNoise(0.0), PrivacyLedger(), Randomness(0), lambda tensors: None
-    )
+    step = PrivateStep(BookKeeping(model), clipping, GaussianNoise(0.0), PrivacyLedger(), Randomness(0))
     step.begin(0.0, 0.5, 1.0)
     if len(inputs):
         with step.engine.forward(len(inputs)):
             loss = model(inputs).pow(2).flatten(1).sum(1).mean()
-        with step.engine.backward():
+        with step.backward(float(len(inputs))):
             loss.backward()
-        step.accumulate(float(len(inputs)))
     step.release()
     grads = {name: p.grad.flatten().double() for name, p in model.named_parameters() if p.grad is not None}
     groups = clipping.groups(list(grads))
@@ -202,9 +199,7 @@ def test_an_example_without_a_finite_gradient_contributes_nothing_and_is_counted
 
 def noise_stds(clipping: Clipping, model: nn.Module, multiplier: float, divisor: float, steps: int) -> dict[str, float]:
     """Measured standard deviation of the noise on every parameter's sum, and on the rule's query (key "")."""
-    step = PrivateStep(
-        BookKeeping(model), clipping, GaussianNoise(), PrivacyLedger(), Randomness(), lambda tensors: None
-    )
+    step = PrivateStep(BookKeeping(model), clipping, GaussianNoise(), PrivacyLedger(), Randomness())
     samples: dict[str, list[torch.Tensor]] = {}
     for _ in range(steps):
         step.begin(multiplier, 0.1, divisor)
@@ -235,7 +230,7 @@ def test_all_pieces_together_are_one_mechanism_of_the_multiplier(rule: Clipping)
 def test_the_adaptive_norm_finds_the_quantile_and_is_frozen_within_a_step() -> None:
     model = nn.Linear(4, 1, bias=False)
     rule = AdaptiveClipping(initial_norm=100.0, target_quantile=0.3, learning_rate=0.3)
-    step = PrivateStep(BookKeeping(model), rule, GaussianNoise(), PrivacyLedger(), Randomness(1), lambda tensors: None)
+    step = PrivateStep(BookKeeping(model), rule, GaussianNoise(), PrivacyLedger(), Randomness(1))
     # The gradient of this loss is the input, so that norms are known: half normal times 3.
     inputs = torch.zeros(400, 4)
     inputs[:, 0] = 3 * torch.randn(400)
@@ -245,9 +240,8 @@ def test_the_adaptive_norm_finds_the_quantile_and_is_frozen_within_a_step() -> N
         for part in inputs.split(150):
             with step.engine.forward(len(part)):
                 loss = model(part).sum()
-            with step.engine.backward():
+            with step.backward(1.0):
                 loss.backward()
-            step.accumulate(1.0)
             assert step.clipping_state == before
         step.release()
         assert step.clipping_state != before

@@ -169,7 +169,6 @@ def test_other_records_with_the_same_noisy_gradient_give_the_same_result(rule: D
             GaussianNoise(),
             PrivacyLedger(),
             Randomness(seed=1),
-            lambda tensors: None,
             denoiser=rule,
         )
         step.keep_norms = True
@@ -178,15 +177,14 @@ def test_other_records_with_the_same_noisy_gradient_give_the_same_result(rule: D
             step.begin(1.0, 0.1, 3.0)
             with step.engine.forward(len(records)):
                 loss = model(records).pow(2).sum()
-            with step.engine.backward():
+            with step.backward(1.0):
                 loss.backward()
-            step.accumulate(1.0)
-            step._with_noise()
+            step._noisy_sums()
             generator = torch.Generator().manual_seed(number)
             released = {n: torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()}
-            step._with_noise = lambda released=released: {**released, "": torch.zeros(1)}  # type: ignore[method-assign]
+            step._noisy_sums = lambda released=released: {**released, "": torch.zeros(1)}  # type: ignore[method-assign]
             step.release()
-            del step._with_noise
+            del step._noisy_sums
             found += [p.grad.clone() for p in model.parameters() if p.grad is not None]
         return found
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_dp.distributed import buckets, parameter_hash
+from lightning_dp.distributed import parameter_hash
 from tests import ddp_worker
 from tests.conftest import Net, assert_close
 from tests.test_noise import is_gaussian_of_std
@@ -70,7 +70,6 @@ def test_two_processes_give_what_one_gives(case: str, alone: Any, two: Any) -> N
     check_equal(alone[case], two[case])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [3, 4])
 def test_more_processes_give_what_one_gives(world_size: int, alone: Any, tmp_path: Path) -> None:
     together = launch(world_size, tmp_path, EVERYWHERE)
@@ -130,13 +129,6 @@ def test_replicas_that_differ_stop_the_training(two: Any) -> None:
     for own in two["diverging"]:
         assert own["steps"] == 5
         assert "After 5 private steps the parameters of processes [1] differ from those of process 0" in own["error"]
-
-
-def test_buckets_hold_everything_once_and_in_order() -> None:
-    tensors = [torch.zeros(n) for n in (3, 10, 1, 1, 20)] + [torch.zeros(4, dtype=torch.float64)]
-    found = list(buckets(tensors, 40))
-    assert [[len(t) for t in group] for group in found] == [[3, 10], [1, 1, 20], [4]]
-    assert list(buckets([], 40)) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -172,16 +172,13 @@ def released(
 ) -> Tensor:
     """What a private step releases without noise, times the divisor, for a loss that is a mean over the examples."""
     bound = rule.bind(model)
-    step = PrivateStep(
-        bound.make_engine(engine, model), bound, GaussianNoise(0.0), PrivacyLedger(), Randomness(), lambda tensors: None
-    )
+    step = PrivateStep(bound.make_engine(engine, model), bound, GaussianNoise(0.0), PrivacyLedger(), Randomness())
     step.begin(0.0, 0.5, 1.0)
     for part in inputs.split(micro or len(inputs)) if len(inputs) else ():
         with step.engine.forward(len(part)):
             loss = model(part).pow(2).flatten(1).sum(1).mean()
-        with step.engine.backward(len(part)):
+        with step.backward(len(part)):
             loss.backward()
-        step.accumulate(len(part))
     step.release()
     found = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])  # type: ignore[union-attr]
     model.zero_grad()
@@ -277,9 +274,8 @@ def test_gradients_that_are_not_finite_count_nothing() -> None:
     step.begin(0.0, 0.5, 1.0)
     with step.engine.forward(4):
         loss = model(bad).pow(2).sum()
-    with step.engine.backward():
+    with step.backward(1.0):
         loss.backward()
-    step.accumulate(1.0)
     assert step.nonfinite_examples == 1
     assert step.norms[0].shape == step.weights[0].shape == (4, 1)
     assert (step.norms[0][[0, 2, 3]] > 0).all() and step.norms[0][1] == 0

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from dp_accounting import GaussianDpEvent, NonPrivateDpEvent, PoissonSampledDpEvent
-from torch import nn
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
+from lightning_dp import BackpropClipping, PerLayerClipping, pipeline
 from lightning_dp.accounting import PrivacyLedger
-from lightning_dp.clipping import FlatClipping
+from lightning_dp.clipping import Bounding, FlatClipping
 from lightning_dp.engines import BookKeeping
+from lightning_dp.gradients import Dense
 from lightning_dp.noise import GaussianNoise
 from lightning_dp.pipeline import PrivacyLimitReached, PrivateStep
 from lightning_dp.randomness import Randomness
@@ -17,9 +22,7 @@ from tests.test_noise import is_gaussian_of_std
 
 
 def private_step(model: nn.Module, ledger: PrivacyLedger, max_norm: float = 0.5) -> PrivateStep:
-    return PrivateStep(
-        BookKeeping(model), FlatClipping(max_norm), GaussianNoise(), ledger, Randomness(), lambda tensors: None
-    )
+    return PrivateStep(BookKeeping(model), FlatClipping(max_norm), GaussianNoise(), ledger, Randomness())
 
 
 def take(step: PrivateStep, multiplier: float, divisor: float = 1.0, limit: Any = None, others: Any = ()) -> None:
@@ -104,9 +107,8 @@ def test_an_interrupted_step_leaves_nothing_for_the_next() -> None:
     step.begin(0.0, 0.1, 1.0)
     with step.engine.forward(1):
         loss = model(torch.ones(1, 3)).sum()
-    with step.engine.backward():
+    with step.backward(1.0):
         loss.backward()
-    step.accumulate(1.0)
     take(step, 0.0)
     assert model.weight.grad is not None
     assert (model.weight.grad == 0).all()
@@ -119,3 +121,87 @@ def test_parameters_of_two_precisions_get_independent_noise() -> None:
     assert is_gaussian_of_std(first, 1.0)
     assert is_gaussian_of_std(second, 1.0)
     assert abs((first * second).mean()) < 5 / 100
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+def sent_by(rule: Bounding, sizes: list[int], bucket: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[str]]:
+    """The step of a first process of several, and what happens in it: charges, tensors sent by their length, ends of
+    backward passes."""
+    monkeypatch.setattr(pipeline, "BUCKET", bucket)
+    layers = [nn.Linear(one, other, bias=False) for one, other in pairwise(sizes)]
+    bound = rule.bind(nn.Sequential(*layers))
+    happened: list[str] = []
+
+    def add_up(tensor: Tensor) -> Any:
+        happened.append(str(len(tensor)))
+        return lambda: happened.append(f"got {len(tensor)}")
+
+    model = nn.Sequential(*layers)
+    step = PrivateStep(
+        bound.make_engine("bookkeeping", model),
+        bound,
+        GaussianNoise(),
+        PrivacyLedger(),
+        Randomness(),
+        add_up,
+        lambda event, at_most: happened.append("charged"),
+        world_size=2,
+    )
+    step.begin(1.0, 0.1, 1.0)
+    for last in (False, True):
+        with step.engine.forward(3):
+            loss = model(torch.randn(3, sizes[0])).sum()
+        with step.backward(1.0, last):
+            loss.backward()
+        happened.append("end of backward")
+    step.release()
+    return step, happened
+
+
+@pytest.mark.parametrize("rule", [PerLayerClipping(1.0), BackpropClipping(1.0, 1.0)], ids=repr)
+def test_sums_travel_during_the_last_backward_pass_once_they_are_charged(
+    rule: Bounding, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, happened = sent_by(rule, [7, 5, 3, 1], 4, monkeypatch)
+    end = "end of backward"
+    assert happened == [end, "charged", "3", "15", "35", end, "got 3", "got 15", "got 35"]
+    assert len(step.ledger) == 1
+
+
+@pytest.mark.parametrize("rule", [FlatClipping(1.0), PerLayerClipping(1.0), BackpropClipping(1.0, 1.0)], ids=repr)
+def test_a_bucket_travels_when_all_of_it_is_known(rule: Bounding, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, happened = sent_by(rule, [7, 5, 3, 1], 4 * 18, monkeypatch)
+    end = "end of backward"
+    early = ["charged", "18", "35", end] if not isinstance(rule, FlatClipping) else [end, "charged", "18", "35"]
+    assert happened == [end, *early, "got 18", "got 35"]
+
+
+@given(
+    st.lists(st.integers(0, 50), min_size=1, max_size=8),
+    st.integers(1, 400),
+    st.lists(st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), min_size=8, max_size=8),
+)
+def test_buckets_hold_every_parameter_once_and_no_stream_twice(
+    sizes: list[int], size: int, dtypes: list[torch.dtype]
+) -> None:
+    parameters = {f"p{i}": torch.zeros(n, dtype=d) for i, (n, d) in enumerate(zip(sizes, dtypes, strict=False))}
+    found = pipeline.make_buckets(parameters, size)
+    assert sorted(name for bucket in found for name in bucket.names) == sorted(parameters)
+    streams = []
+    for bucket in found:
+        assert bucket.sizes == tuple(parameters[name].numel() for name in bucket.names)
+        assert all(parameters[n].dtype in (bucket.dtype, torch.bfloat16) for n in bucket.names)
+        assert sum(bucket.sizes[:-1]) * bucket.dtype.itemsize < size
+        streams += [bucket.first_block + i for i in range(-(-sum(bucket.sizes) // pipeline.block_size(bucket.device)))]
+    assert len(set(streams)) == len(streams)
+
+
+def test_a_gradient_that_comes_in_two_parts_is_not_clipped_twice() -> None:
+    model = nn.Linear(3, 2)
+    step = private_step(model, PrivacyLedger())
+    step.begin(0.0, 0.1, 1.0)
+    with pytest.raises(RuntimeError, match="two parts"), step.backward():
+        step._add_clipped({"weight": Dense(torch.ones(2, 2, 3))}, [0])
+        step._add_clipped({"bias": Dense(torch.ones(2, 2))}, [0])
