@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 # The data sets of the recipes: unset, they come from the Hugging Face hub.
 export LIGHTNING_DP_DATA
 
-.PHONY: demo test test-slow lint digits mnist speed clean
+.PHONY: demo test test-slow test-device lint digits mnist speed clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,6 +21,11 @@ test: $(INSTALLED)  ## the whole suite, without what is marked slow
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
+
+test-device: $(INSTALLED)  ## what depends on the device, with LIGHTNING_DP_TEST_DEVICE=cuda on a GPU
+	$(BIN)/python -m pytest -m "not slow" tests/test_device.py tests/test_distributed.py tests/test_layers.py \
+		tests/test_engines.py tests/test_coverage.py tests/test_clipping.py tests/test_backprop.py tests/test_dfa.py \
+		tests/test_noise.py tests/test_encoding.py tests/test_denoising.py tests/test_pipeline.py tests/test_strategy.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

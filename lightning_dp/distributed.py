@@ -141,11 +141,19 @@ def parameter_hash(module: nn.Module) -> Tensor:
     views = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     device = next(module.parameters()).device
     total = torch.zeros(2, dtype=torch.int64, device=device)
-    for number, parameter in enumerate(module.parameters(), 1):
-        bits = parameter.detach().contiguous().view(views[parameter.element_size()]).flatten().long()
-        positions = torch.arange(1, len(bits) + 1, device=device)
-        total += number * torch.stack([bits.sum(), (bits * positions).sum()])
+    positions = torch.arange(1, 1 + _HASHED, device=device)
+    number = 0
+    for parameter in module.parameters():
+        bits = parameter.detach().contiguous().view(-1).view(views[parameter.element_size()])
+        for part in bits.split(_HASHED):
+            number += 1
+            part = part.long()
+            total += number * torch.stack([part.sum(), (part * positions[: len(part)]).sum()])
     return total
+
+
+#: Coordinates that are hashed at once: they are widened to eight bytes.
+_HASHED = 2**20
 
 
 class _Launcher(_MultiProcessingLauncher):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 _scratch = tempfile.TemporaryDirectory(prefix="lightning_dp_tests_")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+#: Where models and tensors are made that say nothing else: ``LIGHTNING_DP_TEST_DEVICE=cuda make test-device``.
+DEVICE = torch.device(os.environ.get("LIGHTNING_DP_TEST_DEVICE", "cpu"))
+if DEVICE.type != "cpu":
+    torch.set_default_device(DEVICE)
+    torch.backends.cudnn.allow_tf32 = False  # the oracle is compared with in single precision
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +50,8 @@ class Net(pl.LightningModule):
 def dataset(size: int = 40, features: int = 6, classes: int = 3) -> TensorDataset:
     generator = torch.Generator().manual_seed(1)
     return TensorDataset(
-        torch.randn(size, features, generator=generator), torch.randint(classes, (size,), generator=generator)
+        torch.randn(size, features, generator=generator, device="cpu"),
+        torch.randint(classes, (size,), generator=generator, device="cpu"),
     )
 
 
@@ -55,7 +63,7 @@ def trainer(**kwargs: Any) -> pl.Trainer:
     """A quiet Trainer, with a directory of its own, so that it finds no other training's journal."""
     defaults: dict[str, Any] = {
         "default_root_dir": tempfile.mkdtemp(dir=_scratch.name),
-        "accelerator": "cpu",
+        "accelerator": "cpu" if DEVICE.type == "cpu" else "gpu",
         "devices": 1,
         "logger": False,
         "enable_checkpointing": False,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -36,7 +37,7 @@ from lightning_dp import (
     distributed,
     pipeline,
 )
-from tests.conftest import Net, loader, trainer
+from tests.conftest import DEVICE, Net, loader, trainer
 
 RECORDS, EXPECTED = 41, 12
 
@@ -124,13 +125,15 @@ def run(case: str, world_size: int, folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     module, watch = kind(), Watch(disturb=case == "diverging")
     callbacks: list[Callback] = [watch]
+    # So that several processes can share one device.
+    shared = {"parallel_devices": [DEVICE] * world_size, "process_group_backend": "gloo"} if world_size > 1 else {}
     strategy: Any
     if case == "one_callback":
-        strategy = "ddp" if world_size > 1 else "auto"
+        strategy = DDPStrategy(**shared) if shared else "auto"
         callbacks.append(DifferentialPrivacy(2.0, 1e-3, seed=3))
     else:
-        kind_of_strategy = PrivateDDPStrategy if world_size > 1 else PrivateStrategy
-        strategy = kind_of_strategy(seed=3, **arguments)
+        kind_of_strategy = PrivateDDPStrategy if shared else PrivateStrategy
+        strategy = kind_of_strategy(seed=3, **arguments, **shared)
     if case in ("budget", "stopped"):
         callbacks.append(PrivacyBudget(4.0, 1e-3))
     distributed.REPLICA_CHECK_EVERY = 5
@@ -140,7 +143,7 @@ def run(case: str, world_size: int, folder: Path) -> dict[str, Any]:
     training = trainer(
         default_root_dir=folder / case,
         strategy=strategy,
-        devices=world_size,
+        **({"accelerator": "auto", "devices": "auto"} if shared else {}),
         callbacks=callbacks,
         **trainer_arguments,
     )
