@@ -9,6 +9,7 @@ The rows are saved as JSON and drawn as a PNG under ``--out``.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import statistics
@@ -181,6 +182,14 @@ def measure(name: str, workload: Workload, arguments: argparse.Namespace) -> dic
     return {method: statistics.median(times) for method, times in seconds.items() if times}
 
 
+def larger(workload: Workload, factor: int) -> Workload:
+    """The same with larger batches, of no more data than makes twenty of them."""
+    if factor == 1:
+        return workload
+    size = factor * workload.batch_size
+    return dataclasses.replace(workload, batch_size=size, records=max(workload.records, 20 * size))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="*", default=list(SMALL), choices=list(WORKLOADS))
@@ -189,6 +198,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-factor", type=int, default=1, help="batches so many times larger, to occupy a GPU")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--no-opacus", action="store_true")
     parser.add_argument("--out", type=Path, default=None, help="folder for speed.json and speed.png")
@@ -196,7 +206,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.backends.cuda.matmul.allow_tf32 = False
-    workloads = {name: WORKLOADS[name] for name in arguments.models}
+    workloads = {name: larger(WORKLOADS[name], arguments.batch_factor) for name in arguments.models}
     if arguments.growth:
         workloads |= {f"{what}={size}": w for what, sizes in GROWTH.items() for size, w in sizes.items()}
     rows = {}

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import settings
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -24,6 +25,8 @@ DEVICE = torch.device(os.environ.get("LIGHTNING_DP_TEST_DEVICE", "cpu"))
 if DEVICE.type != "cpu":
     torch.set_default_device(DEVICE)
     torch.backends.cudnn.allow_tf32 = False  # the oracle is compared with in single precision
+    settings.register_profile("device", deadline=None)  # a kernel's first call takes long
+    settings.load_profile("device")
 
 
 @pytest.fixture(autouse=True)
