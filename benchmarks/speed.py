@@ -170,6 +170,8 @@ def measure(name: str, workload: Workload, arguments: argparse.Namespace) -> dic
             continue
         torch.manual_seed(0)
         runners[method] = make()
+        if arguments.warm_up and "opacus" not in method:  # whose batches all have one size
+            runners[method](arguments.warm_up)
     seconds: dict[str, list[float]] = {method: [] for method in runners}
     for _ in range(arguments.rounds):
         for method, steps in list(runners.items()):
@@ -197,6 +199,9 @@ def main() -> None:
     parser.add_argument("--clippings", nargs="+", default=list(CLIPPINGS), choices=list(CLIPPINGS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument(
+        "--warm-up", type=int, default=0, help="untimed steps: a GPU's libraries plan for every new shape"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-factor", type=int, default=1, help="batches so many times larger, to occupy a GPU")
     parser.add_argument("--precision", default="32-true")

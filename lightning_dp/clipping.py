@@ -201,7 +201,10 @@ class PerLayerClipping(Clipping):
         return [tuple(names) for names in layers.values()]
 
     def weights(self, norms: Tensor, groups: Sequence[Group], state: State = NO_STATE) -> Tensor:
-        return scale_down(norms, norms.new_tensor(self.group_sensitivities(groups)))
+        bounds = self.group_sensitivities(groups)
+        if len(set(bounds)) == 1:  # a number need not be sent to the device
+            return scale_down(norms, bounds[0])
+        return scale_down(norms, norms.new_tensor(bounds))
 
     def group_sensitivities(self, groups: Sequence[Group], state: State = NO_STATE) -> list[float]:
         if self.max_norms is not None:

@@ -43,7 +43,7 @@ class FeedbackMatrices(nn.Module):
         if key not in self.matrices:
             digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            self.matrices[key] = nn.init.orthogonal_(torch.empty(rows, columns), generator=generator)
+            self.matrices[key] = nn.init.orthogonal_(torch.empty(rows, columns, device="cpu"), generator=generator)
         found = self.matrices[key] = self.matrices[key].to(device)
         if found.shape != (rows, columns):
             raise UnsupportedModelError(

@@ -20,18 +20,22 @@ from torch.utils.data import DataLoader, TensorDataset
 _scratch = tempfile.TemporaryDirectory(prefix="lightning_dp_tests_")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
-#: Where models and tensors are made that say nothing else: ``LIGHTNING_DP_TEST_DEVICE=cuda make test-device``.
-DEVICE = torch.device(os.environ.get("LIGHTNING_DP_TEST_DEVICE", "cpu"))
+#: Where Trainers train, and where the tests below make models and tensors: see ``make test-device``.
+DEVICE = torch.device(os.environ.get("LIGHTNING_DP_TEST_DEVICE", "cpu"), 0)
+ON_DEVICE = ("layers", "engines", "coverage", "clipping", "backprop", "noise", "encoding", "pipeline", "device")
 if DEVICE.type != "cpu":
-    torch.set_default_device(DEVICE)
     torch.backends.cudnn.allow_tf32 = False  # the oracle is compared with in single precision
     settings.register_profile("device", deadline=None)  # a kernel's first call takes long
     settings.load_profile("device")
 
 
 @pytest.fixture(autouse=True)
-def _fixed_seed() -> None:
+def _fixed_seed_and_device(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(0)
+    if DEVICE.type != "cpu":  # a Trainer brings modules to its device, and back again
+        trains = {"trainer", "fit"}.intersection(request.function.__code__.co_names)
+        elsewhere = request.module.__name__.rpartition("test_")[2] in ON_DEVICE and not trains
+        torch.set_default_device(DEVICE if elsewhere else "cpu")
 
 
 class Net(pl.LightningModule):

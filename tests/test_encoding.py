@@ -37,7 +37,7 @@ from lightning_dp.noise import NOISES, Magnitudes, Noise
 from lightning_dp.pipeline import PrivateStep
 from lightning_dp.randomness import Randomness
 from lightning_dp.zoo import MLP, FeedbackClassifier
-from tests.conftest import Net, assert_close, dataset, fit, loader, oracle_gradients, trainer
+from tests.conftest import DEVICE, Net, assert_close, dataset, fit, loader, oracle_gradients, trainer
 from tests.test_backprop import MODELS
 
 CODEBOOKS: list[Codebook] = [
@@ -106,7 +106,7 @@ def test_encoding_equals_the_obvious_loop(
     dtype: torch.dtype,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(5, coordinates, generator=generator, dtype=dtype)
+    rows = torch.randn(5, coordinates, generator=generator, dtype=dtype, device="cpu").to(DEVICE)
     rows = rows.sign() * rows.abs() ** heaviness
     rows[0] = 0
     rows[1, ::2] = rows[1, 0]  # ties
@@ -299,15 +299,15 @@ def test_staircases_keep_norm_and_order(values: list[float]) -> None:
     vector = np.sort(values)[::-1]
     found = staircases([vector])
     assert found.norms()[0] == pytest.approx(1)
-    full = vectors(found)[0].numpy()
+    full = vectors(found)[0].cpu().numpy()
     assert (np.diff(full) <= 1e-12).all()
     assert full @ vector / np.linalg.norm(vector) > 0.7
 
 
 def test_a_codebook_is_learned_from_public_gradients(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(1)
-    spiky = torch.randn(40, 500, generator=generator) ** 5
-    flat = torch.rand(40, 500, generator=generator) + 5
+    spiky = torch.randn(40, 500, generator=generator, device="cpu") ** 5
+    flat = torch.rand(40, 500, generator=generator, device="cpu") + 5
     codebook = learn_codebook(torch.cat([spiky, flat]), tmp_path / "book", size=2)
     assert codebook == PublicCodebook(str(tmp_path / "book.npz"))
     assert learn_codebook(spiky, tmp_path / "book_0.5", size=1).path == str(tmp_path / "book_0.5.npz")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -179,7 +180,7 @@ def test_linear_of_any_shape(batch: int, steps: int, features: int, outputs: int
     check_against_oracle(nn.Linear(features, outputs, bias=bias), randn(batch, steps, features))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     data=st.data(), dimensions=st.integers(1, 3), mode=st.sampled_from(["zeros", "reflect", "replicate", "circular"])
 )
@@ -203,7 +204,12 @@ def test_convolution_of_any_shape(data: Any, dimensions: int, mode: str) -> None
         padding_mode=mode,
         bias=data.draw(st.booleans()),
     )
-    check_against_oracle(module, randn(data.draw(small), inputs, *size))
+    input, as_on_gpu, unfolded = randn(data.draw(small), inputs, *size), data.draw(st.booleans()), data.draw(small)
+    with (
+        patch.object(gradients.Convolution, "_is_on_cpu", lambda self: not as_on_gpu),
+        patch.object(gradients, "_UNFOLDED", 500 * unfolded),
+    ):
+        check_against_oracle(module, input)
 
 
 @settings(max_examples=40, deadline=None)

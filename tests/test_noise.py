@@ -35,7 +35,7 @@ def is_gaussian_of_std(sample: torch.Tensor, std: float) -> bool:
     n = len(sample)
     statistic = sample.pow(2).sum().item() / std**2
     variance_fits = 5e-7 < stats.chi2.cdf(statistic, n) < 1 - 5e-7
-    return bool(variance_fits and stats.kstest(sample.numpy(), "norm", args=(0, std)).pvalue > 1e-6)
+    return bool(variance_fits and stats.kstest(sample.cpu().numpy(), "norm", args=(0, std)).pvalue > 1e-6)
 
 
 @pytest.mark.parametrize(("multiplier", "sensitivity"), [(1.0, 1.0), (0.5, 3.0), (4.0, 0.1)])
@@ -87,7 +87,7 @@ DISTRIBUTIONS = {
 
 def follows(sample: torch.Tensor, distribution: Any, scale: float) -> bool:
     """Kolmogorov-Smirnov for the body, and the numbers of draws beyond quantiles of 1e-3 and 1e-4 for the tails."""
-    values = sample.numpy() / scale
+    values = sample.cpu().numpy() / scale
     if stats.kstest(values, distribution.cdf).pvalue < 1e-6:
         return False
     for tail in (1e-3, 1e-4):
@@ -129,8 +129,8 @@ def test_std_is_that_of_the_samples(noise: Noise) -> None:
 def test_exponential_draws_use_the_whole_generator() -> None:
     """Rather than a small seed of their own per call, as some builds of torch did before 2.7."""
     one, other = torch.Generator().manual_seed(1), torch.Generator().manual_seed(1)
-    whole = torch.empty(1000).exponential_(generator=one)
-    parts = [torch.empty(500).exponential_(generator=other) for _ in range(2)]
+    whole = torch.empty(1000, device="cpu").exponential_(generator=one)
+    parts = [torch.empty(500, device="cpu").exponential_(generator=other) for _ in range(2)]
     assert torch.equal(whole, torch.cat(parts))
 
 

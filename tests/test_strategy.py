@@ -568,7 +568,7 @@ def test_the_registered_name_gives_the_strategy_and_asks_for_noise() -> None:
 
 def test_several_devices_are_refused_rather_than_ignored() -> None:
     with pytest.raises(PrivacyConfigurationError, match="one device, and the Trainer has 2"):
-        trainer(strategy=strategy(1.0), devices=2)
+        trainer(strategy=strategy(1.0), devices=2, accelerator="cpu")
 
 
 @pytest.mark.parametrize(
