@@ -170,13 +170,13 @@ def measure(name: str, workload: Workload, arguments: argparse.Namespace) -> dic
             continue
         torch.manual_seed(0)
         runners[method] = make()
-        if arguments.warm_up and "opacus" not in method:  # whose batches all have one size
-            runners[method](arguments.warm_up)
     seconds: dict[str, list[float]] = {method: [] for method in runners}
     for _ in range(arguments.rounds):
         for method, steps in list(runners.items()):
             count = arguments.steps if "opacus" not in method else max(2, arguments.steps // 4)
             try:
+                if arguments.warm_up and not seconds[method] and "opacus" not in method:  # there, one size is all
+                    steps(arguments.warm_up)
                 seconds[method] += steps(count)
             except Exception as error:  # what a library cannot train has no figure
                 print(f"{name}, {method}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)

@@ -33,6 +33,7 @@ from lightning_dp.bounds import (
 )
 from lightning_dp.clipping import NO_STATE, Bounding, Group, State, check_positive, scale_down
 from lightning_dp.engines import SummingEngine, set_aside
+from lightning_dp.gradients import is_asynchronous
 from lightning_dp.layers import registered_for, trainable, trained_layers
 from lightning_dp.records import UnsupportedModelError, getattr_path, same_memory, with_batch
 
@@ -320,6 +321,8 @@ class ClippedBackward(SummingEngine):
         self._usual_calls: Counter[int] | None = None
         self._open: dict[str, _Use | None] = {}
         self._bad: Tensor | None = None
+        #: Inputs of this forward pass that nobody has looked at, as autograd keeps them.
+        self._unchecked: list[Tensor] = []
         self._measured: list[tuple[Tensor, Tensor]] = []
         self._batch_size = 0
         self._listening = False
@@ -338,6 +341,7 @@ class ClippedBackward(SummingEngine):
     @contextmanager
     def forward(self, batch_size: int) -> Iterator[None]:
         self._calls, self._bad, self._batch_size, self._measured = Counter(), None, batch_size, []
+        self._unchecked = []
         handles = []
         clips = [h for m in self._layers.values() for h in m._forward_pre_hooks.values() if isinstance(h, InputClip)]
         try:
@@ -377,8 +381,23 @@ class ClippedBackward(SummingEngine):
                     "FlatClipping."
                 )
 
+    def _clear_unusable_inputs(self) -> None:
+        """Zeros where examples that are left out have something that is not finite, which times zero would not be zero.
+
+        On a device, whether there are any is not looked at before, once for all layers. Their inputs are kept by
+        autograd already, and are changed in place: what else depends on them are the same examples' own gradients,
+        which count for nothing.
+        """
+        inputs, self._unchecked = self._unchecked, []
+        if inputs and self._bad is not None and bool(self._bad.any()):
+            for input in inputs:  # what is shared by all examples is not finite for all, or for none
+                single = input[tuple(slice(0, 1) if step == 0 else slice(None) for step in input.stride())]
+                rows = self._bad if len(single) == self._batch_size else self._bad.all().expand(1)
+                single.masked_fill_(_per_example(rows, single), 0)
+
     @contextmanager
     def backward(self, scale: float = 1.0) -> Iterator[None]:
+        self._clear_unusable_inputs()
         if self._sums and scale != self._unit:  # a smaller last micro-batch: its mean is over fewer examples
             torch._foreach_mul_(list(self._sums.values()), self._unit / scale)
         self._unit = self._scale = scale
@@ -437,7 +456,15 @@ class ClippedBackward(SummingEngine):
             if input.is_floating_point():
                 bound, seen = limit.bound, input.detach()
                 norms = bound.input_norms(module, seen) if bound.clips_input else norms_of(seen)
-                if not _all_usable(norms):
+                if recorded and is_asynchronous(norms):
+                    bad = ~(norms <= _LARGEST)
+                    self._leave_out(bad)
+                    norms = norms.masked_fill(bad, 0)
+                    if bound.clips_input:  # autograd keeps the input, and nothing that was computed from it
+                        self._unchecked.append(input.data)  # whose changes autograd does not count
+                    else:
+                        input = input.masked_fill(_per_example(bad, input), 0)
+                elif not _all_usable(norms):
                     bad = ~(norms <= _LARGEST)
                     if recorded:
                         self._leave_out(bad)
@@ -522,21 +549,26 @@ class ClippedBackward(SummingEngine):
         use.done = True
         norms, summed = bound.measure(module, use.input if use.input is not None else grad, grad)
         factors = scale_down(norms, self._limit(use))
-        if not _all_usable(norms):
+        if is_asynchronous(norms) or not _all_usable(norms):
             self._leave_out(~(norms <= _LARGEST))
         if self._bad is not None:
-            grad, factors = grad.masked_fill(_per_example(self._bad, grad), 0), factors.masked_fill(self._bad, 0)
+            factors = factors.masked_fill(self._bad, 0)
             summed = None if summed is None else summed.masked_fill(self._bad[:, None], 0)
         if self.keep_norms:
             self._measured.append((norms, factors))
         use.input = None
         if use.factors is None:
-            return grad * _per_example(factors, grad), None
+            return self._weighted(grad, factors), None
         rest = ((1 - use.factors) * factors) @ summed if with_bias and summed is not None else None
         weights = factors * use.factors
         # Numbers that are stored with fewer digits would round upwards: such an example is left out.
         weights = weights.where(weights > _SMALLEST, 0.0)
-        return grad * _per_example(weights, grad), rest
+        return self._weighted(grad, weights), rest
+
+    def _weighted(self, grad: Tensor, weights: Tensor) -> Tensor:
+        """Every example's gradient times its weight, and exact zeros for those that are left out."""
+        weighted = grad * _per_example(weights, grad)
+        return weighted if self._bad is None else weighted.masked_fill_(_per_example(self._bad, grad), 0)
 
 
 #: Examples with larger norms than that are left out like those that are not finite: squares of single precision end

@@ -28,6 +28,11 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
+def is_asynchronous(tensor: Tensor) -> bool:
+    """Whether to look at a number of it makes the program wait for a device, which then runs out of work."""
+    return tensor.device.type != "cpu"
+
+
 def _squares(tensor: Tensor) -> Tensor:
     """Sum of squares over all but the first dimension, in float32 or wider: ``(B, ...) -> (B,)``."""
     flat = tensor.reshape(len(tensor), -1)
@@ -386,7 +391,7 @@ class Convolution(PerExampleGradient):
         size, taps = math.prod(self.shape), math.prod(self.shape[2:])
         gram = pixels**2 * self.input.shape[1] + positions**2 * self.grad.shape[1]
         direct = positions * size
-        if self._is_on_cpu():
+        if not is_asynchronous(self.input):
             gram += _MEMORY_CPU * taps * self.groups * positions**2
         else:
             gram += _MEMORY_GPU * 3 * taps * self.groups * positions**2
@@ -394,19 +399,18 @@ class Convolution(PerExampleGradient):
         held = self.grad.numel() + self.input.numel()
         if gram < direct:
             of_one = (pixels**2 + 2 * positions**2) * self.groups
-            rows = max(1, (held if self._is_on_cpu() else _UNFOLDED) // of_one)
+            rows = max(1, (_UNFOLDED if is_asynchronous(self.input) else held) // of_one)
             starts = range(0, batch, rows)
             return torch.cat([self._part(start, start + rows)._squared_norms_by_gram() for start in starts])
         if batch * size > held:  # not worth keeping; and some examples at a time when it is much more than what is held
-            rows = max(1, _MATERIALISED * held // size) if self._is_on_cpu() else self._unfolded_at_once()
+            rows = max(1, _MATERIALISED * held // size)
+            if is_asynchronous(self.input):
+                rows = self._unfolded_at_once()
             starts = range(0, batch, rows)
             return torch.cat([_squares(self._part(start, start + rows).materialise()) for start in starts])
         self.values = self.materialise()
         self.grad = self.input = self.values.new_empty(0)
         return _squares(self.values)
-
-    def _is_on_cpu(self) -> bool:
-        return self.input.device.type == "cpu"
 
     def _unfolded_at_once(self) -> int:
         """How many examples a GPU unfolds at once."""
@@ -465,7 +469,7 @@ class Convolution(PerExampleGradient):
     def materialise(self) -> Tensor:
         if self.values is not None:
             return self.values
-        if not self._is_on_cpu():
+        if is_asynchronous(self.input):
             rows = self._unfolded_at_once()
             parts = [self._part(start, start + rows) for start in range(0, len(self.grad), rows)]
             return torch.cat([part._by_unfolding() for part in parts]) if parts[1:] else self._by_unfolding()

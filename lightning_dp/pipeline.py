@@ -20,7 +20,7 @@ from lightning_dp.accounting import Phase, PrivacyLedger
 from lightning_dp.clipping import Bounding, Clipping, State
 from lightning_dp.denoising import Denoiser, DenoiserState, PublicNoise
 from lightning_dp.engines import Engine, PerExampleEngine, SummingEngine
-from lightning_dp.gradients import PerExampleGradient
+from lightning_dp.gradients import PerExampleGradient, is_asynchronous
 from lightning_dp.noise import Noise, block_size
 from lightning_dp.randomness import Randomness
 
@@ -284,7 +284,8 @@ class PrivateStep:
         self._bounded.update(groups)
         norms = self._norms(gradients) * self._scale
         bad = ~norms.isfinite().all(1)
-        is_bad = bool(bad.any())
+        # Within the backward pass, leaving out nobody is cheaper than to wait for a device.
+        is_bad = (self.clipping.separable and is_asynchronous(bad)) or bool(bad.any())
         if is_bad:
             self._bad = bad if self._bad is None else self._bad | bad
             gradients = {name: g.without(bad) for name, g in gradients.items()}

@@ -53,7 +53,7 @@ class Still(Net):
         super().__init__(nn.Linear(6, 3000))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return 0 * F.mse_loss(self.net(batch[0]), torch.zeros(len(batch[0]), 3000))
+        return 0 * F.mse_loss(self.net(batch[0]), torch.zeros(len(batch[0]), 3000, device=batch[0].device))
 
 
 class Watch(Callback):

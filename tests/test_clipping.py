@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from lightning_dp import pipeline
 from lightning_dp.accounting import PrivacyLedger
 from lightning_dp.clipping import AdaptiveClipping, AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
 from lightning_dp.engines import BookKeeping
@@ -137,8 +138,13 @@ MODELS = {
     "extra", ["tiny", "huge", "negative huge", "aligned", "one-hot", "overflowing", "infinite", "nan"]
 )
 @pytest.mark.parametrize("model_name", MODELS)
-@pytest.mark.parametrize("clipping", CLIPPINGS, ids=repr)
-def test_one_record_moves_every_sum_by_at_most_its_sensitivity(clipping: Clipping, model_name: str, extra: str) -> None:
+@pytest.mark.parametrize(
+    ("clipping", "on_gpu"), [(rule, False) for rule in CLIPPINGS] + [(r, True) for r in CLIPPINGS if r.separable]
+)
+def test_one_record_moves_every_sum_by_at_most_its_sensitivity(
+    clipping: Clipping, model_name: str, extra: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "is_asynchronous", lambda tensor: on_gpu)
     make, shape = MODELS[model_name]
     model = make()
     first_weight = next(model.parameters())

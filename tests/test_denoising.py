@@ -224,9 +224,9 @@ def test_a_denoiser_is_given_the_noisy_gradient_and_independent_noise_of_its_sca
     [given], [known] = rule.seen, rule.noise
     [scale] = set(known.scales.values())
     assert scale == pytest.approx(2.0 * clipping.max_norm / 8)  # type: ignore[attr-defined]
-    sample = torch.cat([value.flatten() for value in given.values()]) / scale
-    fresh = known.fresh(len(sample))
-    assert not torch.equal(fresh, known.fresh(len(sample)))
+    sample = torch.cat([value.flatten() for value in given.values()]).cpu() / scale
+    fresh = known.fresh(len(sample)).cpu()
+    assert not torch.equal(fresh, known.fresh(len(sample)).cpu())
     assert abs((sample * fresh).mean()) < 5 * noise.std() ** 2 / len(sample) ** 0.5
     distribution = stats.norm() if isinstance(noise, GaussianNoise) else stats.t(9)
     for drawn in (sample, fresh):

@@ -109,7 +109,7 @@ def test_encoding_equals_the_obvious_loop(
     rows = torch.randn(5, coordinates, generator=generator, dtype=dtype, device="cpu").to(DEVICE)
     rows = rows.sign() * rows.abs() ** heaviness
     rows[0] = 0
-    rows[1, ::2] = rows[1, 0]  # ties
+    rows[1, ::2] = rows[1, 0].clone()  # ties
     entries = codebook.entries(max(1, int(kept * coordinates)))
     encoded = rows.clone()
     Encoder(entries, max_norm, coordinates)(encoded)

@@ -206,7 +206,7 @@ def test_convolution_of_any_shape(data: Any, dimensions: int, mode: str) -> None
     )
     input, as_on_gpu, unfolded = randn(data.draw(small), inputs, *size), data.draw(st.booleans()), data.draw(small)
     with (
-        patch.object(gradients.Convolution, "_is_on_cpu", lambda self: not as_on_gpu),
+        patch.object(gradients, "is_asynchronous", lambda tensor: as_on_gpu),
         patch.object(gradients, "_UNFOLDED", 500 * unfolded),
     ):
         check_against_oracle(module, input)

@@ -36,7 +36,7 @@ from lightning_dp import (
 from lightning_dp.checks import PrivacyConfigurationError
 from lightning_dp.randomness import Randomness
 from lightning_dp.sampling import draw_poisson_sample
-from tests.conftest import Net, assert_close, dataset, fit, loader, oracle_gradients, trainer
+from tests.conftest import DEVICE, Net, assert_close, dataset, fit, loader, oracle_gradients, trainer
 from tests.test_layers import EXAMPLES, randn
 from tests.test_noise import is_gaussian_of_std
 
@@ -114,7 +114,7 @@ def updates(steps: int, **kwargs: Any) -> list[Tensor]:
             seen.append(pl_module.net.weight.detach().clone())
 
     data = DataLoader(TensorDataset(torch.zeros(40, 50), torch.zeros(40, dtype=torch.long)), batch_size=8)
-    start = module.net.weight.detach().clone()
+    start = module.net.weight.detach().to(DEVICE, copy=True)
     fit(trainer(strategy=strategy(**kwargs), max_steps=steps, max_epochs=-1, callbacks=[Keep()]), module, data)
     return [b - a for a, b in zip([start, *seen[:-1]], seen, strict=True)]
 
@@ -314,7 +314,7 @@ def test_shortened_runs(options: dict[str, Any], steps: int) -> None:
 
 def test_gradient_clip_val_acts_on_the_noisy_gradient() -> None:
     module = Net(nn.Linear(6, 3, bias=False))
-    start = module.net.weight.detach().clone()
+    start = module.net.weight.detach().to(DEVICE, copy=True)
     fit(trainer(strategy=strategy(1e6), max_steps=1, gradient_clip_val=0.25), module, loader())
     assert (module.net.weight - start).norm().item() == pytest.approx(0.25, rel=1e-3)
 
