@@ -109,8 +109,10 @@ class PrivateParallelMixin(PrivateMixin):
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
-        note = f"lightning_dp: this happened in process {self.global_rank} of {self.world_size}."
-        if (isinstance(exception, RuntimeError) and "gloo" in str(exception)) or isinstance(exception, dist.DistError):
+        # What a process raised that this one has started arrives here.
+        rank = self.global_rank + getattr(exception, "error_index", 0)
+        note = f"lightning_dp: this happened in process {rank} of {self.world_size}."
+        if isinstance(exception, dist.DistError) or any(sign in str(exception) for sign in _SIGNS_OF_A_LOST_PROCESS):
             note += " It could not reach another one, which may have failed before: look for that one's error."
         exception.add_note(note)
 
@@ -118,6 +120,10 @@ class PrivateParallelMixin(PrivateMixin):
         super()._configure_launcher()
         if isinstance(self._launcher, _MultiProcessingLauncher):
             self._launcher = _Launcher(self, start_method=self._launcher._start_method)  # type: ignore[arg-type]
+
+
+#: What errors say that the communication's libraries raise when another process is gone, or does not answer.
+_SIGNS_OF_A_LOST_PROCESS = ("gloo", "NCCL", "Timed out waiting", "Connection closed by peer", "Connection reset")
 
 
 def _die_with_launcher() -> None:
@@ -179,8 +185,8 @@ class PrivateDDPStrategy(PrivateParallelMixin, DDPStrategy):
 
     Samples, noise and ledger are those of the whole, not of a process: ε does not depend on the number of devices. The
     train loader's batch size is per device, as always in Lightning: the expected batch is ``batch_size · devices ·
-    num_nodes``. A process whose share of a sample is empty runs no ``training_step`` in that step; `self.log` with
-    ``on_step=True, sync_dist=True`` would wait for it.
+    num_nodes``. A process whose share of a sample is empty, while another one's is not, runs ``training_step`` for
+    nothing, on the first record of the train set, so that no exchange in it (``self.log(…, sync_dist=True)``) waits.
 
     Args:
         clipping, noise, denoiser, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal: As for

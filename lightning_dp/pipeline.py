@@ -282,7 +282,7 @@ class PrivateStep:
         if not self._bounded.isdisjoint(groups):
             raise RuntimeError("A gradient came in two parts, each of which would be clipped by itself.")
         self._bounded.update(groups)
-        norms = self._norms(gradients) * self._scale
+        norms = self._norms(gradients, groups) * self._scale
         bad = ~norms.isfinite().all(1)
         # Within the backward pass, leaving out nobody is cheaper than to wait for a device.
         is_bad = (self.clipping.separable and is_asynchronous(bad)) or bool(bad.any())
@@ -295,7 +295,8 @@ class PrivateStep:
             if self._measured is None:
                 self._measured = torch.zeros_like(norms), torch.ones_like(weights)
             for kept, new in zip(self._measured, (norms, weights), strict=True):
-                kept[:, groups] = new[:, groups]
+                for index in groups:
+                    kept[:, index] = new[:, index]
         query = self.clipping.query(norms, self.clipping_state)
         sums = self._totals()
         if query is not None:
@@ -306,12 +307,15 @@ class PrivateStep:
                 if name in gradients:
                     gradients.pop(name).add_weighted_sum_(sums[name], weights[:, index])
 
-    def _norms(self, gradients: dict[str, PerExampleGradient]) -> Tensor:
-        """Norms ``(B, G)`` of every example's gradient with respect to every group."""
+    def _norms(self, gradients: dict[str, PerExampleGradient], groups: Sequence[int]) -> Tensor:
+        """Norms ``(B, G)`` of every example's gradient with respect to these groups, and zeros for the others."""
         squares = {name: g.squared_norms() for name, g in gradients.items()}
-        nothing = torch.zeros_like(next(iter(squares.values())))
-        groups = [[squares[name] for name in group if name in squares] for group in self.groups]
-        return torch.stack([torch.stack(parts).sum(0) if parts else nothing for parts in groups], 1).sqrt_()
+        like = max(squares.values(), key=lambda square: square.dtype.itemsize)
+        norms = like.new_zeros(len(like), len(self.groups))
+        for index in groups:
+            if own := [squares[name] for name in self.groups[index] if name in squares]:
+                norms[:, index] = torch.stack(own).sum(0)
+        return norms.sqrt_()
 
     def _totals(self) -> dict[str, Tensor]:
         """Noise plus the sums so far, over q·N: one tensor per trainable parameter, in float32 or wider.

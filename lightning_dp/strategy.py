@@ -409,17 +409,17 @@ class PrivateMixin(Strategy):
             limit=None if self.budget is None else self._step_limit,
         )
         self._examples_left_to_backward = 0
-        if count == 0:  # an empty draw: the step is pure noise
-            return torch.zeros((), device=self.root_device, requires_grad=True)
         self._check_examples(args)
         results = self._trainer()._results
         # As many micro-batches in every process, so that each of them is at the same place.
         largest = self._largest_share
-        parts = -(-largest // min(self.max_physical_batch_size or largest, step.engine.max_examples or largest))
+        most = min(self.max_physical_batch_size or largest, step.engine.max_examples or largest)
+        parts = -(-largest // most) if largest else 0
         weighted_loss: Any = 0.0
         for part in range(parts):
             start, stop = count * part // parts, count * (part + 1) // parts
             if start == stop:
+                self._accompany(args, kwargs)
                 continue
             micro_batch = batch if stop - start == count else self.take_examples(batch, count, slice(start, stop))
             if results is not None:  # so that self.log weights its means by the micro-batch's size
@@ -431,10 +431,32 @@ class PrivateMixin(Strategy):
             if stop < count:
                 with step.backward(self._loss_scale(stop - start)):
                     self.precision_plugin.backward(loss, self._module(), None)
+        if count == 0:  # of an empty draw, or share of one, the gradient is noise
+            return torch.zeros((), device=self.root_device, requires_grad=True)
         if results is not None:
             results.batch, results.batch_size = batch, None
         self._examples_left_to_backward = stop - start
         return _with_loss_value(output, weighted_loss) if parts > 1 else output
+
+    def _accompany(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Runs ``training_step`` for nothing, on a record that was not drawn, where another process has one that was.
+
+        What the step exchanges between processes (a log with ``sync_dist=True``, say) would wait for this one.
+        """
+        step, results = self.private_step, self._trainer()._results
+        assert step is not None
+        batch = self._load([0])
+        if results is not None:
+            results.batch, results.batch_size = batch, None
+        with step.engine.forward(1):
+            super().training_step(batch, *args, **kwargs)
+
+    def _load(self, records: list[int]) -> Any:
+        """The batch that consists of these records of the train set, as Lightning would bring it to the device."""
+        assert self._train_loader is not None
+        batch = self.precision_plugin.convert_input(self._train_loader.collate_records(records))
+        batch = self._module()._on_before_batch_transfer(batch, dataloader_idx=0)
+        return self.batch_to_device(batch, dataloader_idx=0)
 
     def take_examples(self, batch: Any, size: int, examples: slice | list[int]) -> Any:
         """Some examples of a collated batch of ``size``. Override it for batches that are not trees of tensors."""
@@ -475,8 +497,7 @@ class PrivateMixin(Strategy):
 
     def _check_examples(self, args: tuple[Any, ...]) -> None:
         """Runs the self-check, on records spread over the data set rather than on those that were drawn."""
-        loader = self._train_loader
-        if not self._self_check_pending or loader is None or self.num_records < 2:
+        if not self._self_check_pending or self.num_records < 2:
             return
         self._self_check_pending = False
         if self.engine != "bookkeeping":
@@ -486,10 +507,7 @@ class PrivateMixin(Strategy):
         module = self._module()
 
         def take(examples: list[int]) -> Any:
-            batch = loader.collate_records([records[example] for example in examples])
-            batch = self.precision_plugin.convert_input(batch)
-            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-            return self.batch_to_device(batch, dataloader_idx=0)
+            return self._load([records[example] for example in examples])
 
         # Whether examples are independent does not depend on precision, but autocast's rounding blurs the comparison.
         mixed = isinstance(self.precision_plugin, MixedPrecision)
