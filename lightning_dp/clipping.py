@@ -112,8 +112,9 @@ class Clipping(Bounding):
     """Weights ``w_ig`` for example i and group g of parameters, such that one record changes ``Σ_i w_ig g_ig`` by at
     most the group's sensitivity."""
 
-    #: Whether a group's weights depend on its own norms alone. Then it is bounded as soon as its gradients are known,
-    #: within the backward pass, and an example whose gradient is not finite is left out of that group alone.
+    #: Whether a group's weights depend on its own norms alone. Then an example whose gradient is not finite is left out
+    #: of that group alone, and among several processes a group is bounded, and its sum sent, as soon as its gradients
+    #: are known, within the backward pass.
     separable: ClassVar[bool] = False
 
     @abstractmethod

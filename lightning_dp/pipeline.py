@@ -236,10 +236,10 @@ class PrivateStep:
             self._note_bounds(self.engine, scale)
         elif isinstance(self.engine, PerExampleEngine):
             separable = isinstance(self.clipping, Clipping) and self.clipping.separable
-            self.engine.on_complete = self._take_gradient if separable else None
+            self.engine.on_complete = self._take_gradient if separable and self._is_last else None
             with self.engine.backward(scale):
                 yield
-            self._add_rest(self.engine, separable)
+            self._add_rest(self.engine)
 
     def _note_bounds(self, engine: SummingEngine, scale: float) -> None:
         """What is worth knowing of a micro-batch whose bounded sum the engine keeps."""
@@ -257,18 +257,18 @@ class PrivateStep:
             self._add_clipped(self._waiting.pop(group), [group])
             self._note_complete(self.groups[group])
 
-    def _add_rest(self, engine: PerExampleEngine, separable: bool) -> None:
+    def _is_streaming(self) -> bool:
+        """Whether groups are bounded while the backward pass goes on."""
+        return isinstance(self.engine, PerExampleEngine) and self.engine.on_complete is not None
+
+    def _add_rest(self, engine: PerExampleEngine) -> None:
         """Bounds what the backward pass has left, and takes note of who was left out."""
         gradients = engine.gradients()
         for waiting in self._waiting.values():
             gradients |= waiting
         self._waiting = {}
-        if separable:
-            for index, group in enumerate(self.groups):
-                if own := {name: gradients[name] for name in group if name in gradients}:
-                    self._add_clipped(own, [index])
-        elif gradients:
-            self._add_clipped(gradients, list(range(len(self.groups))))
+        if gradients:
+            self._add_clipped(gradients, sorted({self._group_of[name] for name in gradients}))
         if self._bad is not None:
             self.nonfinite_examples += int(self._bad.sum())
         if self._measured is not None:
@@ -283,13 +283,15 @@ class PrivateStep:
             raise RuntimeError("A gradient came in two parts, each of which would be clipped by itself.")
         self._bounded.update(groups)
         norms = self._norms(gradients, groups) * self._scale
-        bad = ~norms.isfinite().all(1)
+        bad = ~norms.isfinite()
+        if not self.clipping.separable:
+            bad = bad.any(1, keepdim=True).expand_as(bad)
         # Within the backward pass, leaving out nobody is cheaper than to wait for a device.
-        is_bad = (self.clipping.separable and is_asynchronous(bad)) or bool(bad.any())
+        is_bad = (self._is_streaming() and is_asynchronous(bad)) or bool(bad.any())
         if is_bad:
-            self._bad = bad if self._bad is None else self._bad | bad
-            gradients = {name: g.without(bad) for name, g in gradients.items()}
-            norms = norms.masked_fill(bad[:, None], 0)
+            self._bad = bad.any(1) if self._bad is None else self._bad | bad.any(1)
+            gradients = {name: g.without(bad[:, self._group_of[name]]) for name, g in gradients.items()}
+            norms = norms.masked_fill(bad, 0)
         weights = self.clipping.weights(norms, self.groups, self.clipping_state)
         if self.keep_norms:
             if self._measured is None:
@@ -300,7 +302,7 @@ class PrivateStep:
         query = self.clipping.query(norms, self.clipping_state)
         sums = self._totals()
         if query is not None:
-            sums[_QUERY] += (query.masked_fill(bad, 0) if is_bad else query).sum() / self._divisor
+            sums[_QUERY] += (query.masked_fill(bad.any(1), 0) if is_bad else query).sum() / self._divisor
         weights = weights * (self._scale / self._divisor)
         for index in groups:
             for name in self.groups[index]:

@@ -84,17 +84,20 @@ def test_bounds_that_bound_nothing_are_refused(make: Any, says: str) -> None:
         make()
 
 
-def bounded_sums(clipping: Clipping, model: nn.Module, inputs: torch.Tensor) -> tuple[list[torch.Tensor], list[float]]:
+def bounded_sums(
+    clipping: Clipping, model: nn.Module, inputs: torch.Tensor, streaming: bool = False
+) -> tuple[list[torch.Tensor], list[float]]:
     """The sums that the noise is added to, one vector per group, and their sensitivities: black box, everything but the
-    noise, through the private step."""
+    noise, through the private step; also as it is in one of several processes."""
     for parameter in model.parameters():
         parameter.grad = None
-    step = PrivateStep(BookKeeping(model), clipping, GaussianNoise(0.0), PrivacyLedger(), Randomness(0))
+    add_up = (lambda tensor: lambda: None) if streaming else None
+    step = PrivateStep(BookKeeping(model), clipping, GaussianNoise(0.0), PrivacyLedger(), Randomness(0), add_up)
     step.begin(0.0, 0.5, 1.0)
     if len(inputs):
         with step.engine.forward(len(inputs)):
             loss = model(inputs).pow(2).flatten(1).sum(1).mean()
-        with step.backward(float(len(inputs))):
+        with step.backward(float(len(inputs)), last=True):
             loss.backward()
     step.release()
     grads = {name: p.grad.flatten().double() for name, p in model.named_parameters() if p.grad is not None}
@@ -139,12 +142,15 @@ MODELS = {
 )
 @pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize(
-    ("clipping", "on_gpu"), [(rule, False) for rule in CLIPPINGS] + [(r, True) for r in CLIPPINGS if r.separable]
+    ("clipping", "place"),
+    [(rule, "alone") for rule in CLIPPINGS]
+    + [(rule, place) for rule in CLIPPINGS if rule.separable for place in ("among several", "among several GPUs")],
 )
 def test_one_record_moves_every_sum_by_at_most_its_sensitivity(
-    clipping: Clipping, model_name: str, extra: str, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+    clipping: Clipping, model_name: str, extra: str, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "is_asynchronous", lambda tensor: on_gpu)
+    monkeypatch.setattr(pipeline, "is_asynchronous", lambda tensor: place == "among several GPUs")
+    streaming = place != "alone"
     make, shape = MODELS[model_name]
     model = make()
     first_weight = next(model.parameters())
@@ -161,10 +167,10 @@ def test_one_record_moves_every_sum_by_at_most_its_sensitivity(
         "infinite": torch.full(shape, float("inf")),
         "nan": torch.full(shape, float("nan")),
     }[extra].to(batch.dtype)
-    without, bounds = bounded_sums(clipping, model, batch)
-    alone, _ = bounded_sums(clipping, model, record[None])
-    with_record, _ = bounded_sums(clipping, model, torch.cat([batch[:2], record[None], batch[2:]]))
-    replaced, _ = bounded_sums(clipping, model, torch.cat([batch[:4], record[None]]))
+    without, bounds = bounded_sums(clipping, model, batch, streaming)
+    alone, _ = bounded_sums(clipping, model, record[None], streaming)
+    with_record, _ = bounded_sums(clipping, model, torch.cat([batch[:2], record[None], batch[2:]]), streaming)
+    replaced, _ = bounded_sums(clipping, model, torch.cat([batch[:4], record[None]]), streaming)
     for group, bound in enumerate(bounds):
         assert with_record[group].isfinite().all()
         assert (with_record[group] - without[group]).norm() <= bound * (1 + 1e-4)
