@@ -33,7 +33,7 @@ from lightning_dp.bounds import (
 )
 from lightning_dp.clipping import NO_STATE, Bounding, Group, State, check_positive, scale_down
 from lightning_dp.engines import SummingEngine, set_aside
-from lightning_dp.gradients import is_asynchronous
+from lightning_dp.gradients import is_asynchronous, rounds_products
 from lightning_dp.layers import registered_for, trainable, trained_layers
 from lightning_dp.records import UnsupportedModelError, getattr_path, same_memory, with_batch
 
@@ -326,6 +326,7 @@ class ClippedBackward(SummingEngine):
         self._measured: list[tuple[Tensor, Tensor]] = []
         self._batch_size = 0
         self._listening = False
+        self._rounding = 0.0
 
     def reset(self) -> None:
         self._sums, self._unit = {}, 1.0
@@ -341,6 +342,9 @@ class ClippedBackward(SummingEngine):
     @contextmanager
     def forward(self, batch_size: int) -> Iterator[None]:
         self._calls, self._bad, self._batch_size, self._measured = Counter(), None, batch_size, []
+        device = next(iter(self.parameters.values())).device
+        rounding = _ROUNDING_CPU if device.type == "cpu" else _ROUNDING_GPU
+        self._rounding = rounding if rounds_products(device) else 0.0
         self._unchecked = []
         handles = []
         clips = [h for m in self._layers.values() for h in m._forward_pre_hooks.values() if isinstance(h, InputClip)]
@@ -384,16 +388,14 @@ class ClippedBackward(SummingEngine):
     def _clear_unusable_inputs(self) -> None:
         """Zeros where examples that are left out have something that is not finite, which times zero would not be zero.
 
-        On a device, whether there are any is not looked at before, once for all layers. Their inputs are kept by
-        autograd already, and are changed in place: what else depends on them are the same examples' own gradients,
-        which count for nothing.
+        On a device, whether there are any is not looked at before, once for all layers. Autograd keeps their inputs
+        already, and they are changed in place (`_is_what_autograd_keeps`): what else depends on them are the same
+        examples' own gradients, which count for nothing.
         """
         inputs, self._unchecked = self._unchecked, []
         if inputs and self._bad is not None and bool(self._bad.any()):
-            for input in inputs:  # what is shared by all examples is not finite for all, or for none
-                single = input[tuple(slice(0, 1) if step == 0 else slice(None) for step in input.stride())]
-                rows = self._bad if len(single) == self._batch_size else self._bad.all().expand(1)
-                single.masked_fill_(_per_example(rows, single), 0)
+            for input in inputs:
+                input.masked_fill_(_per_example(self._bad, input), 0)
 
     @contextmanager
     def backward(self, scale: float = 1.0) -> Iterator[None]:
@@ -460,7 +462,7 @@ class ClippedBackward(SummingEngine):
                     bad = ~(norms <= _LARGEST)
                     self._leave_out(bad)
                     norms = norms.masked_fill(bad, 0)
-                    if bound.clips_input:  # autograd keeps the input, and nothing that was computed from it
+                    if bound.clips_input and _is_what_autograd_keeps(module, input, self._batch_size):
                         self._unchecked.append(input.data)  # whose changes autograd does not count
                     else:
                         input = input.masked_fill(_per_example(bad, input), 0)
@@ -532,7 +534,8 @@ class ClippedBackward(SummingEngine):
 
     def _limit(self, use: _Use) -> float:
         """C_up for this call, in units of the gradients at hand."""
-        return self.limits[use.name].upstream_norm / (self._calls[use.component] * self._scale)
+        limit = self.limits[use.name].upstream_norm / (self._calls[use.component] * self._scale)
+        return limit * (1 - self._rounding)
 
     def bounded(self, use: _Use, grad: Tensor, with_bias: bool) -> tuple[Tensor, Tensor | None]:
         """The gradient at the layer's own output, and what the bias is owed besides."""
@@ -571,9 +574,27 @@ class ClippedBackward(SummingEngine):
         return weighted if self._bad is None else weighted.masked_fill_(_per_example(self._bad, grad), 0)
 
 
+def _is_what_autograd_keeps(module: nn.Module, input: Tensor, batch_size: int) -> bool:
+    """Whether the backward pass of a linear map will read this very memory, which holds results of this forward pass
+    alone, an example's in a row of its own.
+
+    Not of batches and buffers (which nothing was computed for), nor where a layer pads or copies its input by itself.
+    """
+    if input.grad_fn is None or len(input) != batch_size or 0 in input.stride():
+        return False
+    if getattr(module, "padding_mode", "zeros") != "zeros" or isinstance(getattr(module, "padding", 0), str):
+        return False
+    return input.is_contiguous() or (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last))
+
+
 #: Examples with larger norms than that are left out like those that are not finite: squares of single precision end
 #: soon after, and what normalises such numbers makes NaN of them.
 _LARGEST = 1e15
+
+#: What is taken off the bound of the upstream gradient where factors of float32 are rounded. On GPUs (TF32) they are
+#: off by u = 2^-11, the product of inputs and upstream gradients by 2u, and either norm, a root of sums of squares, by
+#: u/2. On CPUs (bfloat16), u = 2^-8.
+_ROUNDING_GPU, _ROUNDING_CPU = 2**-8, 2**-5
 
 #: Weights below that are taken as zero.
 _SMALLEST = 1e-34

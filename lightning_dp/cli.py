@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_dp import commands, plots
 from lightning_dp.callbacks import DifferentialPrivacy, PrivacyMonitor, trainer_callbacks
@@ -25,11 +24,9 @@ class PrivateCLI(LightningCLI):
         has_test = self.datamodule is not None and _overrides(self.datamodule, "test_dataloader")
         if has_test and _overrides(self.model, "test_step") and not getattr(self.trainer, "fast_dev_run", False):
             [metrics] = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
-        self._print_summary(metrics)
-
-    @rank_zero_only
-    def _print_summary(self, metrics: Mapping[str, float]) -> None:
-        print(summary(self.trainer, metrics))
+        line = summary(self.trainer, metrics)  # in every process: the directory of the logs is asked of the first
+        if self.trainer.is_global_zero:
+            print(line)
 
 
 def _overrides(instance: Any, method: str) -> bool:

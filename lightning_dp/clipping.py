@@ -121,6 +121,10 @@ class Clipping(Bounding):
     def weights(self, norms: Tensor, groups: Sequence[Group], state: State = NO_STATE) -> Tensor:
         """Weights ``(B, G)`` for gradients with these Euclidean norms ``(B, G)``, all finite."""
 
+    def weights_of_group(self, norms: Tensor, sensitivity: float) -> Tensor:
+        """Weights ``(B,)`` for one group's norms ``(B,)``, of a separable rule; the same as `weights` gives."""
+        raise NotImplementedError(f"{type(self).__name__} weighs groups together.")
+
     def query(self, norms: Tensor, state: State) -> Tensor | None:
         """A statistic ``(B,)`` to be summed over the batch, every term between -1/2 and 1/2; ``None``: nothing."""
         return None
@@ -206,6 +210,9 @@ class PerLayerClipping(Clipping):
         if len(set(bounds)) == 1:  # a number need not be sent to the device
             return scale_down(norms, bounds[0])
         return scale_down(norms, norms.new_tensor(bounds))
+
+    def weights_of_group(self, norms: Tensor, sensitivity: float) -> Tensor:
+        return scale_down(norms, sensitivity)
 
     def group_sensitivities(self, groups: Sequence[Group], state: State = NO_STATE) -> list[float]:
         if self.max_norms is not None:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,11 +21,12 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, Precision
 from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 
 from lightning_dp.accounting import PrivacyLedger
+from lightning_dp.checks import PrivacyConfigurationError
 from lightning_dp.clipping import Bounding, FlatClipping
 from lightning_dp.denoising import Denoiser
 from lightning_dp.noise import GaussianNoise, Noise
@@ -53,11 +52,23 @@ class PrivateParallelMixin(PrivateMixin):
     supported: ClassVar[tuple[type[Strategy], ...]] = (DDPStrategy,)
 
     global_rank: int
+    local_rank: int
     world_size: int
+    cluster_environment: ClusterEnvironment | None
 
     def setup(self, trainer: Trainer) -> None:
-        _die_with_launcher()
+        if self._was_launched():
+            _die_with_parent()
         super().setup(trainer)
+
+    def _was_launched(self) -> bool:
+        """Whether a process of this training, rather than the user, has started this one."""
+        if isinstance(self._launcher, _MultiProcessingLauncher):
+            return multiprocessing.parent_process() is not None
+        if isinstance(self._launcher, _SubprocessScriptLauncher):
+            assert self.cluster_environment is not None
+            return not self.cluster_environment.creates_processes_externally and self.local_rank > 0
+        return False
 
     def configure_ddp(self) -> None:
         """Every process starts from the first one's parameters and buffers; nothing is wrapped."""
@@ -65,6 +76,12 @@ class PrivateParallelMixin(PrivateMixin):
 
     def share(self, value: Any) -> Any:
         return self.broadcast(value)
+
+    def agree(self, value: Any, problem: str) -> None:
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, value)
+        if any(other != everyone[0] for other in everyone):
+            raise PrivacyConfigurationError(problem)
 
     def on_first_process(self, action: Callable[[], None]) -> None:
         error: Exception | None = None
@@ -94,6 +111,10 @@ class PrivateParallelMixin(PrivateMixin):
             self._check_replicas()
         return output
 
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self._check_replicas()
+
     def _check_replicas(self) -> None:
         """Compares a hash of the parameters over all processes."""
         own = parameter_hash(self._module())
@@ -116,6 +137,25 @@ class PrivateParallelMixin(PrivateMixin):
             note += " It could not reach another one, which may have failed before: look for that one's error."
         exception.add_note(note)
 
+    def state_to_bring_back(self) -> dict[str, Any]:
+        """What the process that launches others takes over from them."""
+        step = self.private_step
+        return {
+            "ledger": self.ledger.state_dict(),
+            "run": self.ledger.run,
+            "noise_multiplier": self.noise_multiplier,
+            "_clipping_state": dict(step.clipping_state if step else self._clipping_state),
+            "_denoiser_state": dict(step.denoiser_state if step else self._denoiser_state),
+            "_journal_reference": self._journal_reference,
+        }
+
+    def bring_back(self, state: dict[str, Any]) -> None:
+        """Takes it over."""
+        self.ledger.become(PrivacyLedger.from_state_dict(state.pop("ledger")))
+        self.ledger.start_run(state.pop("run"))
+        for name, value in state.items():
+            setattr(self, name, value)
+
     def _configure_launcher(self) -> None:
         super()._configure_launcher()
         if isinstance(self._launcher, _MultiProcessingLauncher):
@@ -126,20 +166,13 @@ class PrivateParallelMixin(PrivateMixin):
 _SIGNS_OF_A_LOST_PROCESS = ("gloo", "NCCL", "Timed out waiting", "Connection closed by peer", "Connection reset")
 
 
-def _die_with_launcher() -> None:
-    """Asks the kernel to end this process when the one that launched it ends, as far as that is known (on Linux).
+def _die_with_parent() -> None:
+    """Asks the kernel to end this process when the one that launched it ends, where that is possible (on Linux).
 
     A process that hangs in user code would otherwise outlive a job that failed: Lightning catches the gentler signals.
     """
-    with suppress(OSError, AttributeError):
-        if multiprocessing.parent_process() is not None or _arguments(os.getppid()) == _arguments(os.getpid()):
-            ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
-
-
-def _arguments(process: int) -> list[str]:
-    """What a process was started with, without the folders of what was named."""
-    arguments = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
-    return [os.path.basename(argument.decode(errors="replace")) for argument in arguments[1:]]
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG
 
 
 def parameter_hash(module: nn.Module) -> Tensor:
@@ -163,20 +196,15 @@ _HASHED = 2**20
 
 
 class _Launcher(_MultiProcessingLauncher):
-    """Brings the ledger back from the processes that it started."""
+    """Brings back what the strategy knows from the processes that it started: the ledger, and what checkpoints keep."""
 
     def get_extra_results(self, trainer: Trainer) -> dict[str, Any]:
         strategy: Any = trainer.strategy
-        extra = super().get_extra_results(trainer)
-        ledger = (strategy.ledger.state_dict(), strategy.ledger.run)
-        return {**extra, "ledger": ledger, "noise_multiplier": strategy.noise_multiplier}
+        return {**super().get_extra_results(trainer), "privacy": strategy.state_to_bring_back()}
 
     def update_main_process_results(self, trainer: Trainer, extra: dict[str, Any]) -> None:
         strategy: Any = trainer.strategy
-        state, run = extra.pop("ledger")
-        strategy.ledger.become(PrivacyLedger.from_state_dict(state))
-        strategy.ledger.start_run(run)
-        strategy.noise_multiplier = extra.pop("noise_multiplier")
+        strategy.bring_back(extra.pop("privacy"))
         super().update_main_process_results(trainer, extra)
 
 

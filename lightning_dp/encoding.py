@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lightning_dp.clipping import NO_STATE, Bounding, Group, State, check_positive, scale_down
 from lightning_dp.engines import BookKeeping, PerExampleEngine, SummingEngine, make_engine
-from lightning_dp.gradients import PerExampleGradient
+from lightning_dp.gradients import PerExampleGradient, full_precision
 from lightning_dp.noise import Magnitudes
 
 #: The most levels of a staircase.
@@ -405,7 +405,8 @@ class EncodedSum(SummingEngine):
             yield
         gradients = self.engine.gradients()
         if gradients:
-            self._add(gradients, scale)
+            with full_precision(next(iter(self.parameters.values())).device):
+                self._add(gradients, scale)
 
     def _add(self, gradients: dict[str, PerExampleGradient], scale: float) -> None:
         count = self._batch_size

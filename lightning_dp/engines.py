@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 
-from lightning_dp.gradients import Dense, PerExampleGradient, add
+from lightning_dp.gradients import Dense, PerExampleGradient, add, full_precision
 from lightning_dp.layers import calls_linear, of_linear_map, recompute, rule_for, trainable, trained_layers
 from lightning_dp.records import Call, Recorder, UnsupportedModelError, getattr_path
 
@@ -138,6 +138,10 @@ class BookKeeping(PerExampleEngine):
 
     def consume(self, layer: str, call: Call) -> None:
         """Takes note of one call of a layer, whose gradient is known."""
+        with full_precision(call.input.device):
+            self._consume(layer, call)
+
+    def _consume(self, layer: str, call: Call) -> None:
         for name, gradient in gradients_of(self.layers[layer], layer, call).items():
             parameter = self._names[id(getattr_path(self.layers[layer], name))]
             count = sum(map(self.recorder.count, self._users[parameter]))

@@ -22,8 +22,8 @@ from lightning_dp import moments
 #: because OpenMP's idle workers spin after a matrix product.
 BLOCK = 2**20
 
-#: The same on other devices: enough to occupy all of one.
-DEVICE_BLOCK = 2**23
+#: The same on other devices: enough to occupy all of one, and half of what processes add up at once.
+DEVICE_BLOCK = 2**22
 
 Generators = Callable[[int], torch.Generator]
 

@@ -20,7 +20,7 @@ from lightning_dp.accounting import Phase, PrivacyLedger
 from lightning_dp.clipping import Bounding, Clipping, State
 from lightning_dp.denoising import Denoiser, DenoiserState, PublicNoise
 from lightning_dp.engines import Engine, PerExampleEngine, SummingEngine
-from lightning_dp.gradients import PerExampleGradient, is_asynchronous
+from lightning_dp.gradients import PerExampleGradient, full_precision, is_asynchronous
 from lightning_dp.noise import Noise, block_size
 from lightning_dp.randomness import Randomness
 
@@ -156,10 +156,13 @@ class PrivateStep:
         self._add_up = add_up
         self._charge = charge
         self._buckets = make_buckets(engine.parameters, BUCKET)
+        self._bucket_of = {name: index for index, bucket in enumerate(self._buckets) for name in bucket.names}
         self._group_of = {name: index for index, group in enumerate(self.groups) for name in group}
         self._event: DpEvent = NonPrivateDpEvent()
         self._multiplier, self._divisor, self._scale = 0.0, 1.0, 1.0
         self._number = 0
+        self._noise_scales: dict[str, float] = {}
+        self._sensitivities: list[float] = []
         self._allowed: int | None = None
         self._forget()
 
@@ -171,11 +174,13 @@ class PrivateStep:
         self._sums: dict[str, Tensor] = {}
         self._factor = 1.0
         self._flats: list[Tensor] = []
-        #: Names of which the last backward pass has nothing more to say, and how many buckets are on their way.
+        #: Names of which the last backward pass has nothing more to say, how many others every bucket waits for, and
+        #: how many buckets are on their way.
         self._complete: set[str] = set()
+        self._incomplete = [len(bucket.names) for bucket in self._buckets]
         self._finished = 0
         self._waits: list[Callable[[], None]] = []
-        self._is_last = self._is_charged = False
+        self._is_last = self._is_charged = self._is_broken = False
         #: Of a micro-batch: what a separable rule waits for, by group; the groups that are bounded; norms and weights;
         #: who was left out.
         self._waiting: dict[int, dict[str, PerExampleGradient]] = {}
@@ -194,8 +199,8 @@ class PrivateStep:
     ) -> None:
         """Starts a step, and forgets whatever an interrupted one left behind.
 
-        The sums start out as noise, so that the bounded gradients are added to it and no sum without noise ever exists,
-        unless the engine forms it (a `SummingEngine`): to that the noise is added, in place.
+        The sums start out as noise (in a process of several, as its share of it), to which the bounded gradients are
+        added; where the engine forms the sum (a `SummingEngine`), the noise is added to that, in place.
 
         Args:
             multiplier: Noise multiplier z.
@@ -212,6 +217,8 @@ class PrivateStep:
         if isinstance(self.engine, SummingEngine):
             self.engine.keep_norms = self.keep_norms
         self._multiplier, self._divisor = multiplier, expected_batch_size
+        self._noise_scales = self.noise_scales()
+        self._sensitivities = self.clipping.group_sensitivities(self.groups, self.clipping_state)
         self._allowed = None if limit is None else limit(self._event) - self._number
         if self._allowed is not None and self._allowed <= 0:
             raise PrivacyLimitReached(
@@ -254,12 +261,50 @@ class PrivateStep:
         waiting = self._waiting.setdefault(group, {})
         waiting[name] = gradient
         if len(waiting) == len(self.groups[group]):
-            self._add_clipped(self._waiting.pop(group), [group])
-            self._note_complete(self.groups[group])
+            with self._whole(), full_precision(self._device()):
+                self._add_group(self._waiting.pop(group), group)
+                self._note_complete(self.groups[group])
 
-    def _is_streaming(self) -> bool:
-        """Whether groups are bounded while the backward pass goes on."""
-        return isinstance(self.engine, PerExampleEngine) and self.engine.on_complete is not None
+    def _add_group(self, gradients: dict[str, PerExampleGradient], group: int) -> None:
+        """Adds the clipped gradients of one group of a separable rule, without waiting for a device."""
+        assert isinstance(self.clipping, Clipping)
+        self._bound_once([group])
+        norms = torch.stack([g.squared_norms() for g in gradients.values()]).sum(0).sqrt_() * self._scale
+        bad = ~norms.isfinite()
+        if is_asynchronous(bad) or bad.any():  # there, to leave out nobody is cheaper than to look
+            self._bad = bad if self._bad is None else self._bad | bad
+            gradients = {name: g.without(bad) for name, g in gradients.items()}
+            norms = norms.masked_fill(bad, 0)
+        weights = self.clipping.weights_of_group(norms, self._sensitivities[group])
+        if self.keep_norms:
+            self._keep(norms[:, None], weights[:, None], [group])
+        self._add_weighted(gradients, weights)
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """What must happen altogether. It happens within a backward pass, where the user's code may ignore an error."""
+        self._is_broken = True
+        yield
+        self._is_broken = False
+
+    def _bound_once(self, groups: Sequence[int]) -> None:
+        if not self._bounded.isdisjoint(groups):
+            raise RuntimeError("A gradient came in two parts, each of which would be clipped by itself.")
+        self._bounded.update(groups)
+
+    def _keep(self, norms: Tensor, weights: Tensor, groups: Sequence[int]) -> None:
+        """Takes note of norms and weights, one column per group."""
+        if self._measured is None:
+            shape = len(norms), len(self.groups)
+            self._measured = norms.new_zeros(shape), weights.new_ones(shape)
+        for kept, new in zip(self._measured, (norms, weights), strict=True):
+            for index, column in zip(groups, new.unbind(1), strict=True):
+                kept[:, index] = column
+
+    def _add_weighted(self, gradients: dict[str, PerExampleGradient], weights: Tensor) -> None:
+        sums, weights = self._totals(), weights * (self._scale / self._divisor)
+        for name in list(gradients):
+            gradients.pop(name).add_weighted_sum_(sums[name], weights)
 
     def _add_rest(self, engine: PerExampleEngine) -> None:
         """Bounds what the backward pass has left, and takes note of who was left out."""
@@ -268,7 +313,8 @@ class PrivateStep:
             gradients |= waiting
         self._waiting = {}
         if gradients:
-            self._add_clipped(gradients, sorted({self._group_of[name] for name in gradients}))
+            with full_precision(self._device()):
+                self._add_clipped(gradients, sorted({self._group_of[name] for name in gradients}))
         if self._bad is not None:
             self.nonfinite_examples += int(self._bad.sum())
         if self._measured is not None:
@@ -279,35 +325,26 @@ class PrivateStep:
     def _add_clipped(self, gradients: dict[str, PerExampleGradient], groups: Sequence[int]) -> None:
         """Adds the clipped gradients of these groups."""
         assert isinstance(self.clipping, Clipping)
-        if not self._bounded.isdisjoint(groups):
-            raise RuntimeError("A gradient came in two parts, each of which would be clipped by itself.")
-        self._bounded.update(groups)
+        self._bound_once(groups)
         norms = self._norms(gradients, groups) * self._scale
         bad = ~norms.isfinite()
         if not self.clipping.separable:
             bad = bad.any(1, keepdim=True).expand_as(bad)
-        # Within the backward pass, leaving out nobody is cheaper than to wait for a device.
-        is_bad = (self._is_streaming() and is_asynchronous(bad)) or bool(bad.any())
+        is_bad = bool(bad.any())
         if is_bad:
             self._bad = bad.any(1) if self._bad is None else self._bad | bad.any(1)
             gradients = {name: g.without(bad[:, self._group_of[name]]) for name, g in gradients.items()}
             norms = norms.masked_fill(bad, 0)
         weights = self.clipping.weights(norms, self.groups, self.clipping_state)
         if self.keep_norms:
-            if self._measured is None:
-                self._measured = torch.zeros_like(norms), torch.ones_like(weights)
-            for kept, new in zip(self._measured, (norms, weights), strict=True):
-                for index in groups:
-                    kept[:, index] = new[:, index]
+            self._keep(norms[:, groups], weights[:, groups], groups)
         query = self.clipping.query(norms, self.clipping_state)
-        sums = self._totals()
         if query is not None:
-            sums[_QUERY] += (query.masked_fill(bad.any(1), 0) if is_bad else query).sum() / self._divisor
-        weights = weights * (self._scale / self._divisor)
+            query = query.masked_fill(bad.any(1), 0) if is_bad else query
+            self._totals()[_QUERY] += query.sum() / self._divisor
         for index in groups:
-            for name in self.groups[index]:
-                if name in gradients:
-                    gradients.pop(name).add_weighted_sum_(sums[name], weights[:, index])
+            own = {name: gradients.pop(name) for name in self.groups[index] if name in gradients}
+            self._add_weighted(own, weights[:, index])
 
     def _norms(self, gradients: dict[str, PerExampleGradient], groups: Sequence[int]) -> Tensor:
         """Norms ``(B, G)`` of every example's gradient with respect to these groups, and zeros for the others."""
@@ -326,24 +363,27 @@ class PrivateStep:
         """
         if self._sums:
             return self._sums
-        parameters, scales = self.engine.parameters, self.noise_scales()
+        parameters, scales = self.engine.parameters, self._noise_scales
         for bucket in self._buckets:
             flat = torch.empty(sum(bucket.sizes), device=bucket.device, dtype=bucket.dtype)
             generators = self._noise_generators(bucket)
             parts = dict(zip(bucket.names, flat.split(bucket.sizes), strict=True))
             if len({scales[name] for name in bucket.names}) == 1:
-                self._fill_own_blocks_(flat, scales[bucket.names[0]], generators)
+                self._fill_own_blocks_(flat, scales[bucket.names[0]], generators, bucket.first_block)
             else:
-                self._fill_own_blocks_(flat, 1.0, generators)
+                self._fill_own_blocks_(flat, 1.0, generators, bucket.first_block)
                 torch._foreach_mul_(list(parts.values()), [scales[name] for name in parts])
             self._flats.append(flat)
             self._sums |= {name: part.view_as(parameters[name]) for name, part in parts.items()}
         self._sums[_QUERY] = self._query_noise()
         return self._sums
 
+    def _device(self) -> torch.device:
+        return next(iter(self.engine.parameters.values())).device
+
     def _query_noise(self) -> Tensor:
         """This process's share of the noise on the rule's query, over q·N."""
-        device = next(iter(self.engine.parameters.values())).device
+        device = self._device()
         answer = torch.empty(1, device=device)
         std = self.clipping.query_std(self._multiplier, self._divisor) / self._divisor
         self._fill_own_blocks_(answer, std, lambda block: self._randomness.torch("query", self._number, device, block))
@@ -353,9 +393,11 @@ class PrivateStep:
         """Whether this process draws the noise of a block of coordinates."""
         return block % self._world_size == self._rank
 
-    def _fill_own_blocks_(self, out: Tensor, scale: float, generators: Callable[[int], torch.Generator]) -> None:
+    def _fill_own_blocks_(
+        self, out: Tensor, scale: float, generators: Callable[[int], torch.Generator], first: int = 0
+    ) -> None:
         """Noise on this process's blocks of a flat tensor, and zeros on the others."""
-        for number, block in enumerate(out.split(block_size(out.device))):
+        for number, block in enumerate(out.split(block_size(out.device)), first):
             if self._is_own(number):
                 self.noise.fill_(block, scale, lambda _, number=number: generators(number))  # type: ignore[misc]
             else:
@@ -363,20 +405,27 @@ class PrivateStep:
 
     def _take_sum(self, name: str, total: Tensor, factor: float) -> None:
         """Takes a parameter's bounded sum from the engine, within the last backward pass."""
-        self._sums[name], self._factor = total, factor
-        self._note_complete([name])
+        with self._whole():
+            if name in self._complete:
+                raise RuntimeError(
+                    f"The sum of parameter '{name}' came in two parts: several backward passes reached its layer's "
+                    "uses, where several processes need one. Add the losses up, and run one backward pass."
+                )
+            self._sums[name], self._factor = total, factor
+            self._note_complete([name])
 
     def _note_complete(self, names: Iterable[str]) -> None:
         """Nothing more will come to these sums, if this is the last backward pass."""
         if self._is_last:
-            self._complete.update(names)
+            for name in names:
+                self._complete.add(name)
+                self._incomplete[self._bucket_of[name]] -= 1
             self._finish_buckets()
 
     def _finish_buckets(self) -> None:
         """Sends off the buckets that are complete. All processes send them in the same order."""
-        while self._finished < len(self._buckets) and self._complete.issuperset(self._buckets[self._finished].names):
+        while self._finished < len(self._buckets) and not self._incomplete[self._finished]:
             index, bucket = self._finished, self._buckets[self._finished]
-            self._finished += 1
             if isinstance(self.engine, SummingEngine):
                 flat = self._add_noise(bucket)
             else:
@@ -385,6 +434,7 @@ class PrivateStep:
             if self._add_up is not None and flat is not None:
                 self._spend()
                 self._waits.append(self._add_up(flat))
+            self._finished += 1
 
     def _noisy_sums(self) -> dict[str, Tensor]:
         """The noisy sums of all processes over q·N, of whichever kind of engine."""
@@ -392,7 +442,7 @@ class PrivateStep:
             sums, factor = self.engine.take()
             for name, total in sums.items():
                 self._take_sum(name, total, factor)
-        self._complete.update(self.engine.parameters)
+        self._incomplete = [0] * len(self._buckets)
         self._finish_buckets()
         if self._add_up is not None and self.clipping_state:
             self._waits.append(self._add_up(self._sums[_QUERY]))
@@ -411,8 +461,8 @@ class PrivateStep:
         if self._add_up is not None:
             whole = torch.cat(flats)
             flats = list(whole.split(bucket.sizes))
-        scales = self.noise_scales()
-        self._add_noise_(flats, [scales[name] for name in bucket.names], self._noise_generators(bucket))
+        scales = [self._noise_scales[name] for name in bucket.names]
+        self._add_noise_(flats, scales, self._noise_generators(bucket), bucket.first_block)
         parameters = self.engine.parameters
         self._sums |= {name: f.view_as(parameters[name]) for name, f in zip(bucket.names, flats, strict=True)}
         return whole
@@ -420,17 +470,22 @@ class PrivateStep:
     def _sum_of(self, name: str, dtype: torch.dtype) -> Tensor:
         total = self._sums.get(name)
         if total is None:  # no loss of this process depended on the parameter
-            return torch.zeros_like(self.engine.parameters[name], dtype=dtype).view(-1)
+            parameter = self.engine.parameters[name]
+            return torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
         return total.contiguous().to(dtype).view(-1)
 
     def _add_noise_(
-        self, sums: Sequence[Tensor], scales: Sequence[float], generators: Callable[[int], torch.Generator]
+        self,
+        sums: Sequence[Tensor],
+        scales: Sequence[float],
+        generators: Callable[[int], torch.Generator],
+        first: int,
     ) -> None:
         """``factor · sum / q·N + scale · noise`` for flat tensors, in place, with little noise in memory at a time."""
         device, factor = sums[0].device, self._factor / self._divisor
         chunk = _CHUNK if device.type == "cpu" else block_size(device)
         noise = sums[0].new_empty(min(chunk, sum(map(len, sums))))
-        for number, block in enumerate(_blocks(sums, block_size(device))):
+        for number, block in enumerate(_blocks(sums, block_size(device)), first):
             if not self._is_own(number):
                 for _, part in block:
                     part.mul_(factor)
@@ -443,8 +498,8 @@ class PrivateStep:
                     torch.add(drawn, piece, alpha=factor, out=piece)
 
     def _noise_generators(self, bucket: Bucket) -> Callable[[int], torch.Generator]:
-        number, device, first = self._number, bucket.device, bucket.first_block
-        return lambda block: self._randomness.torch("noise", number, device, first + block)
+        """The generators of all blocks, by their number among those of all buckets."""
+        return lambda block: self._randomness.torch("noise", self._number, bucket.device, block)
 
     def noise_scales(self) -> dict[str, float]:
         """The scale of the noise on every parameter's sum over q·N.
@@ -473,8 +528,15 @@ class PrivateStep:
             others: Parameters that the optimizer could apply a gradient to, besides the engine's.
 
         Raises:
-            RuntimeError: One of ``others`` has a gradient, which did not come through here; no gradient was set.
+            RuntimeError: One of ``others`` has a gradient, which did not come through here, or an error within a
+                backward pass was ignored; no gradient was set.
         """
+        if self._is_broken:
+            self._forget()
+            raise RuntimeError(
+                "An error within the backward pass was ignored (by a LightningModule.backward that catches it, say), "
+                "after which the sums may lack noise. No gradient was set. Let the error end the training."
+            )
         parameters = self.engine.parameters
         bounded = {id(p) for p in parameters.values()}
         if any(p.grad is not None for p in others if id(p) not in bounded):
@@ -496,9 +558,9 @@ class PrivateStep:
     def _spend(self) -> None:
         """Charges the step, once, before anybody sees anything of it."""
         if not self._is_charged:
-            self._is_charged = True
             self._charge(self._event, self._allowed)
             self.ledger.record(self._event)
+            self._is_charged = True
 
     def _denoise(self, gradients: dict[str, Tensor]) -> None:
         """Lets the denoiser change the noisy gradients, in place. Nothing else of the step is within its reach."""

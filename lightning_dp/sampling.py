@@ -7,12 +7,15 @@ Poisson batches and not for shuffled ones (Chua et al. 2024).
 
 from __future__ import annotations
 
+import hashlib
 import math
+import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -157,6 +160,60 @@ class PoissonDataLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing to restore."""
+
+
+#: Records that are looked at to tell data sets apart.
+_LOOKED_AT = 4
+
+
+def fingerprint(dataset: Any) -> str:
+    """What two processes' data sets must agree in: length, indices of subsets, and a few records.
+
+    A record that is another one every time that it is loaded (augmented by random numbers of its own) is left out.
+    """
+    digest = hashlib.sha256(str(len(dataset)).encode())
+    part = dataset
+    while isinstance(part, Subset):
+        digest.update(np.asarray(part.indices, dtype=np.int64).tobytes())
+        part = part.dataset
+    for index in np.linspace(0, len(dataset) - 1, _LOOKED_AT).astype(int).tolist():
+        first, second = (_record_bytes(dataset, index) for _ in range(2))
+        if first is not None and first == second:
+            digest.update(first)
+    return digest.hexdigest()
+
+
+def _written(value: Any) -> bytes:
+    """A record as bytes that are the same in every process."""
+    if isinstance(value, torch.Tensor):
+        flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        return f"{value.dtype}{tuple(value.shape)}".encode() + flat.numpy().tobytes()
+    if isinstance(value, Mapping):
+        return b"".join(str(key).encode() + _written(part) for key, part in value.items())
+    if isinstance(value, tuple | list):
+        return b"".join(_written(part) for part in value)
+    if isinstance(value, str | int | float | bool | None):
+        return repr(value).encode()
+    array = np.asarray(value)  # also images
+    if array.dtype == object:
+        raise TypeError("Not made of numbers.")
+    return f"{array.dtype}{array.shape}".encode() + array.tobytes()
+
+
+def _record_bytes(dataset: Any, index: int) -> bytes | None:
+    """A record, loaded from the same random state every time; ``None``: it cannot be written down."""
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        torch.manual_seed(index)
+        np.random.seed(index)
+        random.seed(index)
+        return _written(dataset[index])
+    except (TypeError, ValueError):
+        return None
+    finally:
+        torch.set_rng_state(torch_state)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
 
 
 def records_and_batch_size(loader: object) -> tuple[int, int]:

@@ -37,7 +37,13 @@ from lightning_dp.journal import PrivacyJournal, relative_path, run_directory, s
 from lightning_dp.noise import GaussianNoise, Noise
 from lightning_dp.pipeline import PrivateStep
 from lightning_dp.randomness import Randomness
-from lightning_dp.sampling import PoissonBatchSampler, PoissonDataLoader, PoissonIterator, records_and_batch_size
+from lightning_dp.sampling import (
+    PoissonBatchSampler,
+    PoissonDataLoader,
+    PoissonIterator,
+    fingerprint,
+    records_and_batch_size,
+)
 
 #: The key of the ledger in a Lightning checkpoint.
 CHECKPOINT_KEY = "lightning_dp"
@@ -202,6 +208,8 @@ class PrivateMixin(Strategy):
             step.nonfinite_examples, step.keep_norms = before.nonfinite_examples, before.keep_norms
         self.private_step = step
         self._bound = self._fingerprint()
+        shapes = [(name, tuple(p.shape), p.dtype) for name, p in engine.parameters.items()]
+        self.agree(shapes, "The processes train different parameters: the same layers must be frozen in all of them.")
 
     def _fingerprint(self) -> tuple[Any, ...]:
         """What the checks have looked at: when any of it changes, they must look again."""
@@ -219,6 +227,13 @@ class PrivateMixin(Strategy):
         """The first process's value, in every process."""
         return value
 
+    def agree(self, value: Any, problem: str) -> None:
+        """Raises, in every process, if they have different values.
+
+        Raises:
+            PrivacyConfigurationError: With what is the ``problem`` then.
+        """
+
     def on_first_process(self, action: Callable[[], None]) -> None:
         """Does something in the first process; an error there is one in every process."""
         action()
@@ -232,6 +247,14 @@ class PrivateMixin(Strategy):
         if not (trainer.state.fn == TrainerFn.FITTING and trainer.training):
             return super().process_dataloader(dataloader)
         num_records, batch_size = records_and_batch_size(dataloader)
+        if trainer.world_size > 1:
+            dataset = dataloader.dataset  # type: ignore[attr-defined]
+            self.agree(
+                (batch_size, fingerprint(dataset)),
+                "The processes have different train sets, or batch sizes: record i of one is not record i of another, "
+                "and a record could count several times. Load the same records in the same order everywhere: give "
+                "random_split a generator with a fixed seed; sort what is listed from folders.",
+            )
         expected = batch_size * trainer.world_size
         if expected > num_records:
             rank_zero_warn(
@@ -276,6 +299,7 @@ class PrivateMixin(Strategy):
         """Opens the journal, and charges the steps that it knows and the checkpoint does not."""
         self._journal_is_due = False
         if not self.keep_journal or getattr(trainer, "fast_dev_run", False):
+            self._share_ledger()
             return
         if self._journal_is_open:  # the train loader has been loaded again
             if self.journal is not None:
@@ -283,11 +307,15 @@ class PrivateMixin(Strategy):
             return
         self.on_first_process(lambda: self._start_journal(trainer))
         self._journal_is_open = True
-        known = self.share((self.ledger.state_dict(), self.ledger.run, self._journal_reference))
-        if self.journal is None:  # not the first process: it counts what that one has found
-            self.ledger.become(PrivacyLedger.from_state_dict(known[0]))
-            self.ledger.start_run(known[1])
-            self._journal_reference = known[2]
+        self._share_ledger()
+
+    def _share_ledger(self) -> None:
+        """Every process counts what the first one does: streams are numbered by steps, which must be the same."""
+        state, run, reference = self.share((self.ledger.state_dict(), self.ledger.run, self._journal_reference))
+        if not self._trainer().is_global_zero:
+            self.ledger.become(PrivacyLedger.from_state_dict(state))
+            self.ledger.start_run(run)
+            self._journal_reference = reference
 
     def _start_journal(self, trainer: Trainer) -> None:
         noise = {name: value for name, value in describe(self.noise).items() if name not in ("multiplier", "scale")}
@@ -441,7 +469,8 @@ class PrivateMixin(Strategy):
     def _accompany(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Runs ``training_step`` for nothing, on a record that was not drawn, where another process has one that was.
 
-        What the step exchanges between processes (a log with ``sync_dist=True``, say) would wait for this one.
+        What the step exchanges between processes (a log with ``sync_dist=True``, say) would wait for this one. What it
+        logs counts like a batch of one record.
         """
         step, results = self.private_step, self._trainer()._results
         assert step is not None

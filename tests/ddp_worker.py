@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, random_split
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -31,13 +33,14 @@ from lightning_dp import (
     PerLayerClipping,
     PowerLawCodebook,
     PrivacyBudget,
+    PrivacyConfigurationError,
     PrivateDDPStrategy,
     PrivateStrategy,
     StudentTNoise,
     distributed,
     pipeline,
 )
-from tests.conftest import DEVICE, Net, loader, trainer
+from tests.conftest import DEVICE, Net, dataset, loader, trainer
 
 RECORDS, EXPECTED = 41, 12
 
@@ -63,6 +66,16 @@ class Logging(Net):
         loss = super().training_step(batch, batch_idx)
         self.log("loss", loss, on_step=True, sync_dist=True)
         return loss
+
+
+class OwnSplit(LightningDataModule):
+    """Splits records otherwise in every process."""
+
+    def setup(self, stage: str) -> None:
+        self.train, _ = random_split(dataset(60), [41, 19], torch.Generator().manual_seed(os.getpid()))
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.train, batch_size=6)
 
 
 class Watch(Callback):
@@ -128,6 +141,7 @@ CASES: dict[str, tuple[type[Net], dict[str, Any], dict[str, Any]]] = {
         {"clipping": RULES["adaptive"], "noise": GaussianNoise(1.0), "denoiser": LowPassDenoiser()},
         {"max_epochs": 2},
     ),
+    "own_split": (Net, {"noise": GaussianNoise(1.0)}, {"max_steps": 2}),
     "diverging": (Net, {"noise": GaussianNoise(1.0)}, {"max_steps": 30, "max_epochs": -1}),
 }
 
@@ -162,10 +176,11 @@ def run(case: str, world_size: int, folder: Path) -> dict[str, Any]:
     )
     try:
         checkpoint = folder / "half.ckpt" if case == "second_half" else None
-        training.fit(module, loader(RECORDS, expected // world_size), ckpt_path=checkpoint)
+        data = OwnSplit() if case == "own_split" else loader(RECORDS, expected // world_size)
+        training.fit(module, data, ckpt_path=checkpoint)
         if case == "first_half":
             training.save_checkpoint(folder / "half.ckpt")
-    except distributed.ReplicasDiverged as raised:
+    except (distributed.ReplicasDiverged, PrivacyConfigurationError) as raised:
         error = str(raised)
     finally:
         pipeline.BUCKET = bucket

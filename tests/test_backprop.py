@@ -44,6 +44,23 @@ class Tokens(nn.Module):
         return self.out(self.norm(self.token(x.abs().nan_to_num(1.0).clamp(max=6).long()) + self.position(positions)))
 
 
+class Mixer(nn.Module):
+    """Linear layers of inputs that they copy first: across positions, and over channels in the middle; a query that all
+    examples share; padding that a convolution does by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.across, self.query = nn.Linear(6, 3), nn.Linear(4, 5), nn.Linear(3, 5)
+        self.channels = nn.Linear(3, 2)
+        self.same = nn.Conv1d(3, 2, 2, padding="same")
+        self.register_buffer("queries", torch.ones(1, 3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.enter(x)) * x.sum(2, keepdim=True)
+        mixed = self.across(x.transpose(1, 2)) + self.query(self.queries)
+        return self.channels(mixed.permute(0, 2, 1)).flatten(1) + self.same(mixed).flatten(1)
+
+
 class Reused(nn.Module):
     """A layer called three times, and one that shares its weight."""
 
@@ -84,6 +101,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "tokens": (Tokens, (4,)),
     "reused and tied": (Reused, (6,)),
+    "mixer": (Mixer, (4, 6)),
     "bias only": (lambda: nn.Sequential(_frozen_weight(nn.Linear(6, 5)), nn.Linear(5, 2)), (4, 6)),
 }
 
@@ -524,6 +542,18 @@ def test_an_example_that_is_not_finite_contributes_nothing_and_is_counted() -> N
     with step.backward(1.0):
         loss.backward()
     assert step.nonfinite_examples == 1
+
+
+def test_buffers_that_examples_share_are_left_alone() -> None:
+    model = Mixer()
+    step = private_step(RULES[0], model)
+    step.begin(0.0, 0.5, 1.0)
+    with step.engine.forward(1):
+        loss = model(torch.full((1, 4, 6), float("nan"))).sum()
+    with step.backward():
+        loss.backward()
+    assert step.nonfinite_examples == 1
+    assert (model.queries == 1).all()
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -28,7 +28,17 @@ EVERYWHERE = [
     "noisy_adaptive",
     "noise_alone",
 ]
-TWO = [*EVERYWHERE, "first_half", "few_records", "hundred_steps", "budget", "stopped", "one_callback", "diverging"]
+TWO = [
+    *EVERYWHERE,
+    "first_half",
+    "few_records",
+    "hundred_steps",
+    "budget",
+    "stopped",
+    "one_callback",
+    "own_split",
+    "diverging",
+]
 
 
 def launch(world_size: int, folder: Path, cases: list[str]) -> dict[str, list[dict[str, Any]]]:
@@ -48,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, dict[str, Any]]:
-    cases = ["whole", *(case for case in TWO if case != "diverging")]
+    cases = ["whole", *(case for case in TWO if case not in ("diverging", "own_split"))]
     return {case: ddp_worker.run(case, 1, folder / "alone") for case in cases}
 
 
@@ -125,6 +135,11 @@ def test_a_run_resumes_with_another_number_of_processes(alone: Any, two: Any, fo
     """With the explicit seed, to what the uninterrupted run would have given."""
     check_equal(alone["whole"], launch(2, folder / "alone", ["second_half"])["second_half"])
     check_equal(alone["whole"], [ddp_worker.run("second_half", 1, folder / "two")])
+
+
+def test_train_sets_that_differ_are_refused(two: Any) -> None:
+    for own in two["own_split"]:
+        assert own["steps"] == 0 and "random_split a generator with a fixed seed" in own["error"]
 
 
 def test_replicas_that_differ_stop_the_training(two: Any) -> None:

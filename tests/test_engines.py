@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_dp.engines import BookKeeping, PerExample, make_engine
+from lightning_dp.gradients import OuterProducts, rounds_products
 from lightning_dp.records import UnsupportedModelError
 from tests.conftest import assert_close, oracle_gradients
 
@@ -227,3 +229,29 @@ def test_a_backward_pass_of_the_users_own_leaves_nothing_behind(make: type[BookK
         loss.backward()
     assert all(p.grad is None for p in module.parameters())
     assert_close(engine.gradients()["weight"].materialise().flatten(), x.flatten(), 1e-10)
+
+
+def test_norms_and_sums_are_formed_in_full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is allowed for the model, which is as it was afterwards: factors of few digits void a bound."""
+    seen: list[str] = []
+    norms = OuterProducts._squared_norms
+    monkeypatch.setattr(OuterProducts, "_squared_norms", lambda self: (seen.append(switch()), norms(self))[1])
+
+    def switch() -> str:
+        matmul: Any = torch.backends.mkldnn.matmul
+        return str(matmul.fp32_precision)
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert rounds_products(torch.device("cpu")) and switch() == "bf16"
+        model, inputs = nn.Linear(64, 32), torch.randn(8, 3, 64)
+        engine = BookKeeping(model)
+        with engine.forward(8):
+            loss = model(inputs).pow(2).sum()
+        with engine.backward():
+            loss.backward()
+        assert seen == ["ieee"] and switch() == "bf16"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert not rounds_products(torch.device("cpu"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -196,6 +197,84 @@ def test_buckets_hold_every_parameter_once_and_no_stream_twice(
         assert sum(bucket.sizes[:-1]) * bucket.dtype.itemsize < size
         streams += [bucket.first_block + i for i in range(-(-sum(bucket.sizes) // pipeline.block_size(bucket.device)))]
     assert len(set(streams)) == len(streams)
+
+
+@pytest.mark.parametrize("rule", [PerLayerClipping(1.0), BackpropClipping(1.0, 1.0)], ids=repr)
+@pytest.mark.parametrize("fails", ["charge", "send"])
+def test_an_error_within_the_backward_pass_that_is_ignored_stops_the_release(rule: Bounding, fails: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+    bound, once = rule.bind(model), [True]
+
+    def fail(what: str) -> None:
+        if what == fails and once:
+            once.pop()
+            raise RuntimeError("out of memory")
+
+    def add_up(tensor: Tensor) -> Any:
+        fail("send")
+        return lambda: None
+
+    step = PrivateStep(
+        bound.make_engine("bookkeeping", model),
+        bound,
+        GaussianNoise(),
+        PrivacyLedger(),
+        Randomness(),
+        add_up,
+        lambda event, at_most: fail("charge"),
+    )
+    step.begin(1.0, 0.1, 1.0)
+    with step.engine.forward(2):
+        loss = model(torch.randn(2, 3)).sum()
+    with step.backward(1.0, last=True), suppress(RuntimeError):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="was ignored"):
+        step.release()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_several_backward_passes_through_one_parameter_are_refused_among_several_processes() -> None:
+    layer = nn.Linear(2, 2)
+    rule = BackpropClipping(1.0, 1.0).bind(layer)
+    step = PrivateStep(
+        rule.make_engine("bookkeeping", layer),
+        rule,
+        GaussianNoise(),
+        PrivacyLedger(),
+        Randomness(),
+        lambda tensor: lambda: None,
+    )
+    step.begin(1.0, 0.1, 1.0)
+    with step.engine.forward(2):
+        first, second = layer(torch.randn(2, 2)).sum(), layer(torch.randn(2, 2)).sum()
+    with pytest.raises(RuntimeError, match="in two parts"), step.backward(1.0, last=True):
+        first.backward()
+        second.backward()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_noise_is_shared_out(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the sizes of layers, and each coordinate's is drawn by one process."""
+    monkeypatch.setattr(pipeline, "BUCKET", 400)
+    monkeypatch.setattr(pipeline, "block_size", lambda device: 100)
+    model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 4))
+    drawn = []
+    for rank in range(world_size):
+        step = PrivateStep(
+            BookKeeping(model),
+            FlatClipping(1.0),
+            GaussianNoise(),
+            PrivacyLedger(),
+            Randomness(1),
+            lambda tensor: lambda: None,
+            rank=rank,
+            world_size=world_size,
+        )
+        take(step, 1.0)
+        drawn.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]) != 0)
+    assert (torch.stack(drawn).sum(0) == 1).all()
+    shares = [float(mask.float().mean()) for mask in drawn]
+    assert max(shares) < 1.5 / world_size, shares
 
 
 def test_a_gradient_that_comes_in_two_parts_is_not_clipped_twice() -> None:

@@ -24,6 +24,7 @@ from lightning_dp.sampling import (
     PoissonBatchSampler,
     PoissonDataLoader,
     draw_poisson_sample,
+    fingerprint,
     records_and_batch_size,
 )
 
@@ -181,3 +182,34 @@ def test_a_batch_of_none_is_refused() -> None:
     loader = poisson_loader(DATA, 0.9, collate_fn=lambda examples: None)
     with pytest.raises(TypeError, match="must not depend on the data"):
         next(iter(loader))
+
+
+class Augmented(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Records that are other ones every time, by their own random numbers; or by torch's."""
+
+    def __init__(self, own: bool) -> None:
+        self.own = own
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: int) -> Any:
+        noise = np.random.default_rng().random(3) if self.own else torch.rand(3).numpy()
+        return {"image": noise + index, "label": index, "text": ["a", None]}
+
+
+def test_fingerprints_tell_train_sets_apart() -> None:
+    torch.manual_seed(5)
+    rows = torch.arange(40.0).view(20, 2)
+    plain = TensorDataset(rows, rows[:, 0].long())
+    known = fingerprint(plain)
+    assert fingerprint(TensorDataset(rows.clone(), rows[:, 0].long())) == known
+    assert fingerprint(TensorDataset(rows.flip(0), rows[:, 0].long())) != known
+    assert fingerprint(TensorDataset(rows.double(), rows[:, 0].long())) != known
+    assert fingerprint(TensorDataset(rows[:19], rows[:19, 0].long())) != known
+    some = Subset(plain, [3, 1, 2])
+    assert fingerprint(some) == fingerprint(Subset(plain, [3, 1, 2])) != fingerprint(Subset(plain, [3, 2, 1]))
+    assert fingerprint(Augmented(True)) == fingerprint(Augmented(True))
+    state = torch.get_rng_state()
+    assert fingerprint(Augmented(False)) == fingerprint(Augmented(False)) != fingerprint(Augmented(True))
+    assert torch.equal(torch.get_rng_state(), state)
