@@ -367,7 +367,7 @@ class _ShadowRun:
         """Whether the examples can be loaded and the module copied; warns when not."""
         try:
             self._take([0])
-            _shadow(self._module)
+            shadow_of(self._module)
         except Exception as error:  # whatever a user's data set or attribute raises
             rank_zero_warn(f"The self-check was skipped: {type(error).__name__}: {error}")
             return False
@@ -376,7 +376,7 @@ class _ShadowRun:
     def __call__(
         self, examples: list[int], training: bool = True, dropout: bool = True, compare_with_autograd: bool = False
     ) -> _Records:
-        shadow = _shadow(self._module)
+        shadow = shadow_of(self._module)
         if not training:
             shadow.eval()
         for child in shadow.modules():
@@ -500,7 +500,7 @@ def loss_of(output: Any) -> Tensor:
     return loss
 
 
-def _shadow(module: pl.LightningModule) -> pl.LightningModule:
+def shadow_of(module: pl.LightningModule) -> pl.LightningModule:
     """A copy that shares the parameters and logs nothing."""
     memo: dict[int, Any] = {id(p): p for p in module.parameters()}
     shadow = copy.deepcopy(module, memo)

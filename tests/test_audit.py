@@ -1,0 +1,264 @@
+"""Audits: their bounds hold, they find what is there, and they catch trainings that are not what they claim."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor, nn
+
+from lightning_dp import (
+    AdaptiveClipping,
+    AutomaticClipping,
+    BackpropClipping,
+    DFAMixin,
+    FlatClipping,
+    GaussianNoise,
+    GradientEncoding,
+    LaplaceNoise,
+    PerLayerClipping,
+    PrivateStrategy,
+    StudentTNoise,
+    calibrate_noise,
+)
+from lightning_dp.accounting import PrivacyLedger
+from lightning_dp.audit import (
+    Audit,
+    audit_mechanism,
+    audit_module,
+    audit_step,
+    gaussian_bound,
+    gaussian_epsilon,
+    one_run_bound,
+    rates_bound,
+)
+from lightning_dp.clipping import Bounding
+from lightning_dp.noise import Noise
+from lightning_dp.pipeline import PrivateStep
+from lightning_dp.randomness import Randomness
+from tests.conftest import Net, loader, trainer
+
+# -- bounds ------------------------------------------------------------------------------------------------------------
+
+
+def by_definition(m: int, r: int, v: int, epsilon: float, delta: float) -> float:
+    """The p-value of theorem 5.2, term by term."""
+    p = math.exp(epsilon) / (1 + math.exp(epsilon))
+    at_least = [sum(math.comb(r, k) * p**k * (1 - p) ** (r - k) for k in range(max(0, w), r + 1)) for w in range(v + 1)]
+    alpha = max((at_least[v - i] - at_least[v]) / i for i in range(1, v + 1))
+    return at_least[v] + 2 * m * delta * alpha
+
+
+@pytest.mark.parametrize(("m", "r", "v"), [(50, 20, 19), (100, 60, 50), (40, 40, 38)])
+@pytest.mark.parametrize("delta", [0.0, 1e-4])
+def test_the_one_run_bound_is_where_the_p_value_crosses(m: int, r: int, v: int, delta: float) -> None:
+    found = one_run_bound(m, r, v, delta, 0.95)
+    assert found > 0.3
+    assert by_definition(m, r, v, found - 1e-3, delta) <= 0.05 < by_definition(m, r, v, found + 1e-3, delta)
+
+
+def test_the_one_run_bound_of_randomised_response_is_rarely_above_the_truth() -> None:
+    """Randomised response is the worst case: every guess is right with probability p."""
+    random, epsilon = np.random.default_rng(0), 1.5
+    p = 1 / (1 + math.exp(-epsilon))
+    found = [one_run_bound(300, 300, int(v), 0.0) for v in random.binomial(300, p, 400)]
+    assert np.mean(np.array(found) > epsilon) <= 0.05 + 3 * math.sqrt(0.05 / 400)
+    assert np.mean(found) > 1.1
+    assert one_run_bound(300, 300, 150, 0.0) == 0.0
+
+
+def test_the_gaussian_bound_is_rarely_above_the_truth_and_close() -> None:
+    random, separation = np.random.default_rng(0), 1.0
+    rate = stats.norm.sf(separation / 2)
+    errors = random.binomial(2000, rate, (300, 2))
+    found = np.array([gaussian_bound(int(a), int(b), 2000, 1e-5) for a, b in errors])
+    truth = gaussian_epsilon(separation, 1e-5)
+    assert np.mean(found > truth) <= 0.05 + 3 * math.sqrt(0.05 / 300)
+    assert np.mean(found) > 0.8 * truth
+
+
+def test_gaussian_epsilon_is_the_accountants() -> None:
+    ledger = PrivacyLedger()
+    ledger.record(GaussianNoise(0.8).event(0.8))
+    assert gaussian_epsilon(1 / 0.8, 1e-5) == pytest.approx(ledger.epsilon(1e-5), rel=1e-3)
+
+
+def test_rates_bound() -> None:
+    assert rates_bound(50, 50, 100, 0.0) == 0.0
+    assert 3 < rates_bound(0, 0, 100, 0.0) < math.log(100)
+
+
+# -- every mechanism, and what is wrong with it ------------------------------------------------------------------------
+
+
+class Feedback(DFAMixin, Net):
+    """Trained by feedback."""
+
+
+MECHANISMS: dict[str, tuple[Bounding, Noise, type[Net]]] = {
+    "flat": (FlatClipping(0.1), GaussianNoise(), Net),
+    "per layer": (PerLayerClipping(0.1), GaussianNoise(), Net),
+    "automatic": (AutomaticClipping(), GaussianNoise(), Net),
+    "adaptive": (AdaptiveClipping(0.1), GaussianNoise(), Net),
+    "backprop": (BackpropClipping(1.0, 1e-3), GaussianNoise(), Net),
+    "DFA": (FlatClipping(0.1), GaussianNoise(), Feedback),
+    "DP-DFA": (BackpropClipping(1.0, 1e-3), GaussianNoise(), Feedback),
+    "encoding": (GradientEncoding(max_norm=0.1), GaussianNoise(), Net),
+    "encoding, Student t": (GradientEncoding(max_norm=0.1), StudentTNoise(9), Net),
+    "encoding, Laplace": (GradientEncoding(max_norm=0.1), LaplaceNoise(), Net),
+}
+
+
+def audited(name: str, trials: int = 600, multiplier: float = 0.7) -> Audit:
+    clipping, noise, kind = MECHANISMS[name]
+    module = kind()
+    module.trainer = trainer()
+    return audit_module(module, loader(), clipping, noise, multiplier=multiplier, trials=trials, confidence=0.999)
+
+
+@pytest.mark.parametrize("name", MECHANISMS)
+def test_no_mechanism_reveals_more_than_it_claims(name: str) -> None:
+    found = audited(name)
+    assert found.passed, found
+    assert found.lower_bound > 0 or name not in ("flat", "DFA"), "an audit that finds nothing shows nothing"
+
+
+def test_a_single_step_is_audited_tightly() -> None:
+    found = audited("flat", trials=5000)
+    assert 0.8 * found.claimed < found.lower_bound <= found.claimed
+
+
+class WeakNoise(GaussianNoise):
+    """Two thirds of the noise that it claims."""
+
+    def fill_(self, out: Tensor, scale: float, generators: Any) -> None:
+        super().fill_(out, scale * 2 / 3, generators)
+
+
+class SmallSensitivity(FlatClipping):
+    """Its sensitivity is divided by the batch size, as if a record's share of a mean were the bound."""
+
+    def group_sensitivities(self, groups: Any, state: Any = ()) -> list[float]:
+        return [self.max_norm / 5]
+
+
+class Unnoised(PrivateStep):
+    """The last parameter's sum gets no noise."""
+
+    def noise_scales(self) -> dict[str, float]:
+        scales = super().noise_scales()
+        return {**scales, list(scales)[-1]: 0.0}
+
+
+class MeanOverTheBatch(PrivateStep):
+    """Divides by the number of examples that were drawn."""
+
+    drawn = 0
+
+    def release(self, others: Any = ()) -> None:
+        self._divisor = float(self.drawn)
+        super().release(others)
+
+
+def step_of(
+    model: nn.Module, kind: type[PrivateStep] = PrivateStep, clipping: Any = None, noise: Any = None, seed: Any = None
+) -> Callable[[], PrivateStep]:
+    clipping = clipping or FlatClipping(0.1)
+    engine = clipping.make_engine("bookkeeping", model)
+    return lambda: kind(engine, clipping, noise or GaussianNoise(), PrivacyLedger(), Randomness(seed))
+
+
+def run_backward(model: nn.Module) -> Callable[[PrivateStep, Tensor], None]:
+    def backward(step: PrivateStep, batch: Tensor) -> None:
+        with step.engine.forward(len(batch)):
+            loss = model(batch).pow(2).sum()
+        with step.backward():
+            loss.backward()
+
+    return backward
+
+
+def audited_step(**arguments: Any) -> Audit:
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+    batch = torch.randn(5, 6)
+    return audit_step(
+        step_of(model, **arguments),
+        run_backward(model),
+        batch[:4],
+        batch,
+        multiplier=1.0,
+        trials=2500,
+        confidence=0.999,
+    )
+
+
+def test_an_honest_step_passes() -> None:
+    found = audited_step()
+    assert found.passed and found.lower_bound > 0.6 * found.claimed, found
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [{"noise": WeakNoise()}, {"clipping": SmallSensitivity(0.1)}, {"kind": Unnoised}],
+    ids=["2/3 of the noise", "sensitivity over the batch size", "last layer without noise"],
+)
+def test_broken_steps_are_caught(broken: dict[str, Any]) -> None:
+    found = audited_step(**broken)
+    assert not found.passed, found
+
+
+def test_noise_that_repeats_is_caught() -> None:
+    """A seed that is used again: the noise of one step is that of another, and can be subtracted."""
+    model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+    batch = torch.randn(5, 6)
+    make, backward = step_of(model, seed=1), run_backward(model)
+
+    class Again(PrivateStep):
+        def begin(self, *args: Any, **kwargs: Any) -> None:
+            super().begin(*args, **kwargs)
+            self._number = 0
+
+    make = step_of(model, kind=Again, seed=1)
+    found = audit_step(make, backward, batch[:4], batch, multiplier=1.0, trials=500, confidence=0.999)
+    assert not found.passed, found
+
+
+# -- whole trainings ---------------------------------------------------------------------------------------------------
+
+
+def test_a_training_is_audited_in_one_run(tmp_path: Path) -> None:
+    multiplier = calibrate_noise(epsilon=4.0, delta=1e-5, sampling_rate=0.5, steps=10)
+    found = audit_mechanism(
+        lambda: PrivateStrategy(FlatClipping(1.0), GaussianNoise(multiplier)),
+        records=6000,
+        expected_batch_size=3000,
+        steps=10,
+        delta=1e-5,
+        root=tmp_path,
+    )
+    assert found.claimed == pytest.approx(4.0, abs=0.05)
+    assert 0.5 < found.lower_bound <= found.claimed
+
+
+def test_a_training_with_less_noise_than_it_claims_is_caught(tmp_path: Path) -> None:
+    multiplier = calibrate_noise(epsilon=1.0, delta=1e-5, sampling_rate=0.5, steps=10)
+
+    class AlmostNone(GaussianNoise):
+        def fill_(self, out: Tensor, scale: float, generators: Any) -> None:
+            super().fill_(out, scale / 5, generators)
+
+    found = audit_mechanism(
+        lambda: PrivateStrategy(FlatClipping(1.0), AlmostNone(multiplier)),
+        records=6000,
+        expected_batch_size=3000,
+        steps=10,
+        delta=1e-5,
+        root=tmp_path,
+    )
+    assert not found.passed, found
