@@ -85,7 +85,8 @@ def one_run_bound(canaries: int, guesses: int, correct: int, delta: float, confi
     """The largest ε that so many correct guesses reject.
 
     Every canary was included with probability 1/2, independently; ``guesses`` of them were guessed to be in or out.
-    With ``p = e^ε/(1 + e^ε)``, ``B ~ Bin(guesses, p)``, ``β = P[B ≥ v]`` and ``α = max_i (P[B ≥ v - i] - β)/i``, what is (ε, δ)-private gives ``correct = v`` or more with probability at most ``β + 2 m δ α``.
+    With ``p = e^ε/(1 + e^ε)``, ``B ~ Bin(guesses, p)``, ``β = P[B ≥ v]`` and ``α = max_i (P[B ≥ v - i] - β)/i``, what
+    is (ε, δ)-private gives ``correct = v`` or more with probability at most ``β + 2 m δ α``.
     Source: Steinke et al. 2023, theorem 5.2.
 
     Args:
