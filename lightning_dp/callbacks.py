@@ -446,8 +446,8 @@ class DifferentialPrivacy(Callback):
     Args:
         epsilon: The most that ε may become. ``None``: no limit; ``noise`` must then have a multiplier.
         delta: The δ at which ε is stated; well below 1/N.
-        clipping, noise, denoiser, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal: As for
-            `PrivateStrategy`.
+        clipping, noise, denoiser, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal,
+            secure_rng: As for `PrivateStrategy`.
         accountant: ``"pld"`` or ``"rdp"``.
         log_not_private: As for `PrivacyMonitor`.
         card: Whether a `PrivacyCard` is written beside the logs at the end.
@@ -469,6 +469,7 @@ class DifferentialPrivacy(Callback):
         log_not_private: bool = False,
         journal: bool = True,
         card: bool = True,
+        secure_rng: bool = False,
     ) -> None:
         if epsilon is None and noise.multiplier is None:
             raise ValueError(
@@ -489,6 +490,7 @@ class DifferentialPrivacy(Callback):
             "self_check": self_check,
             "seed": seed,
             "journal": journal,
+            "secure_rng": secure_rng,
         }
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -201,7 +201,18 @@ def _not_covered(
             "Sampling and noise were seeded by the operating system, and neither seed nor state was saved. A seed "
             "(seed=…) that becomes known would void the guarantee."
         )
+    if configuration.get("secure_rng"):
+        floats = (
+            "Sampling and noise came from a cryptographic generator, and every Gaussian number was a sum of four. It "
+            "was still added in floating point: a mathematical guarantee for real numbers, not for each of their bits."
+        )
+    else:
+        floats = (
+            "Sampling and noise came from fast generators that are not cryptographic, and noise is added in floating "
+            "point: an adversary who sees every noisy gradient to its last bit may learn more (secure_rng=True)."
+        )
     parts: list[dict[str, Any]] = [
+        {"what": "floating-point numbers", "why": floats},
         {
             "what": "hyper-parameter search",
             "why": "Every further training on these records, and every choice made by its result, costs privacy that "

@@ -217,8 +217,8 @@ class PrivateDDPStrategy(PrivateParallelMixin, DDPStrategy):
     nothing, on the first record of the train set, so that no exchange in it (``self.log(…, sync_dist=True)``) waits.
 
     Args:
-        clipping, noise, denoiser, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal: As for
-            `PrivateStrategy`. ``max_physical_batch_size`` is per device.
+        clipping, noise, denoiser, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal,
+            secure_rng: As for `PrivateStrategy`. ``max_physical_batch_size`` is per device.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
             timeout, start_method: As for Lightning's `DDPStrategy`; the Trainer fills most of them in.
 
@@ -239,6 +239,7 @@ class PrivateDDPStrategy(PrivateParallelMixin, DDPStrategy):
         self_check: bool = True,
         seed: int | None = None,
         journal: bool = True,
+        secure_rng: bool = False,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -259,7 +260,16 @@ class PrivateDDPStrategy(PrivateParallelMixin, DDPStrategy):
             start_method=start_method,
         )
         self.configure_privacy(
-            clipping, noise, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal, denoiser
+            clipping,
+            noise,
+            max_physical_batch_size,
+            engine,
+            loss_reduction,
+            self_check,
+            seed,
+            journal,
+            denoiser,
+            secure_rng,
         )
 
     @classmethod

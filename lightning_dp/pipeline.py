@@ -22,7 +22,7 @@ from lightning_dp.denoising import Denoiser, DenoiserState, PublicNoise
 from lightning_dp.engines import Engine, PerExampleEngine, SummingEngine
 from lightning_dp.gradients import PerExampleGradient, full_precision, is_asynchronous
 from lightning_dp.noise import Noise, block_size
-from lightning_dp.randomness import Randomness
+from lightning_dp.randomness import NoiseGenerator, Randomness
 
 #: The key of the clipping rule's own query among the sums; no parameter has an empty name.
 _QUERY = ""
@@ -394,7 +394,7 @@ class PrivateStep:
         return block % self._world_size == self._rank
 
     def _fill_own_blocks_(
-        self, out: Tensor, scale: float, generators: Callable[[int], torch.Generator], first: int = 0
+        self, out: Tensor, scale: float, generators: Callable[[int], NoiseGenerator], first: int = 0
     ) -> None:
         """Noise on this process's blocks of a flat tensor, and zeros on the others."""
         for number, block in enumerate(out.split(block_size(out.device)), first):
@@ -478,7 +478,7 @@ class PrivateStep:
         self,
         sums: Sequence[Tensor],
         scales: Sequence[float],
-        generators: Callable[[int], torch.Generator],
+        generators: Callable[[int], NoiseGenerator],
         first: int,
     ) -> None:
         """``factor · sum / q·N + scale · noise`` for flat tensors, in place, with little noise in memory at a time."""
@@ -497,7 +497,7 @@ class PrivateStep:
                     self.noise.fill_(drawn, scales[index], lambda _, own=own: own)  # type: ignore[misc]
                     torch.add(drawn, piece, alpha=factor, out=piece)
 
-    def _noise_generators(self, bucket: Bucket) -> Callable[[int], torch.Generator]:
+    def _noise_generators(self, bucket: Bucket) -> Callable[[int], NoiseGenerator]:
         """The generators of all blocks, by their number among those of all buckets."""
         return lambda block: self._randomness.torch("noise", self._number, bucket.device, block)
 

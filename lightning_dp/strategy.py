@@ -85,6 +85,7 @@ class PrivateMixin(Strategy):
         seed: int | None,
         journal: bool,
         denoiser: Denoiser | None = None,
+        secure_rng: bool = False,
     ) -> None:
         """Checks and keeps the configuration; arguments as for `PrivateStrategy`."""
         if not isinstance(clipping, Bounding):
@@ -118,7 +119,12 @@ class PrivateMixin(Strategy):
         self._resumed: _Resumed | None = None
         self._clipping_state: State = {}
         self._denoiser_state: DenoiserState = {}
-        self._randomness = Randomness(seed)
+        if secure_rng and not isinstance(noise, GaussianNoise):
+            raise ValueError(
+                f"secure_rng=True hardens Gaussian noise, and nothing is known of {type(noise).__name__}. Use "
+                "GaussianNoise, or leave secure_rng out."
+            )
+        self._randomness = Randomness(seed, secure_rng)
         self._train_loader: PoissonDataLoader | None = None
         self._batch_examples: int | None = None
         self._largest_share = 0
@@ -389,6 +395,7 @@ class PrivateMixin(Strategy):
             "max_physical_batch_size": self.max_physical_batch_size,
             "self_check": self.self_check,
             "seed_given": self.seed is not None,
+            "secure_rng": self._randomness.secure,
             "journal": self.keep_journal,
             "precision": str(self._trainer().precision),
             "model": type(self._module()).__name__,
@@ -653,6 +660,9 @@ class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
             not repeated: the resumed run draws what follows them.
         journal: Whether every step is written to ``privacy_journal.jsonl``, beside the logs, before its result is used,
             so that steps that a crash loses are charged when training is resumed.
+        secure_rng: Whether sampling and noise come from a cryptographic generator, and Gaussian noise is hardened
+            against attacks on its floating-point numbers (see `lightning_dp.noise.hardened_gaussian_` for what that
+            claims). Slower; needs ``pip install 'lightning-dp[secure]'``.
         device, accelerator, checkpoint_io, precision_plugin: As for Lightning's `SingleDeviceStrategy`; the Trainer
             fills them in.
 
@@ -674,6 +684,7 @@ class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
         self_check: bool = True,
         seed: int | None = None,
         journal: bool = True,
+        secure_rng: bool = False,
         device: torch.device | str | int | None = None,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
@@ -683,7 +694,16 @@ class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
         self._device_chosen = device is not None
         self._num_nodes = 1
         self.configure_privacy(
-            clipping, noise, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal, denoiser
+            clipping,
+            noise,
+            max_physical_batch_size,
+            engine,
+            loss_reduction,
+            self_check,
+            seed,
+            journal,
+            denoiser,
+            secure_rng,
         )
 
     @property

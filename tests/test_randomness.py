@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from lightning_dp import FlatClipping, GaussianNoise, GradientEncoding, LaplaceNoise, PrivateStrategy
 from lightning_dp.randomness import Randomness
+from tests.conftest import Net, fit, loader, trainer
+from tests.test_noise import is_gaussian_of_std
 
 CPU = torch.device("cpu")
 
@@ -62,3 +67,63 @@ def test_the_secret_is_not_pickled() -> None:
 def test_a_negative_seed_is_refused() -> None:
     with pytest.raises(ValueError, match="non-negative"):
         Randomness(-1)
+
+
+# -- secure ------------------------------------------------------------------------------------------------------------
+
+
+def test_secure_streams_are_those_of_chacha_and_differ() -> None:
+    randomness = Randomness(secure=True)
+    device = torch.device("cpu")
+    streams = [
+        randomness.numpy("sampling", 0),
+        randomness.numpy("sampling", 1),
+        randomness.torch("noise", 0, device),
+        randomness.torch("noise", 0, device, 1),
+        randomness.torch("noise", 1, device),
+        randomness.torch("query", 0, device),
+        Randomness(secure=True).numpy("sampling", 0),
+    ]
+    assert all(type(stream.bit_generator).__name__ == "ChaCha" for stream in streams)  # type: ignore[union-attr]
+    assert len({tuple(stream.integers(2**63, size=4)) for stream in streams}) == len(streams)  # type: ignore[union-attr]
+    again = [randomness.numpy("sampling", 3).random(), randomness.numpy("sampling", 3).random()]
+    assert again[0] == again[1], "a function of the step's number"
+
+
+def test_a_secure_secret_is_neither_given_nor_kept() -> None:
+    with pytest.raises(ValueError, match="leave seed out"):
+        Randomness(seed=1, secure=True)
+    randomness = Randomness(secure=True)
+    copied = pickle.loads(pickle.dumps(randomness))
+    assert copied.secure
+    assert copied.numpy("sampling", 0).random() != randomness.numpy("sampling", 0).random()
+    before = randomness.numpy("sampling", 0).random()
+    randomness.renew()
+    assert randomness.numpy("sampling", 0).random() != before
+
+
+def test_secure_noise_has_the_std_that_is_asked_for_and_is_a_sum_of_four() -> None:
+    out = torch.empty(200_000)
+    randomness, device = Randomness(secure=True), torch.device("cpu")
+    GaussianNoise().fill_(out, 3.0, lambda block: randomness.torch("noise", 0, device, block))
+    assert is_gaussian_of_std(out.double(), 3.0)
+    assert not is_gaussian_of_std(out.double(), 2.0) and not is_gaussian_of_std(out.double(), 4.5)
+    asked: list[tuple[int, ...]] = []
+
+    class Counting(np.random.Generator):
+        def standard_normal(self, size: Any = None, *args: Any, **kwargs: Any) -> Any:
+            asked.append(size)
+            return super().standard_normal(size, *args, **kwargs)
+
+    GaussianNoise().fill_(out[:100], 1.0, lambda block: Counting(np.random.PCG64(0)))
+    assert asked == [(4, 100)]
+
+
+def test_secure_training(tmp_path: Path) -> None:
+    strategy = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0), secure_rng=True)
+    run = trainer(strategy=strategy, default_root_dir=tmp_path)
+    fit(run, Net(), loader())
+    assert len(strategy.ledger) == 5
+    assert strategy.public_configuration()["secure_rng"] is True
+    with pytest.raises(ValueError, match="hardens Gaussian noise"):
+        PrivateStrategy(GradientEncoding(), LaplaceNoise(1.0), secure_rng=True)
