@@ -15,10 +15,13 @@ Auditing of Differentially Private Machine Learning" (bounds through Gaussian di
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +33,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_dp.accounting import PrivacyLedger
+from lightning_dp.callbacks import DifferentialPrivacy, PrivacyMonitor, trainer_callbacks
 from lightning_dp.checks import loss_of, shadow_of
 from lightning_dp.clipping import Bounding
-from lightning_dp.noise import GaussianNoise, Noise
+from lightning_dp.noise import GaussianNoise, Noise, with_multiplier
 from lightning_dp.pipeline import PrivateStep
 from lightning_dp.randomness import Randomness
 from lightning_dp.strategy import PrivateMixin, PrivateStrategy
@@ -523,6 +527,113 @@ def audit_module(
     return audit_step(
         make_step, backward, first, more, multiplier=multiplier, delta=delta, trials=trials, confidence=confidence
     )
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+ATTACKS = ("training", "mechanism", "step")
+
+
+def audit_command(arguments: Sequence[str]) -> None:
+    """``lightning-dp audit --config …``: trains a recipe with canaries, and attacks what comes out."""
+    parser = argparse.ArgumentParser(
+        prog="lightning-dp audit",
+        description="Lower bounds on ε, by attacks, beside what the ledger claims. Trains the recipe once, on its "
+        "records and wrongly labelled copies of some. A bound above the claim proves a defect; one below proves "
+        "nothing. Further arguments (--trainer.max_epochs 1) are LightningCLI's.",
+    )
+    parser.add_argument("--config", required=True, help="the recipe")
+    parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS), help="default: all")
+    parser.add_argument("--canaries", type=int, default=1000, help="wrongly labelled records; default: %(default)s")
+    parser.add_argument("--trials", type=int, default=1000, help="single steps of each kind; default: %(default)s")
+    parser.add_argument("--confidence", type=float, default=0.95, help="of every bound; default: %(default)s")
+    parser.add_argument("--out", type=Path, help="folder for audit.json and audit.png (default: that of the logs)")
+    options, others = parser.parse_known_args(list(arguments))
+    if not 0.5 <= options.confidence < 1:
+        parser.error(f"--confidence must lie in [0.5, 1), got {options.confidence:g}")
+
+    from lightning.pytorch.cli import LightningCLI
+
+    cli = LightningCLI(
+        pl.LightningModule,
+        pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        run=False,
+        args=["--config", options.config, *others],
+    )
+    cli.datamodule.prepare_data()
+    cli.datamodule.setup("fit")
+    loader = cli.datamodule.train_dataloader()
+    delta = _delta_of(cli.trainer)
+    common: dict[str, Any] = {"delta": delta, "confidence": options.confidence}
+    try:
+        found = [audit_training(cli.model, loader, cli.trainer, canaries=options.canaries, **common)]
+    except ValueError as error:
+        parser.error(str(error))
+    print(found[0], flush=True)
+    strategy: Any = cli.trainer.strategy
+    noise = with_multiplier(strategy.noise, strategy.noise_multiplier)
+    if "mechanism" in options.attacks:
+        with tempfile.TemporaryDirectory() as root:
+            found.append(
+                audit_mechanism(
+                    lambda: PrivateStrategy(strategy.clipping, noise),
+                    records=strategy.num_records,
+                    expected_batch_size=round(strategy.expected_batch_size),
+                    steps=len(strategy.ledger),
+                    root=root,
+                    **common,
+                )
+            )
+        print(found[-1], flush=True)
+    if "step" in options.attacks:
+        found.append(
+            audit_module(
+                cli.model, loader, strategy.clipping, noise, multiplier=1.0, engine=strategy.engine,
+                trials=options.trials, **common,
+            )
+        )  # fmt: skip
+        print(found[-1], flush=True)
+    folder = options.out or Path(cli.trainer.log_dir or cli.trainer.default_root_dir)
+    print("lightning-dp: written to " + " and ".join(str(path) for path in write_audits(found, folder)))
+    if not all(audit.passed for audit in found):
+        raise SystemExit(1)
+
+
+def _delta_of(trainer: pl.Trainer) -> float:
+    for callback in trainer_callbacks(trainer):
+        monitor = callback.monitor if isinstance(callback, DifferentialPrivacy) else callback
+        if isinstance(monitor, PrivacyMonitor):
+            return monitor.delta
+    raise SystemExit("lightning-dp audit: the recipe states no δ: add DifferentialPrivacy or PrivacyMonitor.")
+
+
+def write_audits(audits: Sequence[Audit], folder: str | Path) -> list[Path]:
+    """``audit.json``, and ``audit.png`` where matplotlib is installed: bounds beside claims."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "audit.json"
+    path.write_text(json.dumps([{**asdict(audit), "passed": audit.passed} for audit in audits], indent=1))
+    try:
+        import matplotlib
+    except ImportError:
+        return [path]
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 1 + 0.8 * len(audits)))
+    for row, audit in enumerate(reversed(audits)):
+        axes.barh(row, audit.claimed, color="lightgrey", label="claimed" if not row else None)
+        color = "tab:blue" if audit.passed else "tab:red"
+        axes.barh(row, audit.lower_bound, height=0.4, color=color, label="lower bound" if not row else None)
+    axes.set_yticks(range(len(audits)), [audit.attack for audit in reversed(audits)])
+    axes.set_xlabel(f"ε at δ = {audits[0].delta:g}, bounds with {100 * audits[0].confidence:g} % confidence")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(folder / "audit.png", dpi=150)
+    plt.close(figure)
+    return [path, folder / "audit.png"]
 
 
 def _take(records: Any, indices: list[int]) -> Any:

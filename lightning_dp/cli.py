@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_dp import commands, plots
+from lightning_dp.audit import audit_command
 from lightning_dp.callbacks import DifferentialPrivacy, PrivacyMonitor, trainer_callbacks
 from lightning_dp.card import card_command
 from lightning_dp.strategy import PrivateMixin
@@ -64,6 +65,7 @@ def summary(trainer: pl.Trainer, metrics: Mapping[str, float]) -> str:
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "epsilon": ("the ε that a training costs", commands.epsilon_command),
     "calibrate": ("the noise, or the number of steps, for a target ε", commands.calibrate_command),
+    "audit": ("lower bounds on ε, by attacks on a recipe", audit_command),
     "card": ("the privacy card of a run, from its journal", card_command),
     "plot": ("draw ε against steps and accuracy against ε, from logs", plots.plot_command),
 }

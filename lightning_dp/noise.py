@@ -298,6 +298,12 @@ class StudentTNoise(CoordinatewiseNoise):
         return moments.student_t(self.df, shift, highest)
 
 
+def with_multiplier(noise: Noise, multiplier: float) -> Noise:
+    """The same distribution with another ratio of scale to sensitivity."""
+    name = "multiplier" if isinstance(noise, GaussianNoise) else "scale"
+    return replace(noise, **{name: multiplier})  # type: ignore[type-var]
+
+
 #: By the names under which a ledger stores them.
 NOISES: dict[str, type[Noise]] = {
     "gaussian": GaussianNoise,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,8 @@ from lightning_dp import (
 from lightning_dp.accounting import PrivacyLedger
 from lightning_dp.audit import (
     Audit,
+    _label_of,
+    _WithCanaries,
     audit_mechanism,
     audit_module,
     audit_step,
@@ -39,6 +42,7 @@ from lightning_dp.audit import (
     one_run_bound,
     rates_bound,
 )
+from lightning_dp.cli import main
 from lightning_dp.clipping import Bounding
 from lightning_dp.noise import Noise
 from lightning_dp.pipeline import PrivateStep
@@ -312,3 +316,30 @@ def test_wrong_labels_are_found_in_a_model_trained_with_little_noise(tmp_path: P
     assert honest.passed and honest.claimed < 10, honest
     revealing = audit(PrivateStrategy(FlatClipping(1.0), GaussianNoise(0.05)))
     assert revealing.passed and revealing.lower_bound > 0.2, revealing
+
+
+def test_the_command_audits_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(Path(__file__).parents[1] / "recipes" / "digits" / "dp_sgd.yaml")
+    options = ["--canaries", "50", "--trials", "50", "--out", str(tmp_path)]
+    overridden = [f"--trainer.logger.init_args.save_dir={tmp_path}", "--trainer.max_epochs=1"]
+    main(["audit", "--config", recipe, *options, *overridden, "--trainer.enable_progress_bar=false"])
+    output = capsys.readouterr().out
+    for attack in ("wrong labels", "Dirac canaries", "one step"):
+        assert f"{attack}: ε ≥" in output
+    found = json.loads((tmp_path / "audit.json").read_text())
+    assert len(found) == 3 and all(audit["passed"] for audit in found)
+    assert (tmp_path / "audit.png").stat().st_size > 1000
+    with pytest.raises(SystemExit):
+        main(["audit", "--config", recipe, "--confidence", "1.5"])
+
+
+def test_records_get_other_labels() -> None:
+    pairs = [(torch.full((2,), float(i)), i % 3) for i in range(6)]
+    added = _WithCanaries(pairs, np.array([4, 1]), np.array([0, 2]))
+    assert len(added) == 8
+    assert [label for _, label in added.__getitems__([0, 6, 7])] == [0, 0, 2]
+    assert torch.equal(added[6][0], pairs[4][0]) and added[6][1] == 0
+    named = _WithCanaries([{"x": 1.0, "label": 2}], np.array([0]), np.array([1]))
+    assert named[1] == {"x": 1.0, "label": 1} and named[0]["label"] == 2
+    with pytest.raises(ValueError, match="finds none"):
+        _label_of(torch.zeros(3))
