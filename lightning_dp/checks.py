@@ -21,12 +21,15 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
-from lightning_dp.clipping import Bounding
+from lightning_dp.accounting import PrivacyLedger
+from lightning_dp.clipping import Bounding, Group, State
 from lightning_dp.denoising import Denoiser
 from lightning_dp.engines import BookKeeping, Engine, set_aside
 from lightning_dp.gradients import PerExampleGradient
 from lightning_dp.layers import refusal_for, rule_for, trainable, trained_layers
-from lightning_dp.noise import NOISES, Noise
+from lightning_dp.noise import NOISES, GaussianNoise, Noise
+from lightning_dp.pipeline import PrivateStep
+from lightning_dp.randomness import Randomness
 from lightning_dp.records import Call, UnsupportedModelError, getattr_path
 
 
@@ -305,6 +308,82 @@ def check_examples_are_independent(
             _check_reduction(run, everyone, half, loss_reduction)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{error} (Found by the self-check; self_check=False turns it off.)") from None
+
+
+def check_contributions(
+    module: pl.LightningModule,
+    take: Callable[[list[int]], Any],
+    size: int,
+    step_arguments: tuple[Any, ...],
+    context: Callable[[], AbstractContextManager[Any]],
+    loss_reduction: str,
+    clipping: Bounding,
+    state: State,
+) -> None:
+    """Runs a few examples through the bounding itself, in a shadow of the model, one by one and together.
+
+    Every example's contribution must stay within the sensitivity of every group, and those of all must add up to what
+    the batch gives. Arguments as for `check_examples_are_independent`, and the rule with its state.
+
+    Raises:
+        UnsupportedModelError: With the parameter's name.
+    """
+
+    was_random, bounds = False, dict[Group, float]()
+
+    def contribution(examples: list[int]) -> tuple[PrivateStep, dict[str, Tensor]]:
+        nonlocal was_random
+        shadow = shadow_of(module).eval()
+        rule = clipping.bind(shadow)
+        engine = rule.make_engine("bookkeeping", shadow)
+        step = PrivateStep(engine, rule, GaussianNoise(), PrivacyLedger(), Randomness())
+        if state:
+            step.clipping_state = state
+        _set_random_state(random_state)
+        with warnings.catch_warnings(), set_aside(engine.parameters.values()):
+            warnings.simplefilter("ignore")
+            batch, count = take(examples), len(examples)
+            step.begin(0.0, 1.0, 1.0)
+            with engine.forward(count), context():
+                loss = loss_of(shadow.training_step(batch, *step_arguments))
+            was_random |= not _same_random_state(_random_state(), random_state)
+            with step.backward(float(count) if loss_reduction == "mean" else 1.0):
+                shadow.backward(loss)
+            bounds.update(zip(step.groups, rule.group_sensitivities(step.groups, step.clipping_state), strict=True))
+            step.release()
+            return step, {n: p.grad.double() for n, p in engine.parameters.items() if p.grad is not None}
+
+    examples, random_state = list(range(min(size, _BOUNDED_EXAMPLES))), _random_state()
+    with _random_state_kept(), suppress(RuntimeError):  # some kernels have no backward in eval mode
+        step, together = contribution(examples)
+        alone = [contribution([example])[1] for example in examples]
+        low = any(_is_low_precision(p) for p in step.engine.parameters.values())
+        tolerance = 5e-2 if low else 1e-3
+        for group, bound in bounds.items():
+            for found in alone:
+                norm = torch.stack([found[name].norm() for name in group]).norm().item()
+                if not norm <= bound * (1 + tolerance):
+                    raise UnsupportedModelError(
+                        f"Parameters {list(group)}: one example contributes {norm:.3g}, and its bound is {bound:.3g}. "
+                        "This is a defect of the rule or of a layer's rule: report it, and use engine='per_example'. "
+                        "(Found by the self-check; self_check=False turns it off.)"
+                    )
+        if was_random:  # other batch sizes draw other random numbers
+            return
+        largest = max(found[name].norm().item() for found in alone for name in found)
+        for name, whole in together.items():
+            parts = torch.stack([found[name] for found in alone])
+            scale = max(parts.norm().item(), 1e-3 * largest)
+            if (whole - parts.sum(0)).norm().item() > tolerance * scale + 1e-12:
+                raise UnsupportedModelError(
+                    f"Parameter '{name}': the bounded gradients of single examples do not add up to that of the batch: "
+                    "an example's contribution depends on who else is there. Make training_step treat every example "
+                    "by itself, or use engine='per_example'. (Found by the self-check; self_check=False turns it off.)"
+                )
+
+
+#: Examples that pass through the bounding one by one.
+_BOUNDED_EXAMPLES = 3
 
 
 def _check_reduction(run: _ShadowRun, everyone: list[int], half: int, loss_reduction: str) -> None:

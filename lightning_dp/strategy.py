@@ -549,6 +549,8 @@ class PrivateMixin(Strategy):
         mixed = isinstance(self.precision_plugin, MixedPrecision)
         context = nullcontext if mixed else self.precision_plugin.train_step_context
         checks.check_examples_are_independent(module, take, size, args, context, self.loss_reduction)
+        state = self.private_step.clipping_state if self.private_step else {}
+        checks.check_contributions(module, take, size, args, context, self.loss_reduction, self.clipping, state)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 

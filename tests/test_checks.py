@@ -15,7 +15,17 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dp import FlatClipping, GaussianNoise, PrivacyConfigurationError, PrivateStrategy, UnsupportedModelError
+from lightning_dp import (
+    AdaptiveClipping,
+    AutomaticClipping,
+    BackpropClipping,
+    FlatClipping,
+    GaussianNoise,
+    PerLayerClipping,
+    PrivacyConfigurationError,
+    PrivateStrategy,
+    UnsupportedModelError,
+)
 from tests.conftest import Net, dataset, fit, loader, trainer
 
 
@@ -505,3 +515,53 @@ def test_a_batch_size_beyond_the_data_is_warned_about() -> None:
     with pytest.warns(UserWarning, match="exceeds the 5 records"):
         trainer(strategy=private, max_steps=1).fit(Net(), DataLoader(dataset(5), batch_size=8))
     assert private.sampling_rate == 1.0
+
+
+# -- the bounding itself, before the first step ------------------------------------------------------------------------
+
+
+class TooLarge(FlatClipping):
+    """Weighs with twice the norm that it states."""
+
+    def weights(self, norms: Any, groups: Any, state: Any = ()) -> Any:
+        return 2 * super().weights(norms, groups, state)
+
+
+class Together(FlatClipping):
+    """Clips to the mean norm of the batch."""
+
+    def weights(self, norms: Any, groups: Any, state: Any = ()) -> Any:
+        return super().weights(norms.mean().expand_as(norms), groups, state).clamp(max=1e-3)
+
+    def group_sensitivities(self, groups: Any, state: Any = ()) -> list[float]:
+        return [1e9]
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"), [(TooLarge(1e-3), "its bound is 0.001"), (Together(1e-4), "who else is there")]
+)
+def test_a_rule_that_does_not_keep_its_bound_is_found_before_the_first_step(rule: Any, says: str) -> None:
+    strategy = PrivateStrategy(rule, GaussianNoise(1.0))
+    module = Net()
+    before = [p.clone() for p in module.parameters()]
+    with pytest.raises(UnsupportedModelError, match=says):
+        fit(trainer(strategy=strategy), module, loader())
+    assert len(strategy.ledger) == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        FlatClipping(1e-3),
+        PerLayerClipping(1e-3),
+        AutomaticClipping(),
+        AdaptiveClipping(1e-3),
+        BackpropClipping(1.0, 1e-3),
+    ],
+    ids=repr,
+)
+def test_rules_that_keep_their_bounds_pass(rule: Any) -> None:
+    strategy = PrivateStrategy(rule, GaussianNoise(1.0))
+    fit(trainer(strategy=strategy), Net(), loader())
+    assert len(strategy.ledger) == 5
