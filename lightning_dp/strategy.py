@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
@@ -132,7 +133,7 @@ class PrivateMixin(Strategy):
         self._bound: tuple[Any, ...] = ()
         self._run_directory = ""
         self._is_set_up = self._journal_is_due = self._journal_is_open = False
-        self._self_check_pending = self_check
+        self._self_check_pending, self._nonfinite_reported = self_check, False
 
     # -- what callbacks read ---------------------------------------------------------------------------------------
 
@@ -514,6 +515,14 @@ class PrivateMixin(Strategy):
             with step.backward(self._loss_scale(self._examples_left_to_backward), last=True):
                 self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
         step.release(others=[*module.parameters(), *self._optimized_parameters()])
+        if step.nonfinite_examples and not self._nonfinite_reported:
+            self._nonfinite_reported = True
+            warnings.warn(
+                f"lightning_dp: {step.nonfinite_examples} examples of this step had a gradient that is not finite (NaN "
+                "or infinity in a record, or an overflow). Such examples contribute nothing, and training goes on; "
+                "strategy.private_step.nonfinite_examples counts them. Whether there are any is not private.",
+                stacklevel=2,
+            )
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)
         self.post_backward(closure_loss)
         return closure_loss

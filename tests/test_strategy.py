@@ -596,3 +596,39 @@ def test_workers_and_dictionary_batches() -> None:
     run = trainer(strategy=strategy(1.0, max_physical_batch_size=3), max_epochs=2)
     fit(run, Dictionary(), DataLoader(data, batch_size=4, num_workers=1, persistent_workers=True))
     assert len(run.strategy.ledger) == 20
+
+
+# -- bad input ---------------------------------------------------------------------------------------------------------
+
+
+def test_records_that_are_not_finite_are_left_out_and_reported(recwarn: pytest.WarningsRecorder) -> None:
+    inputs, labels = dataset().tensors
+    spoiled = inputs.clone()
+    spoiled[3], spoiled[17] = float("nan"), float("inf")
+    kept = torch.tensor([i for i in range(40) if i not in (3, 17)])
+    weights = []
+    for data in (TensorDataset(spoiled, labels), TensorDataset(inputs[kept], labels[kept])):
+        torch.manual_seed(0)
+        module, private = Net(), strategy(0.0, clipping=FlatClipping(0.1), self_check=False)
+        trainer(strategy=private, max_steps=1, max_epochs=-1).fit(module, DataLoader(data, batch_size=len(data)))
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    start = torch.manual_seed(0) and torch.cat([p.detach().flatten() for p in Net().parameters()])
+    moved = [40 * (weights[0] - start), 38 * (weights[1] - start)]
+    assert torch.allclose(*moved, atol=1e-5), "the public divisors differ, the sums do not"
+    assert [
+        str(w.message) for w in recwarn if "2 examples of this step had a gradient that is not finite" in str(w.message)
+    ]
+
+
+def test_a_data_set_of_one_record() -> None:
+    private = strategy(1.0)
+    fit(trainer(strategy=private, max_epochs=3), Net(), loader(1, 1))
+    assert private.sampling_rate == 1 and len(private.ledger) == 3
+
+
+def test_labels_out_of_range_stop_before_anything_is_charged() -> None:
+    inputs, labels = dataset().tensors
+    private = strategy(1.0)
+    with pytest.raises(IndexError):
+        fit(trainer(strategy=private), Net(), DataLoader(TensorDataset(inputs, labels + 7), batch_size=8))
+    assert len(private.ledger) == 0
