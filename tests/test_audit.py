@@ -249,49 +249,37 @@ def test_noise_that_repeats_is_caught() -> None:
 # -- whole trainings ---------------------------------------------------------------------------------------------------
 
 
-def test_a_training_is_audited_in_one_run(tmp_path: Path) -> None:
-    multiplier = calibrate_noise(epsilon=4.0, delta=1e-5, sampling_rate=0.5, steps=10)
-    found = audit_mechanism(
-        lambda: PrivateStrategy(FlatClipping(1.0), GaussianNoise(multiplier)),
-        records=6000,
-        expected_batch_size=3000,
-        steps=10,
+def audited_training(epsilon: float, records: int, root: Path, seed: int | None = None, steps: int = 10) -> Audit:
+    """Of every second record a step."""
+    multiplier = calibrate_noise(epsilon=epsilon, delta=1e-5, sampling_rate=0.5, steps=steps)
+    return audit_mechanism(
+        lambda: PrivateStrategy(FlatClipping(1.0), GaussianNoise(multiplier), seed=seed),
+        records=records,
+        expected_batch_size=records // 2,
+        steps=steps,
         delta=1e-5,
-        root=tmp_path,
+        seed=seed,
+        root=root,
     )
+
+
+def test_a_training_is_audited_in_one_run(tmp_path: Path) -> None:
+    found = audited_training(4.0, 6000, tmp_path)
     assert found.claimed == pytest.approx(4.0, abs=0.05)
     assert 0.5 < found.lower_bound <= found.claimed
 
 
 def test_a_training_with_less_noise_than_it_claims_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    multiplier = calibrate_noise(epsilon=1.0, delta=1e-5, sampling_rate=0.5, steps=10)
-
     fill = GaussianNoise.fill_
     monkeypatch.setattr(GaussianNoise, "fill_", lambda self, out, scale, streams: fill(self, out, scale / 5, streams))
-    found = audit_mechanism(
-        lambda: PrivateStrategy(FlatClipping(1.0), GaussianNoise(multiplier)),
-        records=6000,
-        expected_batch_size=3000,
-        steps=10,
-        delta=1e-5,
-        root=tmp_path,
-    )
+    found = audited_training(1.0, 6000, tmp_path)
     assert not found.passed, found
 
 
 @pytest.mark.parametrize("epsilon", [1.0, 2.0, 4.0, 8.0])
 def test_dp_sgd_on_as_many_records_as_mnist_has(epsilon: float, tmp_path: Path) -> None:
     """The bound is never above the claim, and at ε = 4 at least half of it."""
-    multiplier = calibrate_noise(epsilon=epsilon, delta=1e-5, sampling_rate=0.5, steps=30)
-    found = audit_mechanism(
-        lambda: PrivateStrategy(FlatClipping(1.0), GaussianNoise(multiplier), seed=7),
-        records=60_000,
-        expected_batch_size=30_000,
-        steps=30,
-        delta=1e-5,
-        seed=7,
-        root=tmp_path,
-    )
+    found = audited_training(epsilon, 60_000, tmp_path, seed=7, steps=30)
     assert found.lower_bound <= found.claimed <= epsilon
     assert found.lower_bound >= (0.5 if epsilon == 4 else 0.3) * epsilon, found
 

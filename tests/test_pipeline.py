@@ -127,29 +127,32 @@ def test_parameters_of_two_precisions_get_independent_noise() -> None:
 # -- several processes -------------------------------------------------------------------------------------------------
 
 
+def one_of_several(
+    rule: Bounding,
+    model: nn.Module,
+    add_up: Any = lambda tensor: lambda: None,
+    charge: Any = lambda event, at_most: None,
+    **arguments: Any,
+) -> PrivateStep:
+    """The step of a process of several, whose others are not there."""
+    bound = rule.bind(model)
+    engine = bound.make_engine("bookkeeping", model)
+    noise, ledger = GaussianNoise(), PrivacyLedger()
+    return PrivateStep(engine, bound, noise, ledger, Randomness(1), add_up, charge, **arguments)
+
+
 def sent_by(rule: Bounding, sizes: list[int], bucket: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[str]]:
     """The step of a first process of several, and what happens in it: charges, tensors sent by their length, ends of
     backward passes."""
     monkeypatch.setattr(pipeline, "BUCKET", bucket)
-    layers = [nn.Linear(one, other, bias=False) for one, other in pairwise(sizes)]
-    bound = rule.bind(nn.Sequential(*layers))
+    model = nn.Sequential(*(nn.Linear(one, other, bias=False) for one, other in pairwise(sizes)))
     happened: list[str] = []
 
     def add_up(tensor: Tensor) -> Any:
         happened.append(str(len(tensor)))
         return lambda: happened.append(f"got {len(tensor)}")
 
-    model = nn.Sequential(*layers)
-    step = PrivateStep(
-        bound.make_engine("bookkeeping", model),
-        bound,
-        GaussianNoise(),
-        PrivacyLedger(),
-        Randomness(),
-        add_up,
-        lambda event, at_most: happened.append("charged"),
-        world_size=2,
-    )
+    step = one_of_several(rule, model, add_up, lambda event, at_most: happened.append("charged"), world_size=2)
     step.begin(1.0, 0.1, 1.0)
     for last in (False, True):
         with step.engine.forward(3):
@@ -203,7 +206,7 @@ def test_buckets_hold_every_parameter_once_and_no_stream_twice(
 @pytest.mark.parametrize("fails", ["charge", "send"])
 def test_an_error_within_the_backward_pass_that_is_ignored_stops_the_release(rule: Bounding, fails: str) -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
-    bound, once = rule.bind(model), [True]
+    once = [True]
 
     def fail(what: str) -> None:
         if what == fails and once:
@@ -214,15 +217,7 @@ def test_an_error_within_the_backward_pass_that_is_ignored_stops_the_release(rul
         fail("send")
         return lambda: None
 
-    step = PrivateStep(
-        bound.make_engine("bookkeeping", model),
-        bound,
-        GaussianNoise(),
-        PrivacyLedger(),
-        Randomness(),
-        add_up,
-        lambda event, at_most: fail("charge"),
-    )
+    step = one_of_several(rule, model, add_up, lambda event, at_most: fail("charge"))
     step.begin(1.0, 0.1, 1.0)
     with step.engine.forward(2):
         loss = model(torch.randn(2, 3)).sum()
@@ -235,15 +230,7 @@ def test_an_error_within_the_backward_pass_that_is_ignored_stops_the_release(rul
 
 def test_several_backward_passes_through_one_parameter_are_refused_among_several_processes() -> None:
     layer = nn.Linear(2, 2)
-    rule = BackpropClipping(1.0, 1.0).bind(layer)
-    step = PrivateStep(
-        rule.make_engine("bookkeeping", layer),
-        rule,
-        GaussianNoise(),
-        PrivacyLedger(),
-        Randomness(),
-        lambda tensor: lambda: None,
-    )
+    step = one_of_several(BackpropClipping(1.0, 1.0), layer)
     step.begin(1.0, 0.1, 1.0)
     with step.engine.forward(2):
         first, second = layer(torch.randn(2, 2)).sum(), layer(torch.randn(2, 2)).sum()
@@ -260,16 +247,7 @@ def test_noise_is_shared_out(world_size: int, monkeypatch: pytest.MonkeyPatch) -
     model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 4))
     drawn = []
     for rank in range(world_size):
-        step = PrivateStep(
-            BookKeeping(model),
-            FlatClipping(1.0),
-            GaussianNoise(),
-            PrivacyLedger(),
-            Randomness(1),
-            lambda tensor: lambda: None,
-            rank=rank,
-            world_size=world_size,
-        )
+        step = one_of_several(FlatClipping(1.0), model, rank=rank, world_size=world_size)
         take(step, 1.0)
         drawn.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]) != 0)
     assert (torch.stack(drawn).sum(0) == 1).all()
