@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 # The data sets of the recipes: unset, they come from the Hugging Face hub.
 export LIGHTNING_DP_DATA
 
-.PHONY: demo test test-slow test-device lint digits mnist speed clean
+.PHONY: demo test test-slow test-device lint digits mnist speed mutants clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -41,5 +41,9 @@ mnist: $(INSTALLED)  ## the MNIST recipe as shipped, three seeds
 speed: $(INSTALLED)  ## step times beside non-private Lightning and Opacus, in about fifteen minutes
 	$(BIN)/python benchmarks/speed.py --out runs/speed
 
+mutants: $(INSTALLED)  ## mutation testing of the core, in about an hour
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[mutation]'
+	$(BIN)/python benchmarks/mutants.py
+
 clean:
-	rm -rf $(VENV) dist runs
+	rm -rf $(VENV) dist runs mutants
