@@ -582,7 +582,13 @@ class PrivateMixin(Strategy):
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only=weights_only)
         if CHECKPOINT_KEY in checkpoint:
             # Steps that this process has taken and the checkpoint does not know were taken all the same.
-            ledger = PrivacyLedger.from_state_dict(checkpoint[CHECKPOINT_KEY]["ledger"])
+            try:
+                ledger = PrivacyLedger.from_state_dict(checkpoint[CHECKPOINT_KEY]["ledger"])
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise PrivacyConfigurationError(
+                    f"The ledger in the checkpoint {checkpoint_path} makes no sense ({error}): the file is damaged, or "
+                    "was changed. Resume from another checkpoint; the journal beside it knows what was taken."
+                ) from error
             self.ledger.include(ledger)
             reference = checkpoint[CHECKPOINT_KEY].get("journal")
             if self._trainer().state.fn == TrainerFn.FITTING:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from scipy import stats
 from torch import Tensor, nn
 
@@ -28,6 +31,7 @@ from lightning_dp import (
     StudentTNoise,
     calibrate_noise,
 )
+from lightning_dp import strategy as strategy_module
 from lightning_dp.accounting import PrivacyLedger
 from lightning_dp.audit import (
     Audit,
@@ -47,7 +51,9 @@ from lightning_dp.clipping import Bounding
 from lightning_dp.noise import Noise
 from lightning_dp.pipeline import PrivateStep
 from lightning_dp.randomness import Randomness
-from tests.conftest import Net, loader, trainer
+from lightning_dp.sampling import PoissonBatchSampler
+from tests.conftest import Net, fit, loader, trainer
+from tests.test_sampling import fits_binomial
 
 # -- bounds ------------------------------------------------------------------------------------------------------------
 
@@ -332,3 +338,59 @@ def test_records_get_other_labels() -> None:
     assert named[1] == {"x": 1.0, "label": 1} and named[0]["label"] == 2
     with pytest.raises(ValueError, match="finds none"):
         _label_of(torch.zeros(3))
+
+
+# -- what checks catch -------------------------------------------------------------------------------------------------
+
+
+class Shuffled(PoissonBatchSampler):
+    """Goes through a shuffled data set, and says that it drew Poisson samples."""
+
+    def __iter__(self) -> Any:
+        self.sizes = deque()
+        size = round(self.sampling_rate * self.num_records)
+        order = self._randomness.numpy("sampling", self._first_step()).permutation(self.num_records)
+        for start in range(0, self.num_records, size):
+            batch = order[start : start + size].tolist()
+            self.sizes.append((len(batch), len(batch)))
+            yield batch
+
+
+@pytest.mark.parametrize(("kind", "honest"), [(PoissonBatchSampler, True), (Shuffled, False)])
+def test_shuffled_sampling_is_caught(kind: type[PoissonBatchSampler], honest: bool, tmp_path: Path) -> None:
+    """By the sizes of batches that arrive in training."""
+    sizes: list[int] = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+            sizes.append(len(batch[0]))
+
+    with patch.object(strategy_module, "PoissonBatchSampler", kind):
+        strategy = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0), self_check=False)
+        fit(trainer(strategy=strategy, max_epochs=60, callbacks=[Watch()]), Net(), loader(40, 8))
+    assert fits_binomial(np.array(sizes), 40, 0.2) == honest
+
+
+class Remembers(PrivateStrategy):
+    """Saves where its noise comes from."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        generator = self._randomness.torch("noise", len(self.ledger), torch.device("cpu"))
+        super().save_checkpoint({**checkpoint, "state": generator.get_state()}, *args, **kwargs)
+
+
+def generator_states(value: Any) -> int:
+    """Tensors in a checkpoint that a generator of torch's would accept as its state."""
+    if isinstance(value, dict):
+        return sum(map(generator_states, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(generator_states, value))
+    return int(isinstance(value, Tensor) and value.dtype == torch.uint8 and len(value) >= 16)
+
+
+@pytest.mark.parametrize(("kind", "honest"), [(PrivateStrategy, True), (Remembers, False)])
+def test_generator_states_in_a_checkpoint_are_caught(kind: Any, honest: bool, tmp_path: Path) -> None:
+    run = trainer(strategy=kind(FlatClipping(1.0), GaussianNoise(1.0)), max_steps=1)
+    fit(run, Net(), loader())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    assert (generator_states(torch.load(tmp_path / "run.ckpt")) == 0) == honest

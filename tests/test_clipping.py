@@ -259,3 +259,41 @@ def test_the_adaptive_norm_finds_the_quantile_and_is_frozen_within_a_step() -> N
         assert step.clipping_state != before
     below = (inputs[:, 0].abs() <= step.clipping_state["max_norm"]).double().mean()
     assert abs(below - 0.3) < 0.1
+
+
+def test_an_example_that_is_not_finite_is_not_counted_by_the_adaptive_norm() -> None:
+    """What the count answers, without noise, is what it answers without the example."""
+    rule = AdaptiveClipping(initial_norm=1.0, learning_rate=1.0)
+
+    def next_norm(inputs: torch.Tensor) -> float:
+        model = nn.Linear(4, 1, bias=False)
+        step = PrivateStep(BookKeeping(model), rule, GaussianNoise(), PrivacyLedger(), Randomness(1))
+        step.begin(0.0, 0.1, 10.0)
+        with step.engine.forward(len(inputs)):
+            loss = model(inputs).sum()
+        with step.backward():
+            loss.backward()
+        step.release()
+        return step.clipping_state["max_norm"]
+
+    inputs = torch.tensor([[0.5, 0, 0, 0], [3.0, 0, 0, 0], [0.1, 0, 0, 0]])
+    spoiled = torch.cat([inputs, torch.full((1, 4), float("nan"))])
+    assert next_norm(spoiled) == pytest.approx(next_norm(inputs), rel=1e-6)
+    assert next_norm(inputs) != pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "argument"),
+    [
+        (FlatClipping, "max_norm"),
+        (PerLayerClipping, "max_norm"),
+        (AutomaticClipping, "gamma"),
+        (AdaptiveClipping, "initial_norm"),
+        (AdaptiveClipping, "learning_rate"),
+        (AdaptiveClipping, "count_std"),
+    ],
+)
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_norms_that_bound_nothing_are_refused_by_name(rule: type[Clipping], argument: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"^{rule.__name__}: {argument} must be positive and finite, got"):
+        rule(**{argument: value})

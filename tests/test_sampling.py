@@ -27,6 +27,7 @@ from lightning_dp.sampling import (
     fingerprint,
     records_and_batch_size,
 )
+from lightning_dp.zoo.data import TensorTable
 
 
 def draws(num_records: int, rate: float, count: int) -> list[np.ndarray]:
@@ -213,3 +214,18 @@ def test_fingerprints_tell_train_sets_apart() -> None:
     state = torch.get_rng_state()
     assert fingerprint(Augmented(False)) == fingerprint(Augmented(False)) != fingerprint(Augmented(True))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, 1.1, float("nan")])
+def test_rates_that_are_none_are_refused(rate: float) -> None:
+    with pytest.raises(ValueError, match=r"sampling_rate must lie in \(0, 1\], got"):
+        PoissonBatchSampler(10, rate, Randomness(), lambda: 0)
+
+
+def test_records_are_collated_as_the_loader_would() -> None:
+    data = TensorDataset(torch.arange(12.0).view(6, 2))
+    loader = poisson_loader(data, 0.5)
+    [found] = loader.collate_records([4, 1])
+    assert torch.equal(found, data.tensors[0][[4, 1]])
+    together = poisson_loader(TensorTable(*data.tensors), 0.5, collate_fn=lambda batch: batch)
+    assert torch.equal(together.collate_records([4, 1])[0], data.tensors[0][[4, 1]])
