@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,8 +22,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, Precision
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 
@@ -65,10 +68,8 @@ class PrivateParallelMixin(PrivateMixin):
         """Whether a process of this training, rather than the user, has started this one."""
         if isinstance(self._launcher, _MultiProcessingLauncher):
             return multiprocessing.parent_process() is not None
-        if isinstance(self._launcher, _SubprocessScriptLauncher):
-            assert self.cluster_environment is not None
-            return not self.cluster_environment.creates_processes_externally and self.local_rank > 0
-        return False
+        # Lightning starts the same command again. Under torchrun or SLURM, others see to the end of a process.
+        return isinstance(self.cluster_environment, LightningEnvironment) and self.local_rank > 0 and _repeats_parent()
 
     def configure_ddp(self) -> None:
         """Every process starts from the first one's parameters and buffers; nothing is wrapped."""
@@ -164,6 +165,18 @@ class PrivateParallelMixin(PrivateMixin):
 
 #: What errors say that the communication's libraries raise when another process is gone, or does not answer.
 _SIGNS_OF_A_LOST_PROCESS = ("gloo", "NCCL", "Timed out waiting", "Connection closed by peer", "Connection reset")
+
+
+def _repeats_parent() -> bool:
+    """Whether this process was started with what its parent was started with, but for folders."""
+    try:
+        own, parent = (
+            [os.path.basename(part) for part in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")[1:-1]]
+            for process in (os.getpid(), os.getppid())
+        )
+    except OSError:
+        return False
+    return bool(own) and own == parent
 
 
 def _die_with_parent() -> None:

@@ -268,7 +268,7 @@ def test_nothing_of_a_step_is_used_before_it_is_charged() -> None:
         if len(seen) == 2:
             raise JournalError("full")
 
-    step = PrivateStep(BookKeeping(model), FlatClipping(1.0), GaussianNoise(), ledger, Randomness(), charge)
+    step = PrivateStep(BookKeeping(model), FlatClipping(1.0), GaussianNoise(), ledger, Randomness(), charge=charge)
     step.begin(1.0, 0.1, 1.0, limit=lambda event: 5)
     step.release()
     assert seen == [(step.event(1.0, 0.1), 5, 0, None)]

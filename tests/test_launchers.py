@@ -85,6 +85,7 @@ def test_two_nodes_of_one_device(tmp_path: Path) -> None:
     assert steps_in_journal(tmp_path) == 10
 
 
+@pytest.mark.slow
 def test_slurm(tmp_path: Path) -> None:
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -131,6 +132,7 @@ def test_a_process_that_fails_ends_the_job(fault: str, strategy: str, rank: int,
     assert steps_in_journal(tmp_path) in (3, 4)
 
 
+@pytest.mark.slow
 def test_a_job_that_failed_goes_on_where_it_was(tmp_path: Path) -> None:
     """Its steps are charged to the training that follows in the same directory."""
     started(tmp_path, "private_ddp", "--fault", "die").communicate(timeout=200)
