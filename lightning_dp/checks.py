@@ -383,7 +383,7 @@ def check_contributions(
 
 
 #: Examples that pass through the bounding one by one.
-_BOUNDED_EXAMPLES = 3
+_BOUNDED_EXAMPLES = 2
 
 
 def _check_reduction(run: _ShadowRun, everyone: list[int], half: int, loss_reduction: str) -> None:
