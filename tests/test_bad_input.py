@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -154,24 +153,40 @@ def test_ctrl_c_at_any_stage_loses_nothing(stage: str, tmp_path: Path) -> None:
     assert len(again.ledger) == len(strategy.ledger) + 5, "the directory is free, and knows of what was taken"
 
 
+TERMINATED = ("setup", "on_train_start", "on_after_backward", "on_train_batch_end", "on_train_end")
+
 SCRIPT = """
 import os, signal, sys
-from lightning.pytorch.callbacks import Callback
-from tests.test_bad_input import Net, fit, loader, private, trainer
+from tests.test_bad_input import TERMINATED, Interrupt, Validated, fit, loader, private, trainer
 
-class Terminate(Callback):
-    def on_after_backward(self, trainer, module):
-        if trainer.global_step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-fit(trainer(strategy=private(), default_root_dir=sys.argv[1], callbacks=[Terminate()]), Net(), loader())
+for stage in TERMINATED:
+    if os.fork():
+        os.wait()
+        continue
+    terminate = Interrupt(stage)
+    terminate.interrupt = None
+    setattr(terminate, stage, lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM))
+    run = trainer(strategy=private(), default_root_dir=os.path.join(sys.argv[1], stage), callbacks=[terminate])
+    try:
+        fit(run, Validated(), loader(), loader())
+    finally:
+        os._exit(0)  # what the processes share is its parent's to remove
 """
 
 
-def test_sigterm_ends_a_training_cleanly(tmp_path: Path) -> None:
+def test_sigterm_at_any_stage_loses_nothing(tmp_path: Path) -> None:
+    """Lightning ends a training that is asked to end after the step that it is in."""
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120)
-    assert done.returncode != -signal.SIGTERM, "Lightning catches it, and leaves"
-    contents = JournalContents(tmp_path / JOURNAL_NAME)
-    assert len(contents.ledger()) == 3, done.stderr[-2000:]
-    assert contents.last_run().ended  # type: ignore[union-attr]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=200)
+    taken = {}
+    for stage in TERMINATED:
+        journal = tmp_path / stage / JOURNAL_NAME
+        if not journal.exists():  # it ended before a data set was loaded
+            taken[stage] = 0
+            continue
+        contents = JournalContents(journal)
+        last = contents.last_run()
+        assert last is None or last.ended, (stage, done.stderr[-2000:])
+        taken[stage] = len(contents.ledger())
+    assert taken["setup"] == 0 and taken["on_train_end"] == 5
+    assert 1 <= taken["on_after_backward"] <= taken["on_train_batch_end"] + 1 <= 3, taken
