@@ -484,3 +484,15 @@ def test_epsilon_shown_while_training_is_an_upper_bound_within_a_per_cent_with_a
         ledger.record(event, steps)
         exact = ledger.epsilon(1e-5)
         assert exact <= monitor.bound(ledger) <= 1.01 * exact
+
+
+def test_steps_are_calibrated_by_the_accountant_that_is_asked_for() -> None:
+    common: dict[str, Any] = {"epsilon": 2.0, "delta": 1e-5, "noise_multiplier": 1.0, "sampling_rate": 0.01}
+    found = {name: calibrate_steps(accountant=name, **common) for name in ("pld", "rdp")}
+    assert found["rdp"] < found["pld"]
+    for name, steps in found.items():
+        costs = [
+            epsilon(accountant=name, steps=s, **{k: common[k] for k in common if k != "epsilon"})
+            for s in (steps, steps + 1)
+        ]
+        assert costs[0] <= 2.0 < costs[1]

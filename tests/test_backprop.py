@@ -57,8 +57,9 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.enter(x)) * x.sum(2, keepdim=True)
+        turned = x.transpose(1, 2).contiguous()
         mixed = self.across(x.transpose(1, 2)) + self.query(self.queries)
-        return self.channels(mixed.permute(0, 2, 1)).flatten(1) + self.same(mixed).flatten(1)
+        return torch.cat([self.channels(mixed.permute(0, 2, 1)).flatten(1), self.same(turned).flatten(1)], 1)
 
 
 class Reused(nn.Module):

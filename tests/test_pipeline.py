@@ -262,3 +262,20 @@ def test_a_gradient_that_comes_in_two_parts_is_not_clipped_twice() -> None:
     with pytest.raises(RuntimeError, match="two parts"), step.backward():
         step._add_clipped({"weight": Dense(torch.ones(2, 2, 3))}, [0])
         step._add_clipped({"bias": Dense(torch.ones(2, 2))}, [0])
+
+
+def test_norms_are_kept_also_among_several_processes() -> None:
+    model, inputs = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1)), torch.randn(5, 3)
+    kept = []
+    for add_up in (None, lambda tensor: lambda: None):
+        step = one_of_several(PerLayerClipping(0.1), model, add_up)
+        step.keep_norms = True
+        step.begin(0.0, 0.1, 1.0)
+        with step.engine.forward(5):
+            loss = model(inputs).pow(2).sum()
+        with step.backward(1.0, last=True):
+            loss.backward()
+        step.release()
+        kept.append(torch.stack([*step.norms, *step.weights]))
+    assert kept[0].shape == (2, 5, 2) and (kept[0] > 0).all()
+    assert torch.allclose(kept[0], kept[1])
