@@ -191,6 +191,10 @@ def terms(device: torch.device, coordinates: int = 2**25) -> dict[str, Any]:
         step._totals()
 
     found["noise per coordinate"] = timed(draw, device) / coordinates
+    secure = Randomness(secure=True)
+    few = torch.empty(2**20, device=device)
+    fill = lambda: ldp.GaussianNoise().fill_(few, 1.0, lambda block: secure.torch("noise", 0, device, block))  # noqa: E731
+    found["secure noise per coordinate"] = timed(fill, device) / len(few)
     found["hash per coordinate"] = timed(lambda: parameter_hash(module), device) / coordinates
     sums = torch.ones(coordinates, device=device)
     found["copy per coordinate"] = timed(lambda: torch.cat([sums[:-1], sums[-1:]]), device) / coordinates

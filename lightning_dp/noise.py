@@ -172,7 +172,7 @@ def hardened_gaussian_(out: Tensor, scale: float, generator: np.random.Generator
 
     What is claimed: a number of double precision that a library computes from a Gaussian sampler has few preimages, and
     its low bits tell some results from others (Mironov 2012); of a sum of four draws, the preimages can no longer be
-    searched (Holohan & Braghin 2021, "Secure Random Sampling in Differential Privacy", section 4). The distribution is
+    searched (Holohan & Braghin 2021, "Secure Random Sampling in Differential Privacy"). The distribution is
     exactly the same. What is not: the noise is rounded to the tensor's precision and added in floating point, so that
     the release is not a discrete mechanism with an exact ε (Haney et al. 2022); nothing is claimed about timing.
     """

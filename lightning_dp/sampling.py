@@ -208,7 +208,7 @@ def _record_bytes(dataset: Any, index: int) -> bytes | None:
         np.random.seed(index)
         random.seed(index)
         return _written(dataset[index])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):  # sparse tensors, say
         return None
     finally:
         torch.set_rng_state(torch_state)
