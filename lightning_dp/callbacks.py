@@ -447,7 +447,7 @@ class DifferentialPrivacy(Callback):
         epsilon: The most that ε may become. ``None``: no limit; ``noise`` must then have a multiplier.
         delta: The δ at which ε is stated; well below 1/N.
         clipping, noise, denoiser, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal,
-            secure_rng: As for `PrivateStrategy`.
+            secure_rng, augmentation_multiplicity: As for `PrivateStrategy`.
         accountant: ``"pld"`` or ``"rdp"``.
         log_not_private: As for `PrivacyMonitor`.
         card: Whether a `PrivacyCard` is written beside the logs at the end.
@@ -470,6 +470,7 @@ class DifferentialPrivacy(Callback):
         journal: bool = True,
         card: bool = True,
         secure_rng: bool = False,
+        augmentation_multiplicity: int = 1,
     ) -> None:
         if epsilon is None and noise.multiplier is None:
             raise ValueError(
@@ -491,6 +492,7 @@ class DifferentialPrivacy(Callback):
             "seed": seed,
             "journal": journal,
             "secure_rng": secure_rng,
+            "augmentation_multiplicity": augmentation_multiplicity,
         }
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lightning_dp.accounting import PrivacyLedger
 from lightning_dp.clipping import Bounding, Group, State
 from lightning_dp.denoising import Denoiser
-from lightning_dp.engines import BookKeeping, Engine, set_aside
+from lightning_dp.engines import BookKeeping, Engine, SummingEngine, set_aside
 from lightning_dp.gradients import PerExampleGradient
 from lightning_dp.layers import refusal_for, rule_for, trainable, trained_layers
 from lightning_dp.noise import NOISES, GaussianNoise, Noise
@@ -101,6 +101,16 @@ def check_mechanism(clipping: Bounding, noise: Noise, denoiser: Denoiser | None)
         raise PrivacyConfigurationError(
             f"{name}: the ratio of its density and the same density shifted has no finite moment of order 2, so that "
             "no Rényi divergence bounds what it reveals. Use GaussianNoise, LaplaceNoise or StudentTNoise."
+        )
+
+
+def check_augmentations(engine: Engine, clipping: Bounding, multiplicity: int) -> None:
+    """Refuses several augmentations of a record where they cannot be averaged before they are bounded."""
+    if multiplicity > 1 and isinstance(engine, SummingEngine):
+        raise PrivacyConfigurationError(
+            f"augmentation_multiplicity={multiplicity}: {type(clipping).__name__} forms its sum within the backward "
+            "pass, where every augmentation would count as a record of its own. Use a rule that bounds per-example "
+            "gradients, such as FlatClipping, or augmentation_multiplicity=1."
         )
 
 

@@ -231,7 +231,7 @@ class PrivateDDPStrategy(PrivateParallelMixin, DDPStrategy):
 
     Args:
         clipping, noise, denoiser, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal,
-            secure_rng: As for `PrivateStrategy`. ``max_physical_batch_size`` is per device.
+            secure_rng, augmentation_multiplicity: As for `PrivateStrategy`. ``max_physical_batch_size`` is per device.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
             timeout, start_method: As for Lightning's `DDPStrategy`; the Trainer fills most of them in.
 
@@ -253,6 +253,7 @@ class PrivateDDPStrategy(PrivateParallelMixin, DDPStrategy):
         seed: int | None = None,
         journal: bool = True,
         secure_rng: bool = False,
+        augmentation_multiplicity: int = 1,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -283,6 +284,7 @@ class PrivateDDPStrategy(PrivateParallelMixin, DDPStrategy):
             journal,
             denoiser,
             secure_rng,
+            augmentation_multiplicity,
         )
 
     @classmethod

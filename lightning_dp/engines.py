@@ -33,12 +33,16 @@ class Engine(ABC):
     #: The most examples that one forward pass may hold; ``None``: as many as memory allows.
     max_examples: int | None = None
 
+    #: Rows of a micro-batch that make up an example, one after another: its augmentations. An example's gradient is the
+    #: sum over them.
+    copies = 1
+
     def __init__(self, module: nn.Module) -> None:
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
 
     @abstractmethod
     def forward(self, batch_size: int) -> AbstractContextManager[None]:
-        """Surrounds the forward pass of a micro-batch of ``batch_size`` examples."""
+        """Surrounds the forward pass of a micro-batch of ``batch_size`` rows: examples, times their copies."""
 
     @abstractmethod
     def backward(self, scale: float = 1.0) -> AbstractContextManager[None]:
@@ -145,6 +149,8 @@ class BookKeeping(PerExampleEngine):
         for name, gradient in gradients_of(self.layers[layer], layer, call).items():
             parameter = self._names[id(getattr_path(self.layers[layer], name))]
             count = sum(map(self.recorder.count, self._users[parameter]))
+            if self.copies > 1:
+                gradient = gradient.over_copies(self.copies)
             if self.expects_norms and count == 1:
                 gradient.squared_norms()
             uses = self._uses.setdefault(parameter, [])

@@ -137,6 +137,10 @@ class PerExampleGradient(ABC):
     def without(self, examples: Tensor) -> PerExampleGradient:
         """The same gradients with those of ``examples`` (a boolean mask, ``(B,)``) replaced by exact zeros."""
 
+    @abstractmethod
+    def over_copies(self, copies: int) -> PerExampleGradient:
+        """The gradients of ``B / copies`` examples, each the sum over ``copies`` consecutive rows."""
+
 
 #: Kernel elements per output channel up to which unfolding the input beats a grouped convolution on a CPU. On a GPU it
 #: always does (measured: up to twelve times; never less than half as fast).
@@ -155,6 +159,9 @@ _MATERIALISED = 1
 
 #: Numbers of a lower precision that are widened to float32 at once.
 _WIDENED = 2**22
+
+#: Numbers of an example's copies that are brought side by side at once.
+_COPIED = 2**24
 
 #: Rows of a Gram matrix that are computed at once: large enough for a matrix product to be efficient.
 _GRAM_BLOCK = 32
@@ -196,6 +203,9 @@ class Dense(PerExampleGradient):
 
     def without(self, examples: Tensor) -> Dense:
         return Dense(_masked(self.values, examples))
+
+    def over_copies(self, copies: int) -> Dense:
+        return Dense(wide(self.values).unflatten(0, (-1, copies)).sum(1))
 
 
 class OuterProducts(PerExampleGradient):
@@ -278,6 +288,15 @@ class OuterProducts(PerExampleGradient):
     def without(self, examples: Tensor) -> OuterProducts:
         return OuterProducts(_masked(self.left, examples), _masked(self.right, examples))
 
+    def over_copies(self, copies: int) -> OuterProducts:
+        """The copies' positions become positions of their example."""
+        return OuterProducts(_side_by_side(self.left, copies), _side_by_side(self.right, copies))
+
+
+def _side_by_side(tensor: Tensor, copies: int) -> Tensor:
+    """``(B · copies, T, ...) -> (B, copies · T, ...)``."""
+    return tensor.reshape(-1, copies * tensor.shape[1], *tensor.shape[2:])
+
 
 def _inner_product_of_grams(left: Tensor, right: Tensor, terms: int) -> Tensor:
     """``Σ_ts left_ts right_ts`` per example, for Gram matrices ``(B, T, T)`` of the two factors of a gradient.
@@ -340,6 +359,9 @@ class Rows(PerExampleGradient):
     def without(self, examples: Tensor) -> Rows:
         return Rows(self.index, _masked(self.values, examples), self.rows)
 
+    def over_copies(self, copies: int) -> Rows:
+        return Rows(_side_by_side(self.index, copies), _side_by_side(self.values, copies), self.rows)
+
 
 class Blocks(PerExampleGradient):
     """Gradients of blocks of a parameter's rows that do not overlap: attention's projections in one matrix.
@@ -375,6 +397,9 @@ class Blocks(PerExampleGradient):
     def without(self, examples: Tensor) -> Blocks:
         return Blocks({rows: part.without(examples) for rows, part in self.parts.items()}, self.shape)
 
+    def over_copies(self, copies: int) -> Blocks:
+        return Blocks({rows: part.over_copies(copies) for rows, part in self.parts.items()}, self.shape)
+
 
 class RowsAndOuterProducts(PerExampleGradient):
     """A table that is both looked up and multiplied with (an embedding tied to an output head), cross term included:
@@ -408,6 +433,9 @@ class RowsAndOuterProducts(PerExampleGradient):
     def without(self, examples: Tensor) -> RowsAndOuterProducts:
         return RowsAndOuterProducts(self.rows.without(examples), self.products.without(examples))
 
+    def over_copies(self, copies: int) -> RowsAndOuterProducts:
+        return RowsAndOuterProducts(self.rows.over_copies(copies), self.products.over_copies(copies))
+
 
 class Convolution(PerExampleGradient):
     """Gradients of a convolution's kernel.
@@ -418,9 +446,10 @@ class Convolution(PerExampleGradient):
         shape: Kernel shape, ``(C_out, C_in / groups, *kernel)``.
         stride, padding, dilation: One integer per spatial dimension.
         groups: As in `torch.nn.Conv2d`.
+        copies: Rows that make up an example: there are ``B / copies`` gradients, sums over that many rows.
     """
 
-    __slots__ = ("dilation", "grad", "groups", "input", "padding", "shape", "stride", "values")
+    __slots__ = ("copies", "dilation", "grad", "groups", "input", "padding", "shape", "stride", "values")
 
     def __init__(
         self,
@@ -431,9 +460,11 @@ class Convolution(PerExampleGradient):
         padding: tuple[int, ...],
         dilation: tuple[int, ...],
         groups: int,
+        copies: int = 1,
     ) -> None:
         self.grad, self.input, self.shape = grad, input, tuple(shape)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.copies = copies
         self.values: Tensor | None = None
 
     def _squared_norms(self) -> Tensor:
@@ -441,6 +472,8 @@ class Convolution(PerExampleGradient):
 
         When the gradients take no more memory than what they are made of, they are kept instead of it.
         """
+        if self.copies > 1:
+            return self._squared_norms_over_copies()
         batch = len(self.grad)
         positions, pixels = math.prod(self.grad.shape[2:]), self._padded_pixels()
         size, taps = math.prod(self.shape), math.prod(self.shape[2:])
@@ -466,6 +499,25 @@ class Convolution(PerExampleGradient):
         self.values = self.materialise()
         self.grad = self.input = self.values.new_empty(0)
         return _squares(self.values)
+
+    def _squared_norms_over_copies(self) -> Tensor:
+        """The gradients are kept if they take no more memory than the rows; else some examples at a time."""
+        if len(self.grad) // self.copies * math.prod(self.shape) > self.grad.numel() + self.input.numel():
+            return torch.cat([part._squared_norms() for part in self._as_deeper_convolutions()])
+        self.values = self.materialise()
+        self.grad = self.input = self.values.new_empty(0)
+        return _squares(self.values)
+
+    def _as_deeper_convolutions(self) -> Iterator[Convolution]:
+        """Some examples at a time, their copies side by side along a new first axis, on which the kernel has size 1."""
+        rows = max(1, _COPIED // ((self.grad[0].numel() + self.input[0].numel()) * self.copies))
+        for start in range(0, len(self.grad) // self.copies, rows):
+            part = self._part(start, start + rows)
+            grad, input = (t.unflatten(0, (-1, self.copies)).transpose(1, 2) for t in (part.grad, part.input))
+            shape = (*self.shape[:2], 1, *self.shape[2:])
+            yield Convolution(
+                grad, input, shape, (1, *self.stride), (0, *self.padding), (1, *self.dilation), self.groups
+            )
 
     def _unfolded_at_once(self) -> int:
         """How many examples a GPU unfolds at once."""
@@ -512,6 +564,7 @@ class Convolution(PerExampleGradient):
         if self.values is not None:
             total.view(-1).addmv_(self.values.flatten(1).T, weights.to(total.dtype))
             return
+        weights = weights.repeat_interleave(self.copies) if self.copies > 1 else weights
         grad = _scaled(self.grad.to(total.dtype), weights)
         total += self._kernel_gradient(grad, self.input.to(total.dtype), self.shape, self.groups)
 
@@ -524,6 +577,9 @@ class Convolution(PerExampleGradient):
     def materialise(self) -> Tensor:
         if self.values is not None:
             return self.values
+        if self.copies > 1:
+            whole = torch.cat([part.materialise() for part in self._as_deeper_convolutions()])
+            return whole.view(-1, *self.shape)
         if is_asynchronous(self.input):
             rows = self._unfolded_at_once()
             parts = [self._part(start, start + rows) for start in range(0, len(self.grad), rows)]
@@ -565,14 +621,23 @@ class Convolution(PerExampleGradient):
         return Dense(self.values[start:stop]) if self.values is not None else self._part(start, stop)
 
     def _part(self, start: int, stop: int) -> Convolution:
-        grad, input = self.grad[start:stop], self.input[start:stop]
-        return Convolution(grad, input, self.shape, self.stride, self.padding, self.dilation, self.groups)
+        rows = slice(start * self.copies, stop * self.copies)
+        return self._of_rows(self.grad[rows], self.input[rows], self.copies)
+
+    def _of_rows(self, grad: Tensor, input: Tensor, copies: int) -> Convolution:
+        return Convolution(grad, input, self.shape, self.stride, self.padding, self.dilation, self.groups, copies)
 
     def without(self, examples: Tensor) -> PerExampleGradient:
         if self.values is not None:
             return Dense(_masked(self.values, examples))
-        grad, input = _masked(self.grad, examples), _masked(self.input, examples)
-        return Convolution(grad, input, self.shape, self.stride, self.padding, self.dilation, self.groups)
+        rows = examples.repeat_interleave(self.copies) if self.copies > 1 else examples
+        return self._of_rows(_masked(self.grad, rows), _masked(self.input, rows), self.copies)
+
+    def over_copies(self, copies: int) -> PerExampleGradient:
+        """Nothing is summed yet: the weighted sum needs the rows only, and norms see an example's copies at once."""
+        if self.copies > 1 or self.values is not None or self.grad.dim() > 4:  # torch has no deeper one than these
+            return Dense(self.materialise()).over_copies(copies)
+        return self._of_rows(self.grad, self.input, copies)
 
 
 def add(gradients: Sequence[PerExampleGradient]) -> PerExampleGradient:

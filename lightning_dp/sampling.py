@@ -51,6 +51,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         randomness: The secret source; all ranks of a group must share it.
         first_step: Called when an epoch starts, returns the number of the private step that the first batch is for.
         shard, num_shards: This rank takes every ``num_shards``-th index of the sample, from ``shard`` on.
+        copies: How often each index is repeated, one after another: the data set augments a record anew every time.
     """
 
     def __init__(
@@ -61,12 +62,13 @@ class PoissonBatchSampler(Sampler[list[int]]):
         first_step: Callable[[], int],
         shard: int = 0,
         num_shards: int = 1,
+        copies: int = 1,
     ) -> None:
         if not 0 < sampling_rate <= 1:
             raise ValueError(f"sampling_rate must lie in (0, 1], got {sampling_rate}.")
         self.num_records = num_records
         self.sampling_rate = sampling_rate
-        self.shard, self.num_shards = shard, num_shards
+        self.shard, self.num_shards, self.copies = shard, num_shards, copies
         #: Of every draw that no batch was taken for yet: the size of this rank's share, and of the whole sample.
         self.sizes: deque[tuple[int, int]] = deque()
         self._randomness = randomness
@@ -84,7 +86,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
             sample = draw_poisson_sample(self.num_records, self.sampling_rate, generator)
             share = sample[self.shard :: self.num_shards].tolist()
             sizes.append((len(share), len(sample)))
-            yield share
+            yield share if self.copies == 1 else [index for index in share for _ in range(self.copies)]
 
 
 class _CollateOrEmpty:

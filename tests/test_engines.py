@@ -141,6 +141,28 @@ def test_joint_norms_and_sums_equal_the_loop(name: str, engine: str) -> None:
         assert_close(sums[key], torch.einsum("b,b...->...", weights, rows), 1e-10)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_copies_of_an_example_are_added_before_anything_is_measured(name: str) -> None:
+    make, draw = MODELS[name]
+    module, inputs = make().double(), draw()
+    if inputs.is_floating_point():
+        inputs = inputs.double()
+    expected = oracle_gradients(module, lambda i: module(inputs[2 * i : 2 * i + 2]).pow(2).sum(), len(inputs) // 2)
+    engine = BookKeeping(module)
+    engine.copies = 2
+    with engine.forward(len(inputs)):
+        loss = module(inputs).pow(2).sum()
+    with engine.backward():
+        loss.backward()
+    gradients = engine.gradients()
+    for key, rows in expected.items():
+        if key in gradients:
+            assert_close(gradients[key].squared_norms(), rows.flatten(1).pow(2).sum(1), 1e-10)
+            assert_close(gradients[key].materialise().view_as(rows), rows, 1e-10)
+        else:
+            assert not rows.any()
+
+
 @settings(max_examples=40, deadline=None)
 @given(batch=st.integers(1, 4), steps=st.integers(1, 6), vocabulary=st.integers(2, 5))
 def test_tied_embedding_and_head_of_any_shape(batch: int, steps: int, vocabulary: int) -> None:

@@ -20,7 +20,7 @@ from lightning_dp.gradients import OuterProducts, PerExampleGradient
 from lightning_dp.layers import convolution, refusal_for, registered_types, rule_for
 from tests.conftest import assert_close, oracle_gradients
 
-BATCH = 5
+BATCH = 6
 
 
 def randn(*shape: int) -> Tensor:
@@ -121,7 +121,8 @@ def weighted_sum(gradient: PerExampleGradient, weights: Tensor, like: Tensor) ->
     return total - 1
 
 
-def check_against_oracle(module: nn.Module, input: Tensor) -> None:
+def check_against_oracle(module: nn.Module, input: Tensor, copies: int = 1) -> None:
+    """Also where an example's gradient is the sum over ``copies`` consecutive rows of the input."""
     module.double()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)
@@ -131,15 +132,17 @@ def check_against_oracle(module: nn.Module, input: Tensor) -> None:
     def loss(rows: slice) -> Tensor:
         return (module(input[rows]) * target[rows]).pow(2).sum()
 
-    expected = oracle_gradients(module, lambda i: loss(slice(i, i + 1)), len(input))
+    examples = len(input) // copies
+    expected = oracle_gradients(module, lambda i: loss(slice(i * copies, (i + 1) * copies)), examples)
     engine = BookKeeping(module)
+    engine.copies = copies
     with engine.forward(len(input)):
         total = loss(slice(None))
     with engine.backward():
         total.backward()
     gradients = engine.gradients()
     assert set(gradients) == set(expected)
-    weights = torch.rand(len(input), dtype=torch.float64)
+    weights = torch.rand(examples, dtype=torch.float64)
     for name, gradient in gradients.items():
         rows = expected[name].flatten(1)
         assert_close(gradient.squared_norms(), rows.pow(2).sum(1), 1e-10)
@@ -147,15 +150,18 @@ def check_against_oracle(module: nn.Module, input: Tensor) -> None:
         assert_close(
             weighted_sum(gradient, weights, expected[name][0]), (weights @ rows).view_as(expected[name][0]), 1e-10
         )
-        without_first = gradient.without(torch.arange(len(input)) == 0)
+        half = examples // 2
+        assert_close(gradient.part(half, examples).squared_norms(), rows[half:].pow(2).sum(1), 1e-10)
+        without_first = gradient.without(torch.arange(examples) == 0)
         assert without_first.squared_norms()[0] == 0
         assert_close(without_first.squared_norms()[1:], rows[1:].pow(2).sum(1), 1e-10)
         assert all(p.grad is None for p in module.parameters()), "ordinary weight gradients were computed"
 
 
+@pytest.mark.parametrize("copies", [1, 2, 3])
 @pytest.mark.parametrize("make", CASES)
-def test_norms_and_weighted_sums_equal_the_loop(make: Callable[[], tuple[nn.Module, Tensor]]) -> None:
-    check_against_oracle(*make())
+def test_norms_and_weighted_sums_equal_the_loop(make: Callable[[], tuple[nn.Module, Tensor]], copies: int) -> None:
+    check_against_oracle(*make(), copies)
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
@@ -204,12 +210,15 @@ def test_convolution_of_any_shape(data: Any, dimensions: int, mode: str) -> None
         padding_mode=mode,
         bias=data.draw(st.booleans()),
     )
-    input, as_on_gpu, unfolded = randn(data.draw(small), inputs, *size), data.draw(st.booleans()), data.draw(small)
+    copies = data.draw(st.integers(1, 3))
+    input, as_on_gpu = randn(copies * data.draw(small), inputs, *size), data.draw(st.booleans())
+    unfolded, side_by_side = data.draw(small), data.draw(st.sampled_from([1, 2**24]))
     with (
         patch.object(gradients, "is_asynchronous", lambda tensor: as_on_gpu),
         patch.object(gradients, "_UNFOLDED", 500 * unfolded),
+        patch.object(gradients, "_COPIED", side_by_side),
     ):
-        check_against_oracle(module, input)
+        check_against_oracle(module, input, copies)
 
 
 @settings(max_examples=40, deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,78 @@ def test_updates_do_not_depend_on_micro_batches_engine_or_reduction(engine: str,
         found = trained(max_physical_batch_size=micro, engine=engine, loss_reduction=reduction)
         for one, other in zip(found, reference, strict=True):
             assert_close(one, other, 1e-5)
+
+
+class Augmented(Net):
+    """Adds another pattern to every row of a batch, by its place among the three of its record."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        inputs, labels = batch
+        shifts = torch.linspace(-1, 1, 3).repeat(-(-len(inputs) // 3))[: len(inputs), None]
+        return inputs + shifts.to(inputs) * (self.trainer.training and torch.arange(6, device=inputs.device)), labels
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("engine", "micro"), [("bookkeeping", None), ("bookkeeping", 7), ("per_example", 3)])
+def test_augmentations_are_averaged_before_they_are_clipped(engine: str, micro: int | None, reduction: str) -> None:
+    seed, max_norm, data = 3, 0.5, dataset(12)
+    module = Augmented(reduction=reduction)
+    before = copy.deepcopy(module)
+    private = strategy(
+        0.0, max_norm, max_physical_batch_size=micro, seed=seed, engine=engine, augmentation_multiplicity=3,
+        loss_reduction=reduction, self_check=False,
+    )  # fmt: skip
+    fit(trainer(strategy=private, max_steps=1), module, DataLoader(data, batch_size=6))
+
+    drawn = first_sample(12, 0.5, seed)
+    patterns = torch.linspace(-1, 1, 3)[:, None] * torch.arange(6)
+
+    def loss(i: int) -> Tensor:
+        inputs, label = data[drawn[i]]
+        return torch.nn.functional.cross_entropy(before.net(inputs + patterns), label.expand(3))
+
+    rows = oracle_gradients(before, loss, len(drawn))
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in rows.values()]).norm(dim=0)
+    weights = (max_norm / norms).clamp(max=1)
+    assert (norms > max_norm).any(), "the test clips nothing"
+    for (name, after), old in zip(module.named_parameters(), before.parameters(), strict=True):
+        assert_close(old - after, torch.einsum("b,b...->...", weights, rows[name]) / 6, 1e-4)
+
+
+@pytest.mark.parametrize("rule", [FlatClipping(0.5), PerLayerClipping(0.5), AutomaticClipping()])
+def test_a_record_moves_the_sum_by_at_most_the_bound_however_it_is_augmented(rule: Any) -> None:
+    """A neighbouring data set lacks a record whose three rows are adversarial: of any size, and different."""
+    data = dataset(12)
+    seen: dict[bool, list[Tensor]] = {}
+    torch.manual_seed(0)
+    start = Net()
+    for present in (True, False):
+        module = copy.deepcopy(start)
+
+        def transfer(batch: Any, dataloader_idx: int, present: bool = present) -> Any:
+            inputs, labels = batch
+            scale = torch.tensor([1e3, -7.0, 1e-2], device=inputs.device)[:, None]
+            inputs[:3] = inputs[:3] * scale if present else torch.nan  # of a record with NaN, nothing is added
+            return inputs, labels
+
+        module.on_after_batch_transfer = transfer
+        private = strategy(clipping=rule, seed=3, augmentation_multiplicity=3, self_check=False)
+        fit(trainer(strategy=private, max_steps=1), module, DataLoader(data, batch_size=6))
+        seen[present] = [p.detach() for p in module.parameters()]
+    moved = 6 * torch.cat([(a - b).flatten() for a, b in zip(seen[True], seen[False], strict=True)]).norm()
+    groups = rule.groups([name for name, _ in start.named_parameters()])
+    bound = math.hypot(*rule.group_sensitivities(groups))
+    assert 0.3 * bound < moved <= bound * (1 + 1e-5)
+
+
+def test_augmentations_that_cannot_be_averaged_are_refused() -> None:
+    with pytest.raises(ValueError, match="all augmentations of a record pass"):
+        PrivateStrategy(max_physical_batch_size=2, augmentation_multiplicity=3)
+    with pytest.raises(ValueError, match="at least 1"):
+        PrivateStrategy(augmentation_multiplicity=0)
+    private = strategy(clipping=BackpropClipping(1.0, 1.0), augmentation_multiplicity=2)
+    with pytest.raises(PrivacyConfigurationError, match="forms its sum within the backward pass"):
+        fit(trainer(strategy=private), Net(), loader())
 
 
 def updates(steps: int, **kwargs: Any) -> list[Tensor]:
