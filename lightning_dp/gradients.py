@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -162,6 +162,9 @@ _WIDENED = 2**22
 
 #: Numbers of an example's copies that are brought side by side at once.
 _COPIED = 2**24
+
+#: Numbers of gradients that a linear map is applied to at once, on a CPU.
+_MAPPED = 2**24
 
 #: Rows of a Gram matrix that are computed at once: large enough for a matrix product to be efficient.
 _GRAM_BLOCK = 32
@@ -638,6 +641,44 @@ class Convolution(PerExampleGradient):
         if self.copies > 1 or self.values is not None or self.grad.dim() > 4:  # torch has no deeper one than these
             return Dense(self.materialise()).over_copies(copies)
         return self._of_rows(self.grad, self.input, copies)
+
+
+class Mapped(PerExampleGradient):
+    """Gradients that a linear map, the same for all examples, has been applied to: of a reparametrised weight.
+
+    Args:
+        inner: The gradients before, of a parameter of the same shape.
+        map: The map, for a batch of gradients: ``(B, *shape) -> (B, *shape)``.
+        like: A tensor of the parameter's shape, on its device.
+        count: B.
+    """
+
+    __slots__ = ("count", "inner", "like", "map")
+
+    def __init__(self, inner: PerExampleGradient, map: Callable[[Tensor], Tensor], like: Tensor, count: int) -> None:
+        self.inner, self.map, self.like, self.count = inner, map, like, count
+
+    def _squared_norms(self) -> Tensor:
+        rows = max(1, (_UNFOLDED if is_asynchronous(self.like) else _MAPPED) // self.like.numel())
+        parts = [self.part(start, min(start + rows, self.count)) for start in range(0, self.count, rows)]
+        return torch.cat([_squares(part.materialise()) for part in parts])
+
+    def add_weighted_sum_(self, total: Tensor, weights: Tensor) -> None:
+        inner = torch.zeros_like(total)
+        self.inner.add_weighted_sum_(inner, weights)
+        total += self.map(inner[None])[0]
+
+    def materialise(self) -> Tensor:
+        return self.map(self.inner.materialise().view(-1, *self.like.shape))
+
+    def part(self, start: int, stop: int) -> Mapped:
+        return Mapped(self.inner.part(start, stop), self.map, self.like, stop - start)
+
+    def without(self, examples: Tensor) -> Mapped:
+        return Mapped(self.inner.without(examples), self.map, self.like, self.count)
+
+    def over_copies(self, copies: int) -> Mapped:
+        return Mapped(self.inner.over_copies(copies), self.map, self.like, self.count // copies)
 
 
 def add(gradients: Sequence[PerExampleGradient]) -> PerExampleGradient:

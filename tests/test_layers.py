@@ -18,6 +18,7 @@ from lightning_dp import gradients
 from lightning_dp.engines import BookKeeping
 from lightning_dp.gradients import OuterProducts, PerExampleGradient
 from lightning_dp.layers import convolution, refusal_for, registered_types, rule_for
+from lightning_dp.zoo.wide_resnet import StandardizedConv2d
 from tests.conftest import assert_close, oracle_gradients
 
 BATCH = 6
@@ -84,6 +85,10 @@ EXAMPLES: dict[type[nn.Module], dict[str, Callable[[], tuple[nn.Module, Tensor]]
         "one slope": lambda: (nn.PReLU(), randn(BATCH, 4, 3)),
         "a slope per channel": lambda: (nn.PReLU(4), randn(BATCH, 4, 3)),
         "vectors": lambda: (nn.PReLU(4), randn(BATCH, 4)),
+    },
+    StandardizedConv2d: {
+        "plain": lambda: (StandardizedConv2d(2, 3, 3), randn(BATCH, 2, 5, 5)),
+        "strided, grouped": lambda: (StandardizedConv2d(4, 6, 3, 2, 1, groups=2, bias=False), randn(BATCH, 4, 6, 6)),
     },
     nn.EmbeddingBag: {
         "mean": lambda: (nn.EmbeddingBag(6, 3), torch.randint(6, (BATCH, 4))),
