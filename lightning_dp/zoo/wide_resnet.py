@@ -37,7 +37,7 @@ def standardized_convolution(
     if "weight" in gradients:
         weight = module.weight.detach()
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        _, adjoint = vjp(standardized, weight)
+        adjoint = vjp(standardized, weight)[1]
         gradients["weight"] = Mapped(
             gradients["weight"],
             lambda rows: vmap(adjoint)(rows.to(weight.dtype))[0].to(rows.dtype),
