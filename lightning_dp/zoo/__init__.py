@@ -2,14 +2,20 @@
 
 from lightning_dp.zoo.classifier import Classifier, FeedbackClassifier
 from lightning_dp.zoo.data import CIFAR10DataModule, DigitsDataModule, MNISTDataModule
-from lightning_dp.zoo.models import MLP, TanhCNN
+from lightning_dp.zoo.models import MLP, FeatureClassifier, TanhCNN
+from lightning_dp.zoo.scattering import Scattering2D
+from lightning_dp.zoo.wide_resnet import StandardizedConv2d, WideResNet
 
 __all__ = [
     "MLP",
     "CIFAR10DataModule",
     "Classifier",
     "DigitsDataModule",
+    "FeatureClassifier",
     "FeedbackClassifier",
     "MNISTDataModule",
+    "Scattering2D",
+    "StandardizedConv2d",
     "TanhCNN",
+    "WideResNet",
 ]

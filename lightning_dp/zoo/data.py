@@ -9,8 +9,10 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 
 #: Name of the environment variable with a folder of data sets, one subfolder each, in the layout of the hub.
 DATA_FOLDER_VARIABLE = "LIGHTNING_DP_DATA"
@@ -30,6 +32,28 @@ class TensorTable(Dataset[Any]):
 
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
         return tuple(column[indices] for column in self.columns)
+
+
+class ViewTable(TensorTable):
+    """A table whose first column, ``(N, V, ...)``, holds V views of every record: a look-up gives one of them.
+
+    Where a record is looked up several times in a row (``augmentation_multiplicity``), its views come in turn, from a
+    random one on: up to V copies are all different.
+    """
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return tuple(column[0] for column in self.__getitems__([index]))
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
+        views = self.columns[0]
+        index = torch.as_tensor(indices, dtype=torch.long)
+        begins = torch.ones_like(index, dtype=torch.bool)
+        begins[1:] = index[1:] != index[:-1]
+        run = begins.cumsum(0) - 1
+        place = torch.arange(len(index)) - begins.nonzero()[:, 0][run]
+        first = torch.randint(views.shape[1], (int(begins.sum()),))[run]
+        index, view = index.to(views.device), ((first + place) % views.shape[1]).to(views.device)
+        return views[index, view].float(), *(column[index] for column in self.columns[1:])
 
 
 def _already_collated(batch: Any) -> Any:
@@ -91,20 +115,83 @@ class _ImageDataModule(_TableDataModule):
     #: Name on the hub, name of the folder, and name of the column with the images.
     source: tuple[str, str, str]
 
-    def __init__(self, batch_size: int = 512, val_size: int = 0, darkest: float = -1.0) -> None:
+    def __init__(
+        self,
+        batch_size: int = 512,
+        val_size: int = 0,
+        darkest: float = -1.0,
+        features: nn.Module | None = None,
+        flips: bool = False,
+        shifts: int = 0,
+        on_device: bool = False,
+    ) -> None:
         super().__init__(batch_size)
-        self.val_size, self.darkest = val_size, darkest
+        if features is not None and shifts:
+            raise ValueError("shifts: features are computed once for every image, and not for every shift of it.")
+        if features is not None and any(p.requires_grad for p in features.parameters()):
+            raise ValueError("features must have no trainable parameters: they are computed once, before training.")
+        self.val_size, self.darkest, self.features = val_size, darkest, features
+        self.flips, self.shifts, self.on_device = flips, shifts, on_device
+        self._splits: Any = None
 
     def setup(self, stage: str) -> None:
-        if self.train is not None:
-            return
-        hub_name, folder_name, column = self.source
-        parts = load_hub_dataset(hub_name, folder_name)
-        images, labels = _images(parts["train"], column, self.darkest)
-        kept = len(labels) - self.val_size
-        self.train = TensorTable(images[:kept], labels[:kept])
-        self.val = TensorTable(images[kept:], labels[kept:])
-        self.test = TensorTable(*_images(parts["test"], column, self.darkest))
+        if self._splits is None:
+            hub_name, folder_name, _ = self.source
+            self._splits = load_hub_dataset(hub_name, folder_name)
+        if stage in ("fit", "validate") and self.val is None:
+            images, labels = _images(self._splits["train"], self.source[2], self.darkest)
+            kept = len(labels) - self.val_size
+            self.val = self._table(images[kept:], labels[kept:])
+            if stage == "fit":
+                self.train = self._table(images[:kept], labels[:kept], self.flips)
+        if stage in ("test", "predict") and self.test is None:
+            self.test = self._table(*_images(self._splits["test"], self.source[2], self.darkest))
+
+    def _table(self, images: Tensor, labels: Tensor, flips: bool = False) -> TensorTable:
+        """Images or their features, of every image by itself; with ``flips``, of its mirror image as well."""
+        device = self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
+        place = device if self.on_device else torch.device("cpu")
+        labels = labels.to(place)
+        if self.features is None or not len(images):
+            return TensorTable(images.to(place), labels)
+        features = self.features.to(device)
+
+        def views(part: Tensor) -> Tensor:
+            part = part.to(device)
+            return torch.stack([features(view) for view in ([part, part.flip(-1)] if flips else [part])], 1)
+
+        parts = images.split(_AT_ONCE_CPU if device.type == "cpu" else _AT_ONCE_GPU)
+        shown = tqdm(parts, "features", leave=False, disable=None)
+        with torch.no_grad():
+            columns = [views(part).to(place, torch.float16) for part in shown]
+        return ViewTable(torch.cat(columns), labels)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Augments the images of a train batch, every row by itself."""
+        training = self.trainer is not None and self.trainer.training
+        if not training or self.features is not None or not (self.flips or self.shifts):
+            return batch
+        images, *rest = batch
+        return [augmented(images, self.flips, self.shifts), *rest]
+
+
+#: Images whose features are computed at once: few, so that intermediate results stay in a processor's cache.
+_AT_ONCE_CPU, _AT_ONCE_GPU = 32, 1024
+
+
+def augmented(images: Tensor, flips: bool, shifts: int) -> Tensor:
+    """Every image ``(B, C, H, W)``, mirrored or not, and shifted by up to ``shifts`` pixels (edges are reflected)."""
+    count, _, height, width = images.shape
+    device = images.device
+    if not count:
+        return images
+    padded = F.pad(images, [shifts] * 4, mode="reflect") if shifts else images
+    rows = torch.arange(height, device=device) + torch.randint(2 * shifts + 1, (count, 1), device=device)
+    columns = torch.arange(width, device=device) + torch.randint(2 * shifts + 1, (count, 1), device=device)
+    if flips:
+        columns = torch.where(torch.rand(count, 1, device=device) < 0.5, columns.flip(1), columns)
+    examples = torch.arange(count, device=device)[:, None, None]
+    return padded.movedim(1, -1)[examples, rows[:, :, None], columns[:, None]].movedim(-1, 1).contiguous()
 
 
 class MNISTDataModule(_ImageDataModule):
@@ -114,6 +201,14 @@ class MNISTDataModule(_ImageDataModule):
         batch_size: Expected number of records per private step.
         val_size: How many records at the end of the train set are held out for validation.
         darkest: What black is mapped to; white is 1. At 0, an empty background adds nothing to an input's norm.
+        features: A fixed transform, ``(B, C, H, W) -> (B, C', H', W')``, which is computed once for every image, on the
+            Trainer's device, and kept in half precision: `Scattering2D`, say. ``None``: the images themselves.
+        flips: Whether train images are mirrored at random. (Not for digits.)
+        shifts: By how many pixels train images are shifted at random, at most.
+        on_device: Whether the tables are kept in the Trainer's device's memory.
+
+    Raises:
+        ValueError: ``features`` can be trained, or are combined with ``shifts``.
     """
 
     source = ("ylecun/mnist", "mnist", "image")
@@ -123,7 +218,7 @@ class CIFAR10DataModule(_ImageDataModule):
     """CIFAR-10, ``(3, 32, 32)``: the hub's ``uoft-cs/cifar10``, or ``$LIGHTNING_DP_DATA/cifar10`` when set.
 
     Args:
-        batch_size, val_size, darkest: As for `MNISTDataModule`.
+        batch_size, val_size, darkest, features, flips, shifts, on_device: As for `MNISTDataModule`.
     """
 
     source = ("uoft-cs/cifar10", "cifar10", "img")

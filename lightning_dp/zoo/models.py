@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -53,4 +54,48 @@ class TanhCNN(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.features(images))
+        return logits
+
+
+class FeatureClassifier(nn.Module):
+    """A small network on fixed features: ``(B, channels, size, size) -> (B, classes)``.
+
+    Features are normalised per image (GroupNorm without parameters): no statistic of the data set is needed. Source:
+    Tramèr & Boneh 2021, "Differentially Private Learning Needs Better Features (or Much More Data)", appendix C.
+
+    Args:
+        channels, size: Of the features: 81 and 7 for `Scattering2D` of MNIST, 243 and 8 of CIFAR-10.
+        groups: Of the normalisation.
+        head: ``"linear"``; ``"small"``: convolutions 16@3×3/2 and 32@3×3 and 32 hidden units, for MNIST; ``"cnn"``:
+            64@3×3, max-pooling, 64@3×3, for CIFAR-10. Activations are tanh.
+        scale: What normalised features are multiplied with.
+        classes: Number of classes.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        size: int,
+        groups: int = 27,
+        head: Literal["linear", "small", "cnn"] = "linear",
+        scale: float = 1.0,
+        classes: int = 10,
+    ) -> None:
+        super().__init__()
+        self.norm, self.scale = nn.GroupNorm(groups, channels, affine=False), scale
+        half = -(-size // 2)
+        layers: list[nn.Module]
+        if head == "linear":
+            layers = [nn.Flatten(), nn.Linear(channels * size**2, classes)]
+        elif head == "small":
+            layers = [nn.Conv2d(channels, 16, 3, 2, 1), nn.Tanh(), nn.Conv2d(16, 32, 3, padding=1), nn.Tanh()]
+            layers += [nn.Flatten(), nn.Linear(32 * half**2, 32), nn.Tanh(), nn.Linear(32, classes)]
+        else:
+            layers = [nn.Conv2d(channels, 64, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2)]
+            layers += [nn.Conv2d(64, 64, 3, padding=1), nn.Tanh()]
+            layers += [nn.Flatten(), nn.Linear(64 * (size // 2) ** 2, classes)]
+        self.head = nn.Sequential(*layers)
+
+    def forward(self, features: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.norm(features) * self.scale)
         return logits
