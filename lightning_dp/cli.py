@@ -14,6 +14,7 @@ from lightning_dp import commands, plots
 from lightning_dp.audit import audit_command
 from lightning_dp.callbacks import DifferentialPrivacy, PrivacyMonitor, trainer_callbacks
 from lightning_dp.card import card_command
+from lightning_dp.recipes import RecipeParser, recipes_command
 from lightning_dp.strategy import PrivateMixin
 
 
@@ -67,6 +68,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "calibrate": ("the noise, or the number of steps, for a target ε", commands.calibrate_command),
     "audit": ("lower bounds on ε, by attacks on a recipe", audit_command),
     "card": ("the privacy card of a run, from its journal", card_command),
+    "recipes": ("list the shipped recipes, and copy one to change it (recipes copy NAME)", recipes_command),
     "plot": ("draw ε against steps and accuracy against ε, from logs", plots.plot_command),
 }
 
@@ -90,6 +92,7 @@ def main(args: list[str] | None = None) -> None:
         subclass_mode_model=True,
         subclass_mode_data=True,
         args=args,
+        parser_class=RecipeParser,
         parser_kwargs={"prog": "lightning-dp", "description": _description()},
     )
 
