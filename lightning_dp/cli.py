@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -82,6 +83,8 @@ def _description() -> str:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``lightning-dp fit|validate|test|predict --config …`` and of `COMMANDS`."""
+    if args is None and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a recipe may name modules that lie beside it; installed ones come first
     arguments = sys.argv[1:] if args is None else args
     if arguments and arguments[0] in COMMANDS:
         COMMANDS[arguments[0]][1](arguments[1:])

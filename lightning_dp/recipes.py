@@ -87,7 +87,8 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = merge(merged[key], value) if both else value
-    return merged
+    first = {"class_path": merged["class_path"]} if "class_path" in merged else {}
+    return first | merged
 
 
 class _Dumper(yaml.SafeDumper):
@@ -95,6 +96,9 @@ class _Dumper(yaml.SafeDumper):
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, False)
 
     def represent_list(self, data: Any) -> yaml.Node:
         nested = any(isinstance(item, list | dict) for item in data)
@@ -127,7 +131,10 @@ class RecipeParser(LightningArgumentParser):
             composed = False
         if not composed:
             return super().parse_path(path, *args, **kwargs)
-        text = to_yaml(compose(file))
+        try:
+            text = to_yaml(compose(file))
+        except RecipeError as error:
+            raise TypeError(str(error)) from error  # which the parser reports as an error of the command line
         with contextlib.chdir(file.resolve().parent):  # paths in a configuration are relative to it
             return self.parse_string(text, *args, **kwargs)
 
@@ -160,7 +167,7 @@ def find_recipe(name: str) -> Path:
     known = shipped_recipes()
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+    near = difflib.get_close_matches(name, known)
     near += [other for other in known if name in other.split("/") and other not in near]
     hint = f"Did you mean {' or '.join(near)}?" if near else "lightning-dp recipes lists them."
     raise RecipeError(f"There is no recipe {name!r}. {hint}")
