@@ -94,10 +94,9 @@ class Row:
 
     @property
     def command(self) -> str:
-        return shlex.join(
-            ["python", "benchmarks/seeds.py", f"recipes/{self.recipe}.yaml", "--seeds", *map(str, self.seeds)]
-            + self.arguments
-        )
+        recipe = f"recipes/{self.recipe}.yaml"
+        seeds = map(str, self.seeds)
+        return shlex.join(["python", "benchmarks/seeds.py", recipe, "--seeds", *seeds, *self.arguments])
 
 
 @dataclass(frozen=True)
@@ -222,8 +221,8 @@ def _hardware(folder: Path | None) -> str:
     if trainer.get("accelerator", "cpu") != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    models = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]\
-        if info.exists() else []  # fmt: skip
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"{models[0] if models else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
 
 
@@ -282,7 +281,9 @@ def _up(epsilon: float | str) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"  # fmt: skip
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -362,8 +363,8 @@ Written by `make results` from `docs/results.jsonl` (every run, one a line) and 
 
 Accuracy is the mean on the test set over seeds of the initial weights, with a 95 % interval (Student's t); sampling and
 noise are fresh secrets in every run. ε is for adding or removing one record, by privacy loss distributions where the
-noise is Gaussian and by Rényi divergences where it is not, and covers one training: the search for a recipe's settings is
-not in it. *Quoted* rows are other people's figures, from the source that is named; nothing of them was run here.
+noise is Gaussian and by Rényi divergences where it is not, and covers one training: the search for a recipe's settings
+is not in it. *Quoted* rows are other people's figures, from the source that is named; nothing of them was run here.
 
 ![accuracy against ε](images/results.png)
 """
@@ -415,8 +416,8 @@ def draw(rows: Sequence[Row], quoted: Sequence[Quoted], store: Sequence[Stored])
     from matplotlib.ticker import NullLocator
 
     all_figures = gather(rows, store)
-    shown = [data for data in _data_sets(rows, quoted)
-             if any(figures.row.data == data for figures in all_figures) or any(row.data == data for row in quoted)]  # fmt: skip
+    known = {figures.row.data for figures in all_figures} | {row.data for row in quoted}
+    shown = [data for data in _data_sets(rows, quoted) if data in known]
     figure = Figure(figsize=(5.5 * max(1, len(shown)), 4.6), layout="constrained")
     for axes, data in zip(figure.subplots(1, max(1, len(shown)), squeeze=False)[0], shown, strict=False):
         mine = [figures for figures in all_figures if figures.row.data == data]

@@ -59,9 +59,8 @@ def run(recipe: str, seed: int, extra: Sequence[str]) -> Run:
         raise RuntimeError(f"{recipe}, seed {seed}, ended with {done.returncode} and no result:\n{done.stdout[-2000:]}")
     print(f"seed {seed}: {last} ({seconds:.0f} s)", flush=True)
     logs = re.search(r"logs in ([^;]+)", last)
-    return Run(
-        float(accuracy[1]), float(privacy[1]), float(privacy[2]), int(privacy[3]), seconds, Path(logs[1]) if logs else None
-    )  # fmt: skip
+    folder = Path(logs[1]) if logs else None
+    return Run(float(accuracy[1]), float(privacy[1]), float(privacy[2]), int(privacy[3]), seconds, folder)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
