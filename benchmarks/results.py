@@ -320,8 +320,9 @@ def _our_line(figures: Figures) -> list[str]:
 
 
 def _quoted_line(quoted: Quoted) -> list[str]:
-    note = f"; {quoted.note}" if quoted.note else ""
-    what = f"*quoted*: {quoted.method} ({quoted.source}{note})"
+    delta = "" if quoted.delta is None else f"δ = {quoted.delta:g}"
+    about = "; ".join(part for part in (quoted.source, delta, quoted.note) if part)
+    what = f"*quoted*: {quoted.method} ({about})"
     return [what, f"{quoted.epsilon:g}", f"{quoted.accuracy:g} %", "–", "–", "–", "–", "–", "–"]
 
 
@@ -418,7 +419,7 @@ def draw(rows: Sequence[Row], quoted: Sequence[Quoted], store: Sequence[Stored])
     all_figures = gather(rows, store)
     known = {figures.row.data for figures in all_figures} | {row.data for row in quoted}
     shown = [data for data in _data_sets(rows, quoted) if data in known]
-    figure = Figure(figsize=(5.5 * max(1, len(shown)), 4.6), layout="constrained")
+    figure = Figure(figsize=(5.5 * max(1, len(shown)), 5.6), layout="constrained")
     for axes, data in zip(figure.subplots(1, max(1, len(shown)), squeeze=False)[0], shown, strict=False):
         mine = [figures for figures in all_figures if figures.row.data == data]
         theirs = [row for row in quoted if row.data == data]
@@ -438,7 +439,7 @@ def draw(rows: Sequence[Row], quoted: Sequence[Quoted], store: Sequence[Stored])
         axes.set(xlabel="ε (adding or removing one record)", ylabel="test accuracy (%)", title=TITLES.get(data, data))
         axes.grid(alpha=0.3)
         axes.margins(x=0.08)
-        axes.legend(fontsize="x-small", loc="lower right")
+        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
     return figure
 
 
