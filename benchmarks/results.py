@@ -419,8 +419,13 @@ def draw(rows: Sequence[Row], quoted: Sequence[Quoted], store: Sequence[Stored])
     all_figures = gather(rows, store)
     known = {figures.row.data for figures in all_figures} | {row.data for row in quoted}
     shown = [data for data in _data_sets(rows, quoted) if data in known]
-    figure = Figure(figsize=(5.5 * max(1, len(shown)), 5.6), layout="constrained")
-    for axes, data in zip(figure.subplots(1, max(1, len(shown)), squeeze=False)[0], shown, strict=False):
+    columns = max(1, min(3, len(shown)))
+    lines = max(1, math.ceil(len(shown) / columns))
+    figure = Figure(figsize=(5.5 * columns, 5.6 * lines), layout="constrained")
+    panels = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for unused in panels[len(shown) :]:
+        unused.set_axis_off()
+    for axes, data in zip(panels, shown, strict=False):
         mine = [figures for figures in all_figures if figures.row.data == data]
         theirs = [row for row in quoted if row.data == data]
         for number, recipe in enumerate(dict.fromkeys(figures.row.recipe for figures in mine)):
