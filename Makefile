@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 # The data sets of the recipes: unset, they come from the Hugging Face hub.
 export LIGHTNING_DP_DATA
 
-.PHONY: demo test test-slow test-device lint digits mnist speed mutants clean
+.PHONY: demo test test-slow test-device lint digits mnist results speed mutants clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,6 +37,9 @@ digits: $(INSTALLED)  ## the digits recipe as shipped, three seeds
 
 mnist: $(INSTALLED)  ## the MNIST recipe as shipped, three seeds
 	$(BIN)/python benchmarks/seeds.py recipes/mnist/dp_sgd.yaml --seeds 1 2 3
+
+results: $(INSTALLED)  ## runs what docs/results.md has no result of (hours, if it has none), and writes it
+	$(BIN)/python benchmarks/results.py
 
 speed: $(INSTALLED)  ## step times beside non-private Lightning and Opacus, in about fifteen minutes
 	$(BIN)/python benchmarks/speed.py --out runs/speed

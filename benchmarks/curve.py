@@ -19,7 +19,6 @@ import logging
 import multiprocessing
 import os
 import random
-import statistics
 import tempfile
 import time
 import warnings
@@ -32,7 +31,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from scipy import stats
+from seeds import interval
 from torch import Tensor
 
 import lightning_dp as ldp
@@ -205,12 +204,6 @@ def test(arguments: argparse.Namespace) -> None:
         for chosen in best(rows, method, epsilon) or best(rows, method, 3.0)
     ]
     run(jobs, arguments.out / "test.jsonl", arguments)
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half of the 95 % interval (Student's t)."""
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5 if values[1:] else 0.0
-    return statistics.mean(values), float(half)
 
 
 def table(arguments: argparse.Namespace) -> None:

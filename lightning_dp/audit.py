@@ -542,7 +542,7 @@ def audit_command(arguments: Sequence[str]) -> None:
         "records and wrongly labelled copies of some. A bound above the claim proves a defect; one below proves "
         "nothing. Further arguments (--trainer.max_epochs 1) are LightningCLI's.",
     )
-    parser.add_argument("--config", required=True, help="the recipe")
+    parser.add_argument("--config", required=True, action="append", help="the recipe; further ones override it")
     parser.add_argument("--attacks", nargs="+", choices=ATTACKS, default=list(ATTACKS), help="default: all")
     parser.add_argument("--canaries", type=int, default=1000, help="wrongly labelled records; default: %(default)s")
     parser.add_argument("--trials", type=int, default=1000, help="single steps of each kind; default: %(default)s")
@@ -554,13 +554,16 @@ def audit_command(arguments: Sequence[str]) -> None:
 
     from lightning.pytorch.cli import LightningCLI
 
+    from lightning_dp.recipes import RecipeParser
+
     cli = LightningCLI(
         pl.LightningModule,
         pl.LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         run=False,
-        args=["--config", options.config, *others],
+        args=[*(f"--config={config}" for config in options.config), *others],
+        parser_class=RecipeParser,
     )
     cli.datamodule.prepare_data()
     cli.datamodule.setup("fit")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from lightning_dp import commands, plots
 from lightning_dp.audit import audit_command
 from lightning_dp.callbacks import DifferentialPrivacy, PrivacyMonitor, trainer_callbacks
 from lightning_dp.card import card_command
+from lightning_dp.recipes import RecipeParser, recipes_command
 from lightning_dp.strategy import PrivateMixin
 
 
@@ -67,6 +69,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "calibrate": ("the noise, or the number of steps, for a target ε", commands.calibrate_command),
     "audit": ("lower bounds on ε, by attacks on a recipe", audit_command),
     "card": ("the privacy card of a run, from its journal", card_command),
+    "recipes": ("list the shipped recipes, and copy one to change it (recipes copy NAME)", recipes_command),
     "plot": ("draw ε against steps and accuracy against ε, from logs", plots.plot_command),
 }
 
@@ -80,6 +83,8 @@ def _description() -> str:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of ``lightning-dp fit|validate|test|predict --config …`` and of `COMMANDS`."""
+    if args is None and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a recipe may name modules that lie beside it; installed ones come first
     arguments = sys.argv[1:] if args is None else args
     if arguments and arguments[0] in COMMANDS:
         COMMANDS[arguments[0]][1](arguments[1:])
@@ -90,6 +95,7 @@ def main(args: list[str] | None = None) -> None:
         subclass_mode_model=True,
         subclass_mode_data=True,
         args=args,
+        parser_class=RecipeParser,
         parser_kwargs={"prog": "lightning-dp", "description": _description()},
     )
 

@@ -1,0 +1,244 @@
+"""How recipes are composed, listed and copied, and that the shipped ones say what they are."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_dp import recipes
+from lightning_dp.cli import COMMANDS, main
+from lightning_dp.recipes import RecipeError, compose, headline, merge, self_contained, shipped_recipes, to_yaml
+
+ROOT = Path(__file__).parent.parent
+NAMES = sorted(shipped_recipes())
+
+
+def write(folder: Path, **files: str) -> Path:
+    """Writes files, and returns the last one's path."""
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return folder / f"{name}.yaml"
+
+
+def parsed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """The whole configuration that the command would run with."""
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *arguments, "--print_config"])
+    captured = capsys.readouterr()
+    assert not ended.value.code, captured.err
+    return dict(yaml.safe_load(captured.out))
+
+
+def privacy_of(configuration: dict[str, Any]) -> dict[str, Any]:
+    [callback] = configuration["trainer"]["callbacks"]
+    assert callback["class_path"] == "lightning_dp.DifferentialPrivacy"
+    return dict(callback["init_args"])
+
+
+# -- composition -------------------------------------------------------------------------------------------------------
+
+
+def test_a_later_file_overrides_an_earlier_one_and_the_file_itself_both(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        _one="a: 1\nb: {x: 1, y: 1}\nc: [1, 2]\n",
+        _two="b: {y: 2, z: 2}\nc: [3]\nd: 2\n",
+        recipe="defaults: [_one.yaml, _two.yaml]\nd: null\nb: {z: 1e-5}\n",
+    )
+    assert compose(file) == {"a": 1, "b": {"x": 1, "y": 2, "z": 1e-5}, "c": [3], "d": None}
+
+
+def test_defaults_are_relative_to_the_file_that_names_them(tmp_path: Path) -> None:
+    (tmp_path / "shared" / "deep").mkdir(parents=True)
+    (tmp_path / "mine").mkdir()
+    write(tmp_path / "shared" / "deep", _deep="a: 1\nb: 1\n")
+    write(tmp_path / "shared", _part="defaults: deep/_deep.yaml\nb: 2\n")
+    assert compose(write(tmp_path / "mine", recipe="defaults: [../shared/_part.yaml]\n")) == {"a": 1, "b": 2}
+
+
+def test_two_parts_may_build_on_the_same_third(tmp_path: Path) -> None:
+    write(tmp_path, _root="a: 1\n", _left="defaults: [_root.yaml]\nl: 1\n", _right="defaults: [_root.yaml]\nr: 1\n")
+    assert compose(write(tmp_path, top="defaults: [_left.yaml, _right.yaml]\n")) == {"a": 1, "l": 1, "r": 1}
+
+
+def test_arguments_of_another_class_are_dropped() -> None:
+    base = {"net": {"class_path": "A", "init_args": {"width": 3}}}
+    assert merge(base, {"net": {"class_path": "B"}}) == {"net": {"class_path": "B"}}
+    same = {"net": {"class_path": "A", "init_args": {"depth": 1}}}
+    assert merge(base, same)["net"]["init_args"] == {"width": 3, "depth": 1}
+    assert merge({"net": {"init_args": {"depth": 1}}}, base)["net"]["init_args"] == {"width": 3, "depth": 1}
+    assert base == {"net": {"class_path": "A", "init_args": {"width": 3}}}
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"b": "defaults: [a.yaml]\n", "a": "defaults: [b.yaml]\n"}, r"lead back .*a\.yaml -> .*b\.yaml -> .*a\.yaml"),
+        ({"a": "defaults: [a.yaml]\n"}, r"lead back"),
+        ({"a": "defaults: [absent.yaml]\n"}, r"a\.yaml: defaults names absent\.yaml"),
+        ({"b": "defaults: [absent.yaml]\n", "a": "defaults: [b.yaml]\n"}, r"b\.yaml: defaults names absent\.yaml"),
+        ({"a": "defaults: 3\n"}, r"must be a list of files, got 3"),
+        ({"b": "[1]\n", "a": "defaults: [b.yaml]\n"}, r"b\.yaml holds no mapping"),
+        ({"b": "a: [\n", "a": "defaults: [b.yaml]\n"}, r"b\.yaml is not YAML"),
+    ],
+)
+def test_what_cannot_be_composed_is_an_error_that_names_the_file(
+    files: dict[str, str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, **files)
+    with pytest.raises(RecipeError, match=says):
+        compose(file)
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(file)])
+    assert re.search(says, capsys.readouterr().err)
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(
+    st.characters(codec="utf-8", exclude_categories=["C", "Z"]) | st.just(" "), max_size=8
+) | st.sampled_from(["1e-5", "1.0e-05", "yes", "null", "2020-01-01", "0x1f", "-1E3", "a: b", "# no"])  # fmt: skip
+trees = st.recursive(
+    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3)
+)
+
+
+@given(st.dictionaries(st.sampled_from("abc"), trees, min_size=1, max_size=3))
+def test_what_is_written_is_read_as_the_same_data(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    file = tmp_path_factory.getbasetemp() / "round_trip.yaml"
+    file.write_text(to_yaml({"first": 1, **data}), encoding="utf-8")
+    assert compose(file) == {"first": 1, **data}
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", [["--config", "{}"], ["--config={}"], ["-c", "{}"]])
+def test_a_later_config_and_a_later_argument_override_a_recipe(
+    form: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = write(tmp_path, mine="data: {init_args: {batch_size: 7}}\nmodel: {init_args: {learning_rate: 1.0}}\n")
+    first = [part.format(shipped_recipes()["mnist/dp_sgd"]) for part in form]
+    found = parsed(capsys, *first, "--config", str(mine), "--model.init_args.learning_rate", "2.0",
+                   "--trainer.callbacks.init_args.epsilon", "1.5")  # fmt: skip
+    assert found["data"]["init_args"]["batch_size"] == 7
+    assert found["model"]["init_args"]["learning_rate"] == 2.0
+    assert found["model"]["init_args"]["momentum"] == 0.9
+    assert privacy_of(found)["epsilon"] == 1.5
+
+
+def test_a_module_beside_the_recipe_is_found_by_the_installed_command(tmp_path: Path) -> None:
+    (tmp_path / "beside_the_recipe.py").write_text(
+        "import lightning.pytorch as pl\nclass Net(pl.LightningModule):\n    def __init__(self, width: int = 3):\n"
+        "        super().__init__()\n"
+    )
+    write(tmp_path, mine="model: {class_path: beside_the_recipe.Net, init_args: {width: 5}}\n")
+    script = tmp_path / "bin" / "lightning-dp"  # whose folder is where Python looks, as with an installed command
+    script.parent.mkdir()
+    script.write_text("from lightning_dp.cli import main\nmain()\n")
+    done = subprocess.run(
+        [sys.executable, str(script), "fit", "--config", "mine.yaml", "--print_config"],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert yaml.safe_load(done.stdout)["model"] == {"class_path": "beside_the_recipe.Net", "init_args": {"width": 5}}
+
+
+def test_the_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["recipes"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == NAMES
+    assert all(line.endswith(headline(shipped_recipes()[line.split()[0]])) for line in lines)
+    assert not any(part.startswith("_") for name in NAMES for part in name.split("/"))
+    assert "recipes" in COMMANDS
+
+
+def test_a_copy_stands_alone_and_is_never_overwritten_by_accident(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    main(["recipes", "copy", "digits/dp_sgd"])
+    assert "lightning-dp fit --config digits-dp_sgd.yaml" in capsys.readouterr().out
+    copied = tmp_path / "digits-dp_sgd.yaml"
+    assert headline(copied) == headline(shipped_recipes()["digits/dp_sgd"])
+    original = copied.read_text()
+    copied.write_text("changed: true\n")
+    with pytest.raises(SystemExit):
+        main(["recipes", "copy", "digits/dp_sgd"])
+    assert "--force" in capsys.readouterr().err
+    assert copied.read_text() == "changed: true\n"
+    main(["recipes", "copy", "digits/dp_sgd", "--force"])
+    assert copied.read_text() == original
+    main(["recipes", "copy", "digits/dp_sgd", "new/folder/mine.yaml"])
+    assert (tmp_path / "new" / "folder" / "mine.yaml").read_text() == original
+    main(["recipes", "copy", "digits/dp_sgd", "new"])
+    assert (tmp_path / "new" / "digits-dp_sgd.yaml").read_text() == original
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("mnist/dpsgd", "mnist/dp_sgd"), ("backprop", "mnist/backprop"), ("zzz", "lightning-dp recipes")]
+)
+def test_an_unknown_name_lists_near_ones(name: str, near: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["recipes", "copy", name])
+    assert near in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_in_a_wheel_the_recipes_lie_within_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "site-packages" / "lightning_dp"
+    (package / "recipes_data" / "mnist").mkdir(parents=True)
+    (package / "recipes_data" / "mnist" / "a.yaml").write_text("# A.\n")
+    (package / "recipes_data" / "mnist" / "_part.yaml").write_text("# Not a recipe.\n")
+    monkeypatch.setattr(recipes, "__file__", str(package / "recipes.py"))
+    assert list(shipped_recipes()) == ["mnist/a"]
+    monkeypatch.setattr(recipes, "__file__", str(tmp_path / "elsewhere" / "lightning_dp" / "recipes.py"))
+    with pytest.raises(RecipeError, match="There are no recipes"):
+        shipped_recipes()
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_recipes(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True)
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as unpacked:
+        unpacked.extractall(tmp_path / "unpacked")
+    done = subprocess.run(
+        [sys.executable, "-m", "lightning_dp.cli", "recipes"],
+        cwd=tmp_path / "unpacked", capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert [line.split()[0] for line in done.stdout.splitlines()] == NAMES
+
+
+# -- the shipped recipes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_shipped_recipe_parses_and_its_first_line_is_true(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = shipped_recipes()[name]
+    found = parsed(capsys, "--config", str(recipe))
+    data_set, method = name.split("/")
+    assert found["data"]["class_path"].rpartition(".")[2].lower() == f"{data_set}datamodule"
+    assert (
+        found["trainer"]["logger"]["init_args"] | {"save_dir": "runs", "name": f"{data_set}-{method}"}
+        == (found["trainer"]["logger"]["init_args"])
+    )
+    line, privacy = headline(recipe), privacy_of(found)
+    stated = re.search(r"Expect \d+(?:\.\d+)? % .*at ε = ([\d.]+), δ = ([\d.e-]+), in \d+ (?:s|min|h)\b", line)
+    assert stated is not None, line
+    assert float(stated[1]) == privacy["epsilon"]
+    assert float(stated[2]) == privacy["delta"]
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(self_contained(recipe))
+    assert "defaults" not in yaml.safe_load(copy.read_text())
+    assert parsed(capsys, "--config", str(copy)) == found
