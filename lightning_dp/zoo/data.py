@@ -39,7 +39,15 @@ class ViewTable(TensorTable):
 
     Where a record is looked up several times in a row (``augmentation_multiplicity``), its views come in turn, from a
     random one on: up to V copies are all different.
+
+    Args:
+        columns: As for `TensorTable`.
+        together: Whether a look-up gives all views, ``(B, V, ...)``.
     """
+
+    def __init__(self, *columns: Tensor, together: bool = False) -> None:
+        super().__init__(*columns)
+        self.together = together
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
         return tuple(column[0] for column in self.__getitems__([index]))
@@ -47,6 +55,8 @@ class ViewTable(TensorTable):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
         views = self.columns[0]
         index = torch.as_tensor(indices, dtype=torch.long)
+        if self.together:
+            return views[index.to(views.device)].float(), *(c[index.to(c.device)] for c in self.columns[1:])
         begins = torch.ones_like(index, dtype=torch.bool)
         begins[1:] = index[1:] != index[:-1]
         run = begins.cumsum(0) - 1
@@ -143,11 +153,11 @@ class _ImageDataModule(_TableDataModule):
             kept = len(labels) - self.val_size
             self.val = self._table(images[kept:], labels[kept:])
             if stage == "fit":
-                self.train = self._table(images[:kept], labels[:kept], self.flips)
+                self.train = self._table(images[:kept], labels[:kept], training=True)
         if stage in ("test", "predict") and self.test is None:
             self.test = self._table(*_images(self._splits["test"], self.source[2], self.darkest))
 
-    def _table(self, images: Tensor, labels: Tensor, flips: bool = False) -> TensorTable:
+    def _table(self, images: Tensor, labels: Tensor, training: bool = False) -> TensorTable:
         """Images or their features, of every image by itself; with ``flips``, of its mirror image as well."""
         device = self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
         place = device if self.on_device else torch.device("cpu")
@@ -158,13 +168,14 @@ class _ImageDataModule(_TableDataModule):
 
         def views(part: Tensor) -> Tensor:
             part = part.to(device)
-            return torch.stack([features(view) for view in ([part, part.flip(-1)] if flips else [part])], 1)
+            return torch.stack([features(view) for view in ([part, part.flip(-1)] if self.flips else [part])], 1)
 
         parts = images.split(_AT_ONCE_CPU if device.type == "cpu" else _AT_ONCE_GPU)
         shown = tqdm(parts, "features", leave=False, disable=None)
         with torch.no_grad():
             columns = [views(part).to(place, torch.float16) for part in shown]
-        return ViewTable(torch.cat(columns), labels)
+        table = torch.cat(columns)
+        return ViewTable(table, labels, together=self.flips and not training)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augments the images of a train batch, every row by itself."""
@@ -203,7 +214,8 @@ class MNISTDataModule(_ImageDataModule):
         darkest: What black is mapped to; white is 1. At 0, an empty background adds nothing to an input's norm.
         features: A fixed transform, ``(B, C, H, W) -> (B, C', H', W')``, which is computed once for every image, on the
             Trainer's device, and kept in half precision: `Scattering2D`, say. ``None``: the images themselves.
-        flips: Whether train images are mirrored at random. (Not for digits.)
+        flips: Whether train images are mirrored at random (not for digits). With ``features``, what is evaluated is an
+            image and its mirror image together, ``(B, 2, C', H', W')``.
         shifts: By how many pixels train images are shifted at random, at most.
         on_device: Whether the tables are kept in the Trainer's device's memory.
 

@@ -60,15 +60,16 @@ class TanhCNN(nn.Module):
 class FeatureClassifier(nn.Module):
     """A small network on fixed features: ``(B, channels, size, size) -> (B, classes)``.
 
-    Features are normalised per image (GroupNorm without parameters): no statistic of the data set is needed. Source:
-    Tramèr & Boneh 2021, "Differentially Private Learning Needs Better Features (or Much More Data)", appendix C.
+    Features are normalised per image (GroupNorm without parameters): no statistic of the data set is needed. Of several
+    views of an image, ``(B, V, channels, size, size)``, the logits are averaged. Source: Tramèr & Boneh 2021,
+    "Differentially Private Learning Needs Better Features (or Much More Data)", appendix C.
 
     Args:
         channels, size: Of the features: 81 and 7 for `Scattering2D` of MNIST, 243 and 8 of CIFAR-10.
-        groups: Of the normalisation.
+        groups: Of the normalisation. ``None``: features are taken as they are.
         head: ``"linear"``; ``"small"``: convolutions 16@3×3/2 and 32@3×3 and 32 hidden units, for MNIST; ``"cnn"``:
             64@3×3, max-pooling, 64@3×3, for CIFAR-10. Activations are tanh.
-        scale: What normalised features are multiplied with.
+        scale: What normalised features are multiplied with, before the network.
         classes: Number of classes.
     """
 
@@ -76,13 +77,14 @@ class FeatureClassifier(nn.Module):
         self,
         channels: int,
         size: int,
-        groups: int = 27,
+        groups: int | None = 27,
         head: Literal["linear", "small", "cnn"] = "linear",
         scale: float = 1.0,
         classes: int = 10,
     ) -> None:
         super().__init__()
-        self.norm, self.scale = nn.GroupNorm(groups, channels, affine=False), scale
+        self.norm = nn.Identity() if groups is None else nn.GroupNorm(groups, channels, affine=False)
+        self.scale = scale
         half = -(-size // 2)
         layers: list[nn.Module]
         if head == "linear":
@@ -97,5 +99,7 @@ class FeatureClassifier(nn.Module):
         self.head = nn.Sequential(*layers)
 
     def forward(self, features: Tensor) -> Tensor:
+        if features.dim() == 5:
+            return self(features.flatten(0, 1)).unflatten(0, features.shape[:2]).mean(1)
         logits: Tensor = self.head(self.norm(features) * self.scale)
         return logits

@@ -25,14 +25,18 @@ class Scattering2D(nn.Module):
         height, width: Of the images, in pixels; at least ``2^(J+1)``.
         scales: J.
         angles: L.
+        standardize: Whether every one of the K features is shifted and scaled to mean 0 and variance 1 **over generated
+            images** (`dead_leaves`), whose statistics are much like those of photographs: public numbers.
 
     Raises:
         ValueError: In ``forward``, for images of another size.
     """
 
-    def __init__(self, height: int, width: int, scales: int = 2, angles: int = 8) -> None:
+    def __init__(self, height: int, width: int, scales: int = 2, angles: int = 8, standardize: bool = False) -> None:
         super().__init__()
         self.height, self.width, self.scales, self.angles = height, width, scales, angles
+        self.standardize = standardize
+        self._statistics: tuple[Tensor, Tensor] | None = None
         step = 2**scales
         if scales < 1 or min(height, width) < 2 * step:
             raise ValueError(f"Scattering2D: images of {height} × {width} are too small for scales={scales}.")
@@ -72,9 +76,22 @@ class Scattering2D(nn.Module):
             raise ValueError(
                 f"Scattering2D: made for images of {self.height} × {self.width}, got the shape {tuple(images.shape)}."
             )
+        features = self._transform(images)
+        if not self.standardize:
+            return features.flatten(1, 2)
+        if self._statistics is None:
+            generated = dead_leaves(512, self.height, self.width).to(images)
+            known = torch.cat([self._transform(part) for part in generated.split(64)])
+            deviation, mean = torch.std_mean(known, (0, 1, 3, 4), keepdim=True)
+            self._statistics = deviation[0], mean[0]
+        deviation, mean = self._statistics
+        return ((features - mean.to(features)) / deviation.to(features)).flatten(1, 2)
+
+    def _transform(self, images: Tensor) -> Tensor:
+        """``(B, C, H, W) -> (B, C, K, H / 2^J, W / 2^J)``."""
         spectrum = torch.fft.fft2(F.pad(images, self._padding, mode="reflect"))[:, :, None]  # (B, C, 1, H, W)
         orders = [[self._averaged(spectrum, 0)], *map(list, zip(*self._paths(spectrum), strict=True))]
-        return torch.cat([part for order in orders for part in order], 2).flatten(1, 2)
+        return torch.cat([part for order in orders for part in order], 2)
 
     def _paths(self, spectrum: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Of every first wavelet: its average, and those of all that follow it (an empty tensor at the last scale)."""
@@ -136,3 +153,27 @@ def _morlet(size: list[int], sigma: float, angle: float, frequency: float, slant
     """A Gabor wave from which so much of its window is taken away that it adds up to zero."""
     wave, window = (_gabor(size, sigma, angle, f, slant) for f in (frequency, 0.0))
     return wave - wave.sum() / window.sum() * window
+
+
+def dead_leaves(count: int, height: int, width: int, channels: int = 3, discs: int = 200) -> Tensor:
+    """Generated images ``(count, channels, height, width)`` in [-1, 1]: discs of all sizes that cover one another.
+
+    Their edges and scales are distributed much like those of photographs, and nobody's data is in them. They are the
+    same in every call. Source: Lee, Mumford & Huang 2001, "Occlusion Models for Natural Images".
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator, device="cpu")
+
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    images = torch.zeros(count, channels, height, width)
+    for _ in range(discs):
+        radius = (1 - uniform(count) * (1 - height**-2)) ** -0.5  # density r⁻³ between 1 and the height
+        y, x = ((2 * uniform(count) - 0.5) * size for size in (height, width))
+        tint = 0.25 * torch.randn(count, channels, generator=generator)
+        color = (2 * uniform(count, 1) - 1 + tint).clamp(-1, 1)
+        distance = (rows - y.view(-1, 1, 1)) ** 2 + (columns - x.view(-1, 1, 1)) ** 2
+        covered = distance < radius.square().view(-1, 1, 1)
+        images = torch.where(covered[:, None], color[:, :, None, None], images)
+    return images
