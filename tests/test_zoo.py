@@ -135,7 +135,7 @@ def test_logits_of_several_views_are_averaged() -> None:
     assert_close(net(views), (net(views[:, 0]) + net(views[:, 1])) / 2, 1e-5)
 
 
-@pytest.mark.parametrize("head", ["linear", "small", "cnn"])
+@pytest.mark.parametrize("head", ["linear", "mlp", "cnn"])
 @pytest.mark.parametrize("groups", [27, None])
 def test_feature_networks_can_be_trained_privately(head: str, groups: int | None) -> None:
     net = FeatureClassifier(81, 7, groups, head)  # type: ignore[arg-type]

@@ -67,8 +67,8 @@ class FeatureClassifier(nn.Module):
     Args:
         channels, size: Of the features: 81 and 7 for `Scattering2D` of MNIST, 243 and 8 of CIFAR-10.
         groups: Of the normalisation. ``None``: features are taken as they are.
-        head: ``"linear"``; ``"small"``: convolutions 16@3×3/2 and 32@3×3 and 32 hidden units, for MNIST; ``"cnn"``:
-            64@3×3, max-pooling, 64@3×3, for CIFAR-10. Activations are tanh.
+        head: ``"linear"``; ``"mlp"``, with 64 hidden units, for MNIST; ``"cnn"``: convolutions 64@3×3, max-pooling,
+            64@3×3, for CIFAR-10. Activations are tanh.
         scale: What normalised features are multiplied with, before the network.
         classes: Number of classes.
     """
@@ -78,20 +78,18 @@ class FeatureClassifier(nn.Module):
         channels: int,
         size: int,
         groups: int | None = 27,
-        head: Literal["linear", "small", "cnn"] = "linear",
+        head: Literal["linear", "mlp", "cnn"] = "linear",
         scale: float = 1.0,
         classes: int = 10,
     ) -> None:
         super().__init__()
         self.norm = nn.Identity() if groups is None else nn.GroupNorm(groups, channels, affine=False)
         self.scale = scale
-        half = -(-size // 2)
         layers: list[nn.Module]
         if head == "linear":
             layers = [nn.Flatten(), nn.Linear(channels * size**2, classes)]
-        elif head == "small":
-            layers = [nn.Conv2d(channels, 16, 3, 2, 1), nn.Tanh(), nn.Conv2d(16, 32, 3, padding=1), nn.Tanh()]
-            layers += [nn.Flatten(), nn.Linear(32 * half**2, 32), nn.Tanh(), nn.Linear(32, classes)]
+        elif head == "mlp":
+            layers = [nn.Flatten(), nn.Linear(channels * size**2, 64), nn.Tanh(), nn.Linear(64, classes)]
         else:
             layers = [nn.Conv2d(channels, 64, 3, padding=1), nn.Tanh(), nn.MaxPool2d(2)]
             layers += [nn.Conv2d(64, 64, 3, padding=1), nn.Tanh()]
