@@ -1,8 +1,8 @@
-"""Models and data that the recipes use: ordinary Lightning code, with nothing about privacy in it."""
+"""Models and data that the recipes use: ordinary Lightning code; only `ProjectedMLP` knows of privacy."""
 
 from lightning_dp.zoo.classifier import Classifier, FeedbackClassifier
 from lightning_dp.zoo.data import CIFAR10DataModule, DigitsDataModule, MNISTDataModule
-from lightning_dp.zoo.models import MLP, TanhCNN
+from lightning_dp.zoo.models import MLP, ProjectedMLP, TanhCNN
 
 __all__ = [
     "MLP",
@@ -11,5 +11,6 @@ __all__ = [
     "DigitsDataModule",
     "FeedbackClassifier",
     "MNISTDataModule",
+    "ProjectedMLP",
     "TanhCNN",
 ]
