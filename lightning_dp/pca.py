@@ -166,7 +166,7 @@ def symmetric(triangle: Tensor, size: int) -> Tensor:
 
 
 def _weights(rows: Tensor, columns: Tensor) -> Tensor:
-    return torch.where(rows == columns, 1.0, math.sqrt(2)).double()
+    return (1.0 + (rows != columns).double()).sqrt()
 
 
 def principal_directions(moment: Tensor, components: int) -> Tensor:
