@@ -310,6 +310,9 @@ class PrivateMixin(Strategy):
     def _fill_projections(self, trainer: Trainer) -> None:
         """Releases what layers need to know of the train set, before anything passes through them."""
         layers = unfilled(self._module().modules())
+        self.agree(
+            len(layers), "The processes hold different projections: load the same weights in all of them, or in none."
+        )
         if not layers:
             return
         trainer.fit_loop.setup_data()  # the sanity check of validation comes before Lightning would do that
@@ -428,6 +431,7 @@ class PrivateMixin(Strategy):
         lost = len(self.ledger) - (before if resumed is None else resumed.steps)
         uncertain = f" (of these, {journal.uncertain_steps} were reserved and perhaps never taken)"
         note = uncertain if lost and journal.uncertain_steps else ""
+        note += " (a statistic counts as a step)" if self.ledger.statistics() else ""
         if resumed is not None:
             rank_zero_info(
                 f"lightning_dp: the checkpoint contains {resumed.steps} private steps; {lost} more were taken and are "

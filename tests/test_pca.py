@@ -271,6 +271,13 @@ def test_the_ledger_tells_statistics_from_steps_and_keeps_both() -> None:
     assert (len(ledger), ledger.steps, ledger.statistics()) == (4, 3, [(GaussianDpEvent(2.0), 1)])
 
 
+def test_replacing_a_record_costs_what_half_the_noise_does() -> None:
+    ledger = PrivacyLedger()
+    ledger.record(GaussianDpEvent(2.0))
+    halved = event_epsilon(GaussianDpEvent(1.0), DELTA)
+    assert ledger.epsilon(DELTA, adjacency="replace_one") == pytest.approx(halved, rel=1e-3)
+
+
 # -- the budget --------------------------------------------------------------------------------------------------------
 
 
