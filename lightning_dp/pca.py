@@ -51,6 +51,8 @@ class PrivateProjection(nn.Module):
         in_features: Number of features of a flattened record, d.
         components: k, the number of directions; at most d.
         noise_multiplier: Standard deviation of the noise over the sensitivity, which is 1. 0.0: no noise, infinite ε.
+        equalized: Whether components are scaled to mean squares that are equal, as far as is known (see
+            `principal_directions`); otherwise, the first is far larger than the rest, and most of what is clipped.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -58,7 +60,7 @@ class PrivateProjection(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, in_features: int, components: int, noise_multiplier: float) -> None:
+    def __init__(self, in_features: int, components: int, noise_multiplier: float, equalized: bool = False) -> None:
         super().__init__()
         if not 1 <= components <= in_features:
             raise ValueError(
@@ -69,6 +71,7 @@ class PrivateProjection(nn.Module):
                 f"PrivateProjection: noise_multiplier must be non-negative and finite, got {noise_multiplier}."
             )
         self.in_features, self.components, self.noise_multiplier = in_features, components, float(noise_multiplier)
+        self.equalized = equalized
         #: Whether the directions are known: they were released, or came with a checkpoint.
         self.filled = False
         self.register_buffer("weight", torch.full((components, in_features), math.nan))
@@ -84,7 +87,7 @@ class PrivateProjection(nn.Module):
 
     def fill(self, moment: Tensor) -> None:
         """Takes the directions from a second moment ``(d, d)``: one with noise, or of public records."""
-        self._keep(principal_directions(moment, self.components))
+        self._keep(principal_directions(moment, self.components, self.equalized))
 
     def release(self, strategy: Releaser) -> None:
         """Releases the second moment of the train set, and fills the layer, in every process with the same numbers."""
@@ -93,7 +96,8 @@ class PrivateProjection(nn.Module):
             return upper_triangle(self._moment(strategy.each_record()))
 
         noisy = strategy.release_sum(total, self.noise_multiplier, f"{self.components} principal components")
-        self._keep(strategy.share(principal_directions(symmetric(noisy, self.in_features), self.components)))
+        moment = symmetric(noisy, self.in_features)
+        self._keep(strategy.share(principal_directions(moment, self.components, self.equalized)))
 
     def inputs_of(self, batch: Any) -> Tensor:
         """The layer's input in a batch of one record: the batch, or its first entry. Override it for other batches.
@@ -133,7 +137,8 @@ class PrivateProjection(nn.Module):
         self.filled = bool(self.weight.isfinite().all())
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.components}, noise_multiplier={self.noise_multiplier:g}"
+        options = f"noise_multiplier={self.noise_multiplier:g}, equalized={self.equalized}"
+        return f"{self.in_features}, {self.components}, {options}"
 
 
 def second_moment(records: Tensor) -> Tensor:
@@ -169,9 +174,22 @@ def _weights(rows: Tensor, columns: Tensor) -> Tensor:
     return (1.0 + (rows != columns).double()).sqrt()
 
 
-def principal_directions(moment: Tensor, components: int) -> Tensor:
-    """The eigenvectors ``(k, d)`` of the largest eigenvalues of a symmetric matrix, the largest first."""
-    return torch.linalg.eigh(moment).eigenvectors[:, -components:].flip(1).T
+def principal_directions(moment: Tensor, components: int, equalized: bool = False) -> Tensor:
+    """The eigenvectors ``(k, d)`` of the largest eigenvalues of a symmetric matrix, the largest first.
+
+    Args:
+        moment: A second moment, with or without noise, ``(d, d)``.
+        components: k.
+        equalized: Whether they are scaled by ``√(mean(λ) / λ_i)``, so that components have the same mean square, and
+            the mean square of all together stays as it is. Eigenvalues count as at least a thousandth of the largest:
+            noise can make them zero, or negative.
+    """
+    values, vectors = torch.linalg.eigh(moment)
+    values, directions = values[-components:].flip(0), vectors[:, -components:].flip(1).T
+    if not equalized:
+        return directions
+    values = values.clamp_min(max(1e-3 * values[0].item(), torch.finfo(values.dtype).tiny))
+    return directions * (values.mean() / values).sqrt()[:, None]
 
 
 def unfilled(modules: Iterable[nn.Module]) -> list[PrivateProjection]:

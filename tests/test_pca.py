@@ -73,9 +73,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Every second moment that directions are computed from."""
     moments: list[Tensor] = []
 
-    def watch(moment: Tensor, components: int) -> Tensor:
+    def watch(moment: Tensor, *args: Any) -> Tensor:
         moments.append(moment)
-        return principal_directions(moment, components)
+        return principal_directions(moment, *args)
 
     monkeypatch.setattr(pca, "principal_directions", watch)
     return moments
@@ -154,6 +154,23 @@ def test_without_noise_directions_are_those_of_numpy() -> None:
     assert strategy.ledger.epsilon(DELTA) == math.inf
     inputs = torch.randn(5, 2, 3)
     assert torch.allclose(module.projection(inputs), inputs.flatten(1) @ module.projection.weight.T)
+
+
+def test_equalized_components_have_the_same_mean_square_and_the_same_in_all() -> None:
+    records = torch.randn(50, 6).double() * torch.tensor([1, 2, 3, 4, 5, 6])
+    rows = records / records.norm(dim=1, keepdim=True)
+    plain, equal = (rows @ principal_directions(second_moment(records), 4, equalized).T for equalized in (False, True))
+    squares = equal.square().mean(0)
+    assert torch.allclose(squares, squares.mean().expand(4), rtol=1e-9)
+    assert equal.square().sum() == pytest.approx(plain.square().sum().item(), rel=1e-9)
+    cosines = torch.cosine_similarity(plain, equal, dim=0)
+    assert torch.allclose(cosines, torch.ones_like(cosines))
+
+
+@pytest.mark.parametrize("moment", [torch.zeros(4, 4), -torch.eye(4), torch.diag(torch.tensor([1.0, -1, -2, 0]))])
+def test_eigenvalues_that_are_noise_give_bounded_directions(moment: Tensor) -> None:
+    directions = principal_directions(moment.double(), 4, equalized=True)
+    assert directions.isfinite().all() and directions.norm() < 4 * 1000**0.5
 
 
 @pytest.mark.parametrize("options", [{}, {"secure_rng": True}, {"seed": 3}], ids=str)

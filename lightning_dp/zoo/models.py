@@ -24,9 +24,9 @@ class MLP(nn.Sequential):
 
 
 class ProjectedMLP(nn.Sequential):
-    """One hidden layer of ReLU units on private principal components: ``(B, *) -> (B, classes)``.
+    """One hidden layer of ReLU units on private principal components, equalized: ``(B, *) -> (B, classes)``.
 
-    Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", section 5.2.
+    Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", section 5.2, where components are as they are.
 
     Args:
         noise_multiplier: Of the release of the components; see `PrivateProjection`.
@@ -39,7 +39,7 @@ class ProjectedMLP(nn.Sequential):
     def __init__(
         self, noise_multiplier: float, inputs: int = 784, components: int = 60, hidden: int = 1000, classes: int = 10
     ) -> None:
-        projection = PrivateProjection(inputs, components, noise_multiplier)
+        projection = PrivateProjection(inputs, components, noise_multiplier, equalized=True)
         super().__init__(projection, nn.Linear(components, hidden), nn.ReLU(), nn.Linear(hidden, classes))
 
 
