@@ -204,6 +204,14 @@ def test_fewer_records_than_components_give_orthonormal_directions() -> None:
         assert torch.allclose(module.projection.weight @ module.projection.weight.T, torch.eye(3), atol=1e-5)
 
 
+def test_every_projection_is_released_and_charged_by_itself(seen: list[Tensor]) -> None:
+    strategy, module = private(), Projected(2.0)
+    module.other = PrivateProjection(6, 2, 3.0)
+    fit(trainer(strategy=strategy), module, loader())
+    assert strategy.ledger.statistics() == [(GaussianDpEvent(2.0), 1), (GaussianDpEvent(3.0), 1)]
+    assert len(seen) == 2 and module.other.filled
+
+
 def test_directions_are_known_when_validation_is_tried_out() -> None:
     fit(trainer(strategy=private(), num_sanity_val_steps=2), Projected(), loader(), loader())
 
