@@ -32,6 +32,7 @@ from lightning_dp.encoding import (
 )
 from lightning_dp.journal import JournalError
 from lightning_dp.noise import GaussianNoise, LaplaceNoise, StudentTNoise
+from lightning_dp.pca import PrivateProjection
 from lightning_dp.records import UnsupportedModelError
 from lightning_dp.strategy import PrivateStrategy, register_strategies
 
@@ -64,6 +65,7 @@ __all__ = [
     "PrivacyLedger",
     "PrivacyMonitor",
     "PrivateDDPStrategy",
+    "PrivateProjection",
     "PrivateStrategy",
     "PublicCodebook",
     "RandomCodebook",

@@ -81,8 +81,20 @@ class PrivacyLedger:
         return self._current
 
     def __len__(self) -> int:
-        """Number of private steps."""
+        """Number of releases: private steps, and statistics."""
         return sum(count for run in self._runs.values() for _, count in run)
+
+    @property
+    def steps(self) -> int:
+        """Number of private steps of training."""
+        return len(self) - sum(count for _, count in self.statistics())
+
+    def statistics(self) -> list[tuple[DpEvent, int]]:
+        """Releases that are not steps of training, and how often they happened: unsampled ones.
+
+        A step is Poisson-sampled, also at q = 1. What has no noise counts as a step, as there is no telling.
+        """
+        return [(event, count) for event, count in self if isinstance(event, GaussianDpEvent)]
 
     def __iter__(self) -> Iterator[tuple[DpEvent, int]]:
         """Pairs of an event and how often it happened in a row."""

@@ -584,7 +584,7 @@ def audit_command(arguments: Sequence[str]) -> None:
                     lambda: PrivateStrategy(strategy.clipping, noise),
                     records=strategy.num_records,
                     expected_batch_size=round(strategy.expected_batch_size),
-                    steps=len(strategy.ledger),
+                    steps=strategy.ledger.steps,
                     root=root,
                     **common,
                 )

@@ -77,7 +77,7 @@ class PrivacyBudget(Callback):
         _check_delta("PrivacyBudget", delta)
         self.epsilon, self.delta, self.accountant = epsilon, delta, accountant
         self._chosen: dict[str, float] = {}
-        self._limits: dict[DpEvent, int] = {}
+        self._limits: dict[tuple[DpEvent, int], int] = {}
         self._verified = 0
         self._stopped = False
 
@@ -130,15 +130,16 @@ class PrivacyBudget(Callback):
     def step_limit(self, ledger: PrivacyLedger, event: DpEvent) -> int:
         """The most steps that the ledger may hold if all further ones are this event.
 
-        Computed once per event; another sampling rate or noise is another event.
+        Computed once per event and number of other ones; another sampling rate or noise is another event.
         """
-        if event not in self._limits:
+        key = event, sum(count for other, count in ledger if other != event)
+        if key not in self._limits:
             more = affordable_steps(
                 ledger, event, epsilon=self.epsilon, delta=self.delta, at_most=10**9, accountant=self.accountant
             )
-            self._limits = {event: len(ledger) + more}
+            self._limits = {key: len(ledger) + more}
             self._verified = len(ledger) + more if more else 0
-        return self._limits[event]
+        return self._limits[key]
 
     def holds_for(self, ledger: PrivacyLedger) -> bool:
         """Whether ε of this ledger, the strategy's, has been found to be within the target."""
@@ -207,7 +208,7 @@ class PrivacyBudget(Callback):
             return  # all that was planned has been done: `on_train_end` says so
         self._stopped = True
         rank_zero_info(
-            f"PrivacyBudget: stopping after {len(strategy.ledger)} private steps, because one more would exceed the "
+            f"PrivacyBudget: stopping after {strategy.ledger.steps} private steps, because one more would exceed the "
             f"budget: {self._balance(strategy)}."
         )
 
@@ -216,7 +217,7 @@ class PrivacyBudget(Callback):
         strategy = private_strategy(trainer, "PrivacyBudget")
         if not self._stopped:
             rank_zero_info(
-                f"PrivacyBudget: training ended after {len(strategy.ledger)} private steps, within the budget: "
+                f"PrivacyBudget: training ended after {strategy.ledger.steps} private steps, within the budget: "
                 f"{self._balance(strategy)}."
             )
 
@@ -384,7 +385,7 @@ class PrivacyMonitor(Callback):
         if not logged:
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=max(trainer.global_step - 1, 0))
-        dashboards.finish(trainer.loggers, {**metrics, "privacy/steps": len(strategy.ledger)}, self._chart)
+        dashboards.finish(trainer.loggers, {**metrics, "privacy/steps": strategy.ledger.steps}, self._chart)
 
     def _log_not_private(self, pl_module: pl.LightningModule, strategy: PrivateMixin) -> None:
         step = strategy.private_step

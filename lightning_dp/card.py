@@ -98,11 +98,12 @@ def privacy_card(
         name: {accountant: _finite_or_name(steps.epsilon(delta, accountant)) for accountant in ACCOUNTANTS}
         for name, steps in assumptions.items()
     }
-    total = len(ledger)
+    total = ledger.steps
     in_model = total if steps_in_model is None else min(steps_in_model, total)
     mechanisms: dict[DpEvent, int] = {}
     for event, count in ledger:
         mechanisms[event] = mechanisms.get(event, 0) + count
+    statistics = {event: mechanisms.pop(event) for event in dict(ledger.statistics())}
     return {
         "format": 1,
         "statement": _statement(epsilons["poisson_sampling"]["pld"], delta),
@@ -113,7 +114,9 @@ def privacy_card(
             "adjacency": "add or remove one record",
             "unit_of_privacy": "one record of the train set (one index of its data set)",
             "released": "the model after every step, and everything that is computed from it alone",
-            "data_accesses_covered": "the private steps that are counted below, and no others",
+            "data_accesses_covered": "the private steps and statistics that are counted below, and no others"
+            if statistics
+            else "the private steps that are counted below, and no others",
         },
         "delta": delta,
         "epsilon": epsilons,
@@ -139,6 +142,7 @@ def privacy_card(
             "lost_or_elsewhere": total - in_model,
             "by_mechanism": [{"event": _in_words(event), "steps": count} for event, count in mechanisms.items()],
         },
+        "statistics": [{"event": _in_words(event), "times": count} for event, count in statistics.items()],
         "not_covered": _not_covered(configuration, training_metrics, validation_metrics),
         "configuration": {key: value for key, value in configuration.items() if key not in _STATED_ELSEWHERE},
         "software": configuration["software"],
@@ -234,7 +238,7 @@ def _not_covered(
         {
             "what": "preprocessing",
             "why": "Statistics, vocabularies, feature selection or pre-trained weights that come from the private "
-            "records are not counted.",
+            "records are not counted, unless this card names their release.",
         },
         {
             "what": "the number of records",
@@ -327,6 +331,7 @@ def render_card(card: Mapping[str, Any]) -> str:
         "| mechanism of a step | steps |",
         "|---|---|",
         *(f"| {entry['event']} | {entry['steps']} |" for entry in steps["by_mechanism"]),
+        *_statistics(card["statistics"]),
         "",
         "## What the guarantee does not cover",
         "",
@@ -341,6 +346,20 @@ def render_card(card: Mapping[str, Any]) -> str:
     lines += [f"| {key} | {value} |" for key, value in card["configuration"].items()]
     lines += [f"| {package} | {version} |" for package, version in card["software"].items()]
     return "\n".join(lines) + "\n"
+
+
+def _statistics(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not entries:
+        return []
+    return [
+        "",
+        "Statistics of all records (the second moments of principal components) were released with noise. They are no "
+        "steps of training, and are charged too:",
+        "",
+        "| mechanism of a statistic | times |",
+        "|---|---|",
+        *(f"| {entry['event']} | {entry['times']} |" for entry in entries),
+    ]
 
 
 def _call(stage: Mapping[str, Any]) -> str:
@@ -542,12 +561,16 @@ def card_of_run(run: str | os.PathLike[str], delta: float | None = None) -> dict
     status = f"{ending}; card made from its journal"
     if contents.continued:
         status += f"; it went on in {', '.join(link['path'] for link in contents.continued)}, which has its own card"
-    taken = sum(step["count"] for step in last.charged(not contents.damaged))
+    taken = PrivacyLedger.from_state_dict({"runs": [{"name": last.name, "steps": last.charged(not contents.damaged)}]})
+    configuration = last.about["configuration"]
+    if configuration["noise"]["multiplier"] is None:  # what was charged first was no step, and came before the choice
+        multiplier = contents.notes.get("noise_multiplier")
+        configuration = {**configuration, "noise": {**configuration["noise"], "multiplier": multiplier}}
     return privacy_card(
         contents.ledger(),
         delta=delta,
-        configuration=last.about["configuration"],
-        steps_in_model=int(last.about["model_steps"]) + taken,
+        configuration=configuration,
+        steps_in_model=int(last.about["model_steps"]) + taken.steps,
         training_metrics=contents.notes.get("training_metrics", ()),
         validation_metrics=contents.notes.get("validation_metrics", ()),
         target_epsilon=contents.notes.get("target_epsilon"),

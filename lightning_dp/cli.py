@@ -44,7 +44,7 @@ def summary(trainer: pl.Trainer, metrics: Mapping[str, float]) -> str:
     if isinstance(strategy, PrivateMixin):
         monitors = [c.monitor if isinstance(c, DifferentialPrivacy) else c for c in trainer_callbacks(trainer)]
         deltas = [m.delta for m in monitors if isinstance(m, PrivacyMonitor)]
-        steps = len(strategy.ledger)
+        steps = strategy.ledger.steps
         if deltas:
             epsilon = strategy.ledger.epsilon(deltas[0])
             shown = math.ceil(1e4 * epsilon) / 1e4 if math.isfinite(epsilon) else epsilon

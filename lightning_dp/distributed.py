@@ -124,7 +124,7 @@ class PrivateParallelMixin(PrivateMixin):
         others = [rank for rank, other in enumerate(everyone) if not torch.equal(other, everyone[0])]
         if others:
             raise ReplicasDiverged(
-                f"After {len(self.ledger)} private steps the parameters of processes {others} differ from those of "
+                f"After {self.ledger.steps} private steps the parameters of processes {others} differ from those of "
                 "process 0. Something changes parameters in one process only (a callback, a hook, a metric that "
                 "decides), or the machines compute differently. What was released until now is charged."
             )

@@ -222,7 +222,8 @@ class PrivateStep:
         self._allowed = None if limit is None else limit(self._event) - self._number
         if self._allowed is not None and self._allowed <= 0:
             raise PrivacyLimitReached(
-                f"The privacy budget allows no step after the {self._number} that were taken. Nothing was released."
+                f"The privacy budget allows no step after the {self.ledger.steps} that were taken. Nothing was "
+                "released."
             )
 
     @contextmanager

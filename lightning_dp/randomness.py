@@ -14,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-Stream = Literal["sampling", "noise", "query", "denoising"]
+Stream = Literal["sampling", "noise", "query", "denoising", "statistic"]
 #: What noise is drawn from; numpy's, when it is secure.
 NoiseGenerator = torch.Generator | np.random.Generator
-_STREAMS: dict[Stream, int] = {"sampling": 0, "noise": 1, "query": 2, "denoising": 3}
+_STREAMS: dict[Stream, int] = {"sampling": 0, "noise": 1, "query": 2, "denoising": 3, "statistic": 4}
 
 
 class Randomness:

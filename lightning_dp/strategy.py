@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_dp import checks
-from lightning_dp.accounting import PrivacyLedger
+from lightning_dp.accounting import PrivacyLedger, event_epsilon
 from lightning_dp.batches import map_examples
 from lightning_dp.checks import PrivacyConfigurationError
 from lightning_dp.clipping import Bounding, FlatClipping, State
@@ -36,7 +36,8 @@ from lightning_dp.denoising import Denoiser, DenoiserState
 from lightning_dp.engines import ENGINES
 from lightning_dp.journal import PrivacyJournal, relative_path, run_directory, software_versions
 from lightning_dp.noise import GaussianNoise, Noise
-from lightning_dp.pipeline import PrivateStep
+from lightning_dp.pca import unfilled
+from lightning_dp.pipeline import PrivacyLimitReached, PrivateStep
 from lightning_dp.randomness import Randomness
 from lightning_dp.sampling import (
     PoissonBatchSampler,
@@ -194,6 +195,7 @@ class PrivateMixin(Strategy):
             self._is_set_up = True
             if self._journal_is_due:  # a setup hook asked for the train loader: the checkpoint was not loaded then
                 self._open_journal(trainer)
+            self._fill_projections(trainer)
 
     def _bind(self, trainer: Trainer) -> None:
         """Binds the private step to the parameters that are trainable now."""
@@ -311,6 +313,75 @@ class PrivateMixin(Strategy):
                 "No noise multiplier: give GaussianNoise(multiplier=…), or add the callback PrivacyBudget(epsilon=…, "
                 "delta=…), which chooses it. (multiplier=0.0 trains without noise: ε is infinite.)"
             )
+        if self.journal is not None and self.ledger.statistics():
+            # What was charged first has described the run: a budget had not chosen the noise of its steps by then.
+            self.journal.note(noise_multiplier=self.noise_multiplier)
+
+    # -- statistics of all records ---------------------------------------------------------------------------------
+
+    def _fill_projections(self, trainer: Trainer) -> None:
+        """Releases what layers need to know of the train set, before anything passes through them."""
+        layers = unfilled(self._module().modules())
+        self.agree(
+            len(layers), "The processes hold different projections: load the same weights in all of them, or in none."
+        )
+        if not layers:
+            return
+        trainer.fit_loop.setup_data()  # the sanity check of validation comes before Lightning would do that
+        if self._train_loader is None:  # limit_train_batches=0
+            return
+        for layer in layers:
+            layer.release(self)
+
+    def each_record(self) -> Iterator[Any]:
+        """Every record of the train set by itself: a batch of one, as Lightning would bring it to the device."""
+        for record in range(self.num_records):
+            yield self._load([record])
+
+    def release_sum(self, total: Callable[[], Tensor], noise_multiplier: float, what: str) -> Tensor:
+        """A sum over all records of the train set, with Gaussian noise: a statistic, charged like a private step.
+
+        Formal guarantee: the release is a Gaussian mechanism of this noise multiplier, and journal and ledger hold it
+        before the noisy sum exists. Proof: every number of a sum that one record moves by at most 1, in Euclidean norm,
+        gets independent noise of standard deviation ``noise_multiplier``, from a stream that nothing else draws from.
+
+        Args:
+            total: Computes the sum ``(n,)``, in the first process only. One record, added or removed, must move it by
+                at most 1 in Euclidean norm.
+            noise_multiplier: Standard deviation of the noise; 0 gives infinite ε.
+            what: What is released, for messages.
+
+        Returns:
+            The noisy sum, on the CPU, the same in every process.
+
+        Raises:
+            PrivacyLimitReached: The budget has no room for it; nothing was released.
+        """
+        event = GaussianNoise().event(noise_multiplier)
+        delta = getattr(self.budget, "delta", 1e-5)
+        alone = f"ε = {event_epsilon(event, delta):.4g} at δ = {delta:g} by itself"
+        if self.budget is not None and self._step_limit(event) <= len(self.ledger):
+            raise PrivacyLimitReached(
+                f"The privacy budget has no room for the release of {what} with noise multiplier {noise_multiplier:g} "
+                f"({alone}). Give it more noise, or the budget a larger ε. Nothing was released."
+            )
+        rank_zero_info(f"lightning_dp: adding up {self.num_records} records for {what} …")
+        sums: list[Tensor] = []
+        with torch.no_grad():
+            self.on_first_process(lambda: sums.append(total()))
+        number = len(self.ledger)
+        self.on_first_process(lambda: self._charge_journal(event, 1))
+        self.ledger.record(event)
+        self.on_first_process(lambda: self._add_noise_(sums[0], noise_multiplier, number))
+        rank_zero_info(f"lightning_dp: {what} released with noise multiplier {noise_multiplier:g}: {alone}, charged.")
+        noisy: Tensor = self.share(sums[0] if sums else None)
+        return noisy
+
+    def _add_noise_(self, total: Tensor, scale: float, number: int) -> None:
+        noise = torch.empty_like(total)
+        device = noise.device
+        GaussianNoise().fill_(noise, scale, lambda block: self._randomness.torch("statistic", number, device, block))
+        total += noise
 
     # -- the journal -----------------------------------------------------------------------------------------------
 
@@ -372,6 +443,7 @@ class PrivateMixin(Strategy):
         lost = len(self.ledger) - (before if resumed is None else resumed.steps)
         uncertain = f" (of these, {journal.uncertain_steps} were reserved and perhaps never taken)"
         note = uncertain if lost and journal.uncertain_steps else ""
+        note += " (a statistic counts as a step)" if self.ledger.statistics() else ""
         if resumed is not None:
             rank_zero_info(
                 f"lightning_dp: the checkpoint contains {resumed.steps} private steps; {lost} more were taken and are "

@@ -35,6 +35,7 @@ from lightning_dp import (
     PrivacyBudget,
     PrivacyConfigurationError,
     PrivateDDPStrategy,
+    PrivateProjection,
     PrivateStrategy,
     StudentTNoise,
     distributed,
@@ -57,6 +58,13 @@ class Still(Net):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return 0 * F.mse_loss(self.net(batch[0]), torch.zeros(len(batch[0]), 3000, device=batch[0].device))
+
+
+class Projected(Net):
+    """On private principal components, which are released first."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(PrivateProjection(6, 3, 2.0), nn.Linear(3, 3)))
 
 
 class Logging(Net):
@@ -116,6 +124,7 @@ CASES: dict[str, tuple[type[Net], dict[str, Any], dict[str, Any]]] = {
     "student": (Net, {"clipping": RULES["encoding"], "noise": StudentTNoise(9, 1.0)}, {"max_steps": 4}),
     "noisy_backprop": (Net, {"clipping": RULES["backprop"], "noise": GaussianNoise(1.0)}, {"max_steps": 4}),
     "noisy_adaptive": (Net, {"clipping": RULES["adaptive"], "noise": GaussianNoise(1.0)}, {"max_steps": 4}),
+    "projected": (Projected, {"noise": GaussianNoise(1.0)}, {"max_steps": 4}),
     "noise_alone": (Still, {"clipping": FlatClipping(0.5), "noise": GaussianNoise(2.0)}, {"max_steps": 1}),
     "few_records": (
         Logging,

@@ -26,6 +26,7 @@ EVERYWHERE = [
     "student",
     "noisy_backprop",
     "noisy_adaptive",
+    "projected",
     "noise_alone",
 ]
 TWO = [

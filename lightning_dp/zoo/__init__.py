@@ -1,8 +1,8 @@
-"""Models and data that the recipes use: ordinary Lightning code, with nothing about privacy in it."""
+"""Models and data that the recipes use: ordinary Lightning code; only `ProjectedMLP` knows of privacy."""
 
 from lightning_dp.zoo.classifier import Classifier, FeedbackClassifier
 from lightning_dp.zoo.data import CIFAR10DataModule, DigitsDataModule, MNISTDataModule
-from lightning_dp.zoo.models import MLP, FeatureClassifier, TanhCNN
+from lightning_dp.zoo.models import MLP, FeatureClassifier, ProjectedMLP, TanhCNN
 from lightning_dp.zoo.scattering import Scattering2D
 from lightning_dp.zoo.wide_resnet import StandardizedConv2d, WideResNet
 
@@ -14,6 +14,7 @@ __all__ = [
     "FeatureClassifier",
     "FeedbackClassifier",
     "MNISTDataModule",
+    "ProjectedMLP",
     "Scattering2D",
     "StandardizedConv2d",
     "TanhCNN",

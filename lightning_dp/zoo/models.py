@@ -7,6 +7,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from lightning_dp.pca import PrivateProjection
+
 
 class MLP(nn.Sequential):
     """Fully connected layers with an activation in between: ``(B, *) -> (B, sizes[-1])``.
@@ -20,6 +22,26 @@ class MLP(nn.Sequential):
         for before, after in zip(sizes[:-1], sizes[1:], strict=True):
             layers += [nn.Linear(before, after), nn.Tanh()]
         super().__init__(*layers[:-1])
+
+
+class ProjectedMLP(nn.Sequential):
+    """One hidden layer of ReLU units on private principal components, equalized: ``(B, *) -> (B, classes)``.
+
+    Source: Abadi et al. 2016, "Deep Learning with Differential Privacy", section 5.2, where components are as they are.
+
+    Args:
+        noise_multiplier: Of the release of the components; see `PrivateProjection`.
+        inputs: Number of features of a flattened record.
+        components: Number of principal components.
+        hidden: Number of units of the hidden layer.
+        classes: Number of classes.
+    """
+
+    def __init__(
+        self, noise_multiplier: float, inputs: int = 784, components: int = 60, hidden: int = 1000, classes: int = 10
+    ) -> None:
+        projection = PrivateProjection(inputs, components, noise_multiplier, equalized=True)
+        super().__init__(projection, nn.Linear(components, hidden), nn.ReLU(), nn.Linear(hidden, classes))
 
 
 class TanhCNN(nn.Module):
