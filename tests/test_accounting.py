@@ -496,3 +496,26 @@ def test_steps_are_calibrated_by_the_accountant_that_is_asked_for() -> None:
             for s in (steps, steps + 1)
         ]
         assert costs[0] <= 2.0 < costs[1]
+
+
+def test_the_monitor_looks_ahead_by_less_than_it_tolerates() -> None:
+    """One value serves for many steps; where one would be too far off, another is computed."""
+    event, monitor, ledger = subsampled_gaussian(1.0, 0.01), EpsilonMonitor(1e-5), PrivacyLedger()
+    shown: list[tuple[int, float]] = []
+    for _ in range(400):
+        ledger.record(event, 10)
+        shown.append((len(ledger), monitor.bound(ledger)))
+    values = dict.fromkeys(value for _, value in shown)
+    assert len(values) < 0.75 * len(shown), "every value was computed anew"
+    assert [value for _, value in shown] == sorted(value for _, value in shown)
+    for value in list(values)[::20]:
+        served = [steps for steps, other in shown if other == value]
+        one = PrivacyLedger()
+        one.record(event, served[0])
+        assert one.epsilon(1e-5) <= value <= 1.006 * one.epsilon(1e-5)
+    evaluated = monitor.evaluations
+    shorter = PrivacyLedger()
+    shorter.record(event, 1)  # another training
+    exact = shorter.epsilon(1e-5)
+    assert exact <= monitor.bound(shorter) <= 1.01 * exact
+    assert monitor.evaluations == evaluated + 1

@@ -804,3 +804,52 @@ def test_full_backward_hooks_and_evaluation_of_other_batches_are_no_obstacle() -
     expected = grads_of(RULES[0], plain, inputs)
     for name, grad in grads_of(RULES[0], WithTeacher(), inputs).items():
         assert_close(grad, expected[name.removeprefix("net.")])
+
+
+class _Kept(nn.Module):
+    """A layer whose input an earlier layer has computed, arranged in memory as asked for."""
+
+    def __init__(self, layer: nn.Module, arrange: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.arrange = layer, arrange
+        self.seen: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        input = self.arrange(x * torch.ones_like(x, requires_grad=True))
+        output = self.layer(input)
+        self.seen = input, output
+        return output
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "arrange", "same"),
+    [
+        (lambda: nn.Linear(3, 2), (4, 3), lambda x: x, True),
+        (lambda: nn.Linear(3, 2), (4, 5, 3), lambda x: x, True),
+        (lambda: nn.Conv2d(2, 3, 3, padding=1), (4, 2, 5, 5), lambda x: x, True),
+        (
+            lambda: nn.Conv2d(2, 3, 3, padding=1),
+            (4, 2, 5, 5),
+            lambda x: x.contiguous(memory_format=torch.channels_last),
+            True,
+        ),
+        (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (4, 2, 5, 5), lambda x: x, False),
+        (lambda: nn.Conv2d(2, 3, (2, 3), padding="same"), (4, 2, 5, 5), lambda x: x, False),
+        (lambda: nn.Linear(3, 2), (1, 3), lambda x: x.expand(4, 3), False),
+        (lambda: nn.Linear(3, 2), (4, 3), lambda x: x.detach(), False),
+        (lambda: nn.Linear(3, 2), (8, 3), lambda x: x, False),
+    ],
+)
+def test_inputs_are_changed_in_place_where_autograd_keeps_them_and_nowhere_else(
+    layer: Callable[[], nn.Module], shape: tuple[int, ...], arrange: Callable[[Tensor], Tensor], same: bool
+) -> None:
+    """Against autograd itself: with the input zeroed afterwards, the weight's gradient is zero just when it kept it."""
+    module = _Kept(layer(), arrange)
+    output = module(torch.rand(*shape) + 0.1)
+    assert module.seen is not None
+    input = module.seen[0]
+    assert backprop._is_what_autograd_keeps(module.layer, input, 4) == same
+    if same:
+        input.data.zero_()
+        output.sum().backward()
+        assert not module.layer.weight.grad.any()
