@@ -95,8 +95,8 @@ class SST2DataModule(_TableDataModule):
 class BagOfWords(nn.Module):
     """A linear classifier of the hashed words of a text, in whatever order: ``(B, T) -> (B, classes)``.
 
-    Every bucket has a vector of logits, at first zero; a text's are the sum over its n tokens, over ``√n``. So a text of
-    n different words has features of norm 1, be it long or short, and one clipping norm suits all.
+    Every bucket has a vector of logits, at first zero; a text's are the sum over its n tokens, over ``√n``. So a text
+    of n different words has features of norm 1, be it long or short, and one clipping norm suits all.
 
     Args:
         buckets: Number of rows of the table; row 0 is padding and stays zero.
@@ -109,14 +109,16 @@ class BagOfWords(nn.Module):
         nn.init.zeros_(self.logits.weight)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        summed = self.logits(tokens)
         count = (tokens != PADDING).sum(1, keepdim=True).clamp(min=1)
-        logits: Tensor = self.logits(tokens) / count.sqrt()
+        logits: Tensor = summed / count.to(summed.dtype).sqrt()
         return logits
 
 
 class TextTransformer(nn.Module):
-    """A small transformer encoder, averaged over the tokens that are not padding: ``(B, T) -> (B, classes)``.
+    """A small transformer encoder: ``(B, T) -> (B, classes)``.
 
+    Its head reads the sum of the n tokens that are not padding, over ``√n``, which is large enough to learn from.
     Normalisation comes first and nothing is dropped out.
 
     Args:
@@ -147,14 +149,16 @@ class TextTransformer(nn.Module):
             for _ in range(layers)
         )
         self.head = nn.Linear(dim, classes)
+        for table in (self.token, self.position):  # small enough that what is learnt soon outweighs it
+            nn.init.normal_(table.weight, std=0.1)
+        nn.init.zeros_(self.token.weight[PADDING])
 
     def forward(self, tokens: Tensor) -> Tensor:
-        padding = tokens == PADDING
-        attended = padding.clone()
-        attended[:, 0] = False  # a text without words attends to its first padding: no row of attention may be empty
+        ignored = tokens == PADDING
+        ignored[:, 0] = False  # a text without words attends to its first padding: no row of attention may be empty
         states = self.token(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device)[None])
         for layer in self.layers:
-            states = layer(states, src_key_padding_mask=attended)
-        kept = (~attended)[..., None]
-        logits: Tensor = self.head((states * kept).sum(1) / kept.sum(1))
+            states = layer(states, src_key_padding_mask=ignored)
+        kept = (~ignored)[..., None].to(states.dtype)
+        logits: Tensor = self.head((states * kept).sum(1) / kept.sum(1).sqrt())
         return logits
