@@ -1,13 +1,17 @@
-"""Models and data that the recipes use: ordinary Lightning code; only `ProjectedMLP` knows of privacy."""
+"""Models and data that the recipes use: ordinary Lightning code, with nothing about privacy in it."""
 
 from lightning_dp.zoo.classifier import Classifier, FeedbackClassifier
 from lightning_dp.zoo.data import CIFAR10DataModule, DigitsDataModule, MNISTDataModule
 from lightning_dp.zoo.models import MLP, FeatureClassifier, ProjectedMLP, TanhCNN
 from lightning_dp.zoo.scattering import Scattering2D
+from lightning_dp.zoo.tables import AdultDataModule
+from lightning_dp.zoo.text import BagOfWords, SST2DataModule, TextTransformer
 from lightning_dp.zoo.wide_resnet import StandardizedConv2d, WideResNet
 
 __all__ = [
     "MLP",
+    "AdultDataModule",
+    "BagOfWords",
     "CIFAR10DataModule",
     "Classifier",
     "DigitsDataModule",
@@ -15,8 +19,10 @@ __all__ = [
     "FeedbackClassifier",
     "MNISTDataModule",
     "ProjectedMLP",
+    "SST2DataModule",
     "Scattering2D",
     "StandardizedConv2d",
     "TanhCNN",
+    "TextTransformer",
     "WideResNet",
 ]
