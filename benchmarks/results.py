@@ -16,7 +16,8 @@ device_arguments
 test_accuracy
     Between 0 and 1.
 epsilon, delta, steps
-    As the training stated them, ε rounded up to four digits after the point, and its number of private steps.
+    As the training stated them, ε rounded up to four digits after the point, and its number of private steps. ε is
+    ``"inf"`` for a training without privacy.
 seconds
     Wall-clock time of the process, start and test included.
 hardware
@@ -195,7 +196,7 @@ def measure(row: Row, seed: int, device_arguments: Sequence[str]) -> Stored:
         "seed": seed,
         "device_arguments": list(device_arguments),
         "test_accuracy": done.accuracy,
-        "epsilon": done.epsilon,
+        "epsilon": done.epsilon if math.isfinite(done.epsilon) else "inf",
         "delta": done.delta,
         "steps": done.steps,
         "seconds": round(done.seconds, 1),
@@ -312,7 +313,7 @@ def _our_line(figures: Figures) -> list[str]:
         accuracy,
         str(len(runs)),
         verdict(row, mean),
-        str(max(stored["steps"] for stored in runs)),
+        str(max(stored["steps"] for stored in runs) or "not private"),
         _duration(sum(seconds) / len(seconds)),
         ", ".join(names),
         f"`{row.command}`",
@@ -396,7 +397,7 @@ def report(rows: Sequence[Row], quoted: Sequence[Quoted], store: Sequence[Stored
                 "q",
                 "N",
             ]
-            privacy = sorted(mine, key=lambda figures: figures.epsilon)
+            privacy = sorted((f for f in mine if math.isfinite(f.epsilon)), key=lambda figures: figures.epsilon)
             lines += _markdown([*head, "parameters", "date, commit"], [_privacy_line(figures) for figures in privacy])
         waiting = [row for row in rows if row.data == data and not results_of(row, store)]
         if waiting:
@@ -428,6 +429,9 @@ def draw(rows: Sequence[Row], quoted: Sequence[Quoted], store: Sequence[Stored])
     for axes, data in zip(panels, shown, strict=False):
         mine = [figures for figures in all_figures if figures.row.data == data]
         theirs = [row for row in quoted if row.data == data]
+        for figures in (f for f in mine if not math.isfinite(f.epsilon)):
+            axes.axhline(figures.accuracy[0], linestyle=":", color="grey", label=f"{figures.row.recipe}, not private")
+        mine = [figures for figures in mine if math.isfinite(figures.epsilon)]
         for number, recipe in enumerate(dict.fromkeys(figures.row.recipe for figures in mine)):
             points = sorted((f.epsilon, *f.accuracy) for f in mine if f.row.recipe == recipe)
             epsilons, means, halves = zip(*points, strict=True)

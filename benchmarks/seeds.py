@@ -8,6 +8,7 @@ The seed decides the initial weights; sampling and noise are fresh secrets in ev
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import statistics
 import subprocess
@@ -26,7 +27,7 @@ class Run:
 
     Args:
         accuracy: ``test_accuracy``, between 0 and 1.
-        epsilon, delta: As stated at the end of the training, ε rounded up.
+        epsilon, delta: As stated at the end of the training, ε rounded up. Infinity and 0 without privacy.
         steps: Private steps.
         seconds: From the start of the process to its end.
         folder: Of its logs, with the privacy card; ``None`` if it kept none.
@@ -44,7 +45,7 @@ def run(recipe: str, seed: int, extra: Sequence[str]) -> Run:
     """One run in a process of its own; ``extra`` are further arguments of ``lightning-dp fit``.
 
     Raises:
-        RuntimeError: It failed, or printed no ``test_accuracy`` with an ε.
+        RuntimeError: It failed, or printed no ``test_accuracy`` with an ε, or that there is none.
     """
     command = [sys.executable, "-m", "lightning_dp.cli", "fit", "--config", recipe, "--seed_everything", str(seed)]
     started = time.perf_counter()
@@ -55,12 +56,16 @@ def run(recipe: str, seed: int, extra: Sequence[str]) -> Run:
     last = (done.stdout.strip().splitlines() or [""])[-1]
     accuracy = re.search(r"test_accuracy = ([\d.]+)", last)
     privacy = re.search(r"ε = ([\d.]+|inf) at δ = (\S+) \(.*?(\d+) private steps\)", last)
-    if done.returncode or not accuracy or not privacy:
+    if privacy:
+        epsilon, delta, steps = float(privacy[1]), float(privacy[2]), int(privacy[3])
+    else:
+        epsilon, delta, steps = math.inf, 0.0, 0
+    if done.returncode or not accuracy or not (privacy or "NOT PRIVATE" in last):
         raise RuntimeError(f"{recipe}, seed {seed}, ended with {done.returncode} and no result:\n{done.stdout[-2000:]}")
     print(f"seed {seed}: {last} ({seconds:.0f} s)", flush=True)
     logs = re.search(r"logs in ([^;]+)", last)
     folder = Path(logs[1]) if logs else None
-    return Run(float(accuracy[1]), float(privacy[1]), float(privacy[2]), int(privacy[3]), seconds, folder)
+    return Run(float(accuracy[1]), epsilon, delta, steps, seconds, folder)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
