@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_dp.accounting import PrivacyLedger
 from lightning_dp.clipping import Bounding, Group, State
@@ -271,6 +272,7 @@ def check_examples_are_independent(
     step_arguments: tuple[Any, ...],
     context: Callable[[], AbstractContextManager[Any]],
     loss_reduction: str,
+    copies: int = 1,
 ) -> None:
     """Runs a few examples through a shadow of the model, and refuses models whose examples influence one another.
 
@@ -292,11 +294,12 @@ def check_examples_are_independent(
         step_arguments: The arguments of ``training_step`` after the batch.
         context: The precision context of a training step.
         loss_reduction: ``"mean"`` or ``"sum"``.
+        copies: How many rows of a batch from ``take`` belong to each example, one after another.
 
     Raises:
         UnsupportedModelError: With the layer's name.
     """
-    run = _ShadowRun(module, take, step_arguments, context)
+    run = _ShadowRun(module, take, step_arguments, context, copies)
     half = size // 2
     kept = list(range(half))
     everyone, exchanged = list(range(size)), [*kept, *[0] * (size - half)]
@@ -329,6 +332,7 @@ def check_contributions(
     loss_reduction: str,
     clipping: Bounding,
     state: State,
+    copies: int = 1,
 ) -> None:
     """Runs a few examples through the bounding itself, in a shadow of the model, one by one and together.
 
@@ -346,6 +350,7 @@ def check_contributions(
         shadow = shadow_of(module).eval()
         rule = clipping.bind(shadow)
         engine = rule.make_engine("bookkeeping", shadow)
+        engine.copies = copies
         step = PrivateStep(engine, rule, GaussianNoise(), PrivacyLedger(), Randomness())
         if state:
             step.clipping_state = state
@@ -354,10 +359,10 @@ def check_contributions(
             warnings.simplefilter("ignore")
             batch, count = take(examples), len(examples)
             step.begin(0.0, 1.0, 1.0)
-            with engine.forward(count), context():
+            with engine.forward(count * copies), context():
                 loss = loss_of(shadow.training_step(batch, *step_arguments))
             was_random |= not _same_random_state(_random_state(), random_state)
-            with step.backward(float(count) if loss_reduction == "mean" else 1.0):
+            with step.backward(float(count) if loss_reduction == "mean" else 1.0 / copies):
                 shadow.backward(loss)
             bounds.update(zip(step.groups, rule.group_sensitivities(step.groups, step.clipping_state), strict=True))
             step.release()
@@ -390,6 +395,45 @@ def check_contributions(
                     "an example's contribution depends on who else is there. Make training_step treat every example "
                     "by itself, or use engine='per_example'. (Found by the self-check; self_check=False turns it off.)"
                 )
+
+
+def check_copies_stay_together(
+    take: Callable[[list[int]], Any], rows_of: Callable[[Any, int, slice], Any], size: int, copies: int
+) -> None:
+    """Exchanges half of the examples, and looks whether the rows of the others stay where they were.
+
+    For engines that take rows by their place, where nothing else would notice that collation reorders them.
+
+    Args:
+        take: As for `check_examples_are_independent`.
+        rows_of: Some rows of a batch of so many.
+        size, copies: Number of examples, and of the rows of each.
+
+    Raises:
+        PrivacyConfigurationError: They do not.
+    """
+    half, state = size // 2, _random_state()
+    swapped = [
+        (slice(0, half * copies), [*range(half), *[0] * (size - half)]),
+        (slice(half * copies, size * copies), [*[size - 1] * half, *range(half, size)]),
+    ]
+
+    def leaves(examples: list[int], rows: slice) -> list[Tensor]:
+        _set_random_state(state)
+        part = rows_of(take(examples), size * copies, rows)
+        return [leaf for leaf in tree_leaves(part) if isinstance(leaf, Tensor) and leaf.dim()]
+
+    with _random_state_kept():
+        for rows, others in swapped:
+            for one, other in zip(leaves(list(range(size)), rows), leaves(others, rows), strict=True):
+                common = tuple(slice(0, min(a, b)) for a, b in zip(one.shape, other.shape, strict=True))
+                if not torch.equal(one[common], other[common]):
+                    raise PrivacyConfigurationError(
+                        f"augmentation_multiplicity={copies}: exchanging some records of a batch changed the rows of "
+                        "others, so that the augmentations of a record cannot be told from those of another. Collate "
+                        "and transfer must keep the order of rows (no sorting by length), and treat each by itself. "
+                        "(Found by the self-check; self_check=False turns it off.)"
+                    )
 
 
 #: Examples that pass through the bounding one by one.
@@ -431,6 +475,8 @@ class _Records:
     buffers: dict[str, Tensor]
     #: Whether the pass drew random numbers.
     was_random: bool
+    #: Rows of the calls that belong to each example.
+    copies: int
 
     def typical_gradient(self) -> float:
         """The median, over examples, of the norm of the gradient."""
@@ -447,8 +493,9 @@ class _ShadowRun:
         take: Callable[[list[int]], Any],
         step_arguments: tuple[Any, ...],
         context: Callable[[], AbstractContextManager[Any]],
+        copies: int,
     ) -> None:
-        self._module, self._take = module, take
+        self._module, self._take, self._copies = module, take, copies
         self._arguments, self._context = step_arguments, context
         self._state = _random_state()
 
@@ -474,12 +521,14 @@ class _ShadowRun:
             if not dropout and isinstance(child, nn.MultiheadAttention):
                 child.dropout = 0.0
         engine = BookKeeping(shadow)
+        engine.copies = self._copies
         recorder = engine.make_recorder(None)
         _set_random_state(self._state)
         with warnings.catch_warnings(), set_aside(engine.parameters.values()):
             warnings.simplefilter("ignore")
             batch = self._take(examples)
-            with recorder.forward(len(examples), keep_requires_grad=compare_with_autograd), self._context():
+            rows = len(examples) * self._copies
+            with recorder.forward(rows, keep_requires_grad=compare_with_autograd), self._context():
                 loss = loss_of(shadow.training_step(batch, *self._arguments))
             for parameter in engine.parameters.values():
                 parameter.grad = None  # the step may have run backward passes of its own
@@ -498,6 +547,7 @@ class _ShadowRun:
             {name: gradient.squared_norms().sqrt() for name, gradient in gradients.items()},
             {name: buffer for name, buffer in shadow.named_buffers() if buffer.is_floating_point()},
             was_random,
+            self._copies,
         )
 
 
@@ -549,7 +599,9 @@ def _difference(first: _Records, second: _Records, count: int, factor: float = 1
     """
     low = any(_is_low_precision(c.grad_output) for made in first.calls.values() for c in made)
 
-    def same(one: Tensor | None, other: Tensor | None, factor: float, scale: float = 0.0) -> bool:
+    rows = count * first.copies
+
+    def same(one: Tensor | None, other: Tensor | None, factor: float, scale: float = 0.0, count: int = rows) -> bool:
         if one is None or other is None or one.shape[1:] != other.shape[1:]:
             return True
         return _close(other[:count], one[:count] * factor if factor != 1 else one[:count], scale, low_precision=low)
@@ -569,7 +621,7 @@ def _difference(first: _Records, second: _Records, count: int, factor: float = 1
     # Next to the largest, a gradient that should be zero (of a bias before a normalisation) is rounding.
     scale = 1e-3 * factor * max((norms[:count].norm().item() for norms in first.norms.values()), default=0.0)
     for name, norms in first.norms.items():
-        if not same(norms, second.norms.get(name), factor, scale):
+        if not same(norms, second.norms.get(name), factor, scale, count):
             return f"Parameter '{name}'"
     if factor == 1:
         for name, buffer in first.buffers.items():

@@ -179,6 +179,21 @@ def _scaled(tensor: Tensor, weights: Tensor) -> Tensor:
     return tensor * weights.to(tensor.dtype).view(-1, *[1] * (tensor.dim() - 1))
 
 
+def _cancelling(size: Tensor, terms: int) -> Tensor:
+    """What is added to the squared norm of a sum of terms that can cancel, where the weighted sum is formed anew.
+
+    Formal guarantee: rounding of the weighted sum, at most about ``u √terms`` times the root of ``size`` (unit roundoff
+    u; Higham & Mary 2019), stays below 1/300 of the clipping norm however the terms cancel. Proof: the norm is then at
+    least ``300 u √(terms · size)``, and the weight at most the clipping norm over it. A gradient without cancellation
+    is measured too long by less than one part in a thousand for ten thousand terms.
+
+    Args:
+        size: Product of the summed squares of the two factors of every term, per example.
+        terms: Number of terms.
+    """
+    return size * (300 * torch.finfo(size.dtype).eps / 2) ** 2 * terms
+
+
 class Dense(PerExampleGradient):
     """Gradients that are in memory.
 
@@ -236,7 +251,11 @@ class OuterProducts(PerExampleGradient):
             return _squares(self.left) * _squares(self.right)
         if 2 * steps * steps <= p * d:
             return torch.cat([part._squared_norms_by_gram() for part in self._parts()])
-        return torch.cat([_squares(part.materialise()) for part in self._parts()])
+        return torch.cat([part._squared_norms_directly() for part in self._parts()])
+
+    def _squared_norms_directly(self) -> Tensor:
+        size = _squares(self.left) * _squares(self.right)
+        return _squares(self.materialise()) + _cancelling(size, self.left.shape[1])
 
     def _parts(self) -> list[OuterProducts]:
         """All of it, or, in a precision that has to be widened, a few examples at a time: the copies stay small."""
@@ -498,7 +517,8 @@ class Convolution(PerExampleGradient):
             if is_asynchronous(self.input):
                 rows = self._unfolded_at_once()
             starts = range(0, batch, rows)
-            return torch.cat([_squares(self._part(start, start + rows).materialise()) for start in starts])
+            norms = torch.cat([_squares(self._part(start, start + rows).materialise()) for start in starts])
+            return norms + _cancelling(_squares(self.grad) * _squares(self.input) * taps, positions)
         self.values = self.materialise()
         self.grad = self.input = self.values.new_empty(0)
         return _squares(self.values)
@@ -506,7 +526,10 @@ class Convolution(PerExampleGradient):
     def _squared_norms_over_copies(self) -> Tensor:
         """The gradients are kept if they take no more memory than the rows; else some examples at a time."""
         if len(self.grad) // self.copies * math.prod(self.shape) > self.grad.numel() + self.input.numel():
-            return torch.cat([part._squared_norms() for part in self._as_deeper_convolutions()])
+            norms = torch.cat([part._squared_norms() for part in self._as_deeper_convolutions()])
+            grad, input = (_squares(t).unflatten(0, (-1, self.copies)).sum(1) for t in (self.grad, self.input))
+            positions = math.prod(self.grad.shape[2:]) * self.copies
+            return norms + _cancelling(grad * input * math.prod(self.shape[2:]), positions)
         self.values = self.materialise()
         self.grad = self.input = self.values.new_empty(0)
         return _squares(self.values)
@@ -649,19 +672,27 @@ class Mapped(PerExampleGradient):
     Args:
         inner: The gradients before, of a parameter of the same shape.
         map: The map, for a batch of gradients: ``(B, *shape) -> (B, *shape)``.
+        gain: By how much the map lengthens a gradient, at most.
         like: A tensor of the parameter's shape, on its device.
         count: B.
     """
 
-    __slots__ = ("count", "inner", "like", "map")
+    __slots__ = ("count", "gain", "inner", "like", "map")
 
-    def __init__(self, inner: PerExampleGradient, map: Callable[[Tensor], Tensor], like: Tensor, count: int) -> None:
-        self.inner, self.map, self.like, self.count = inner, map, like, count
+    def __init__(
+        self, inner: PerExampleGradient, map: Callable[[Tensor], Tensor], gain: float, like: Tensor, count: int
+    ) -> None:
+        self.inner, self.map, self.gain, self.like, self.count = inner, map, gain, like, count
 
     def _squared_norms(self) -> Tensor:
         rows = max(1, (_UNFOLDED if is_asynchronous(self.like) else _MAPPED) // self.like.numel())
         parts = [self.part(start, min(start + rows, self.count)) for start in range(0, self.count, rows)]
-        return torch.cat([_squares(part.materialise()) for part in parts])
+        return torch.cat([part._squared_norms_directly() for part in parts])
+
+    def _squared_norms_directly(self) -> Tensor:
+        """What the map takes away is in the weighted sum until the map is applied to it: rounding must be covered."""
+        before = self.inner.materialise().view(-1, *self.like.shape)
+        return _squares(self.map(before)) + _cancelling(_squares(before) * self.gain**2, self.like[0].numel())
 
     def add_weighted_sum_(self, total: Tensor, weights: Tensor) -> None:
         inner = torch.zeros_like(total)
@@ -672,13 +703,13 @@ class Mapped(PerExampleGradient):
         return self.map(self.inner.materialise().view(-1, *self.like.shape))
 
     def part(self, start: int, stop: int) -> Mapped:
-        return Mapped(self.inner.part(start, stop), self.map, self.like, stop - start)
+        return Mapped(self.inner.part(start, stop), self.map, self.gain, self.like, stop - start)
 
     def without(self, examples: Tensor) -> Mapped:
-        return Mapped(self.inner.without(examples), self.map, self.like, self.count)
+        return Mapped(self.inner.without(examples), self.map, self.gain, self.like, self.count)
 
     def over_copies(self, copies: int) -> Mapped:
-        return Mapped(self.inner.over_copies(copies), self.map, self.like, self.count // copies)
+        return Mapped(self.inner.over_copies(copies), self.map, self.gain, self.like, self.count // copies)
 
 
 def add(gradients: Sequence[PerExampleGradient]) -> PerExampleGradient:

@@ -100,7 +100,8 @@ class PrivateProjection(nn.Module):
         self._keep(strategy.share(principal_directions(moment, self.components, self.equalized)))
 
     def inputs_of(self, batch: Any) -> Tensor:
-        """The layer's input in a batch of one record: the batch, or its first entry. Override it for other batches.
+        """What the layer will see of a batch of one record: the batch, or its first entry, as it is loaded. Override it
+        for other batches. Layers in front of this one are not looked at.
 
         Raises:
             TypeError: There is no tensor there.
@@ -127,6 +128,11 @@ class PrivateProjection(nn.Module):
                 f"PrivateProjection: in_features is {self.in_features}, and a record has {inputs.numel()} features."
             )
         return inputs.detach().flatten().cpu()
+
+    def empty(self) -> None:
+        """Forgets the directions."""
+        self.weight.fill_(math.nan)
+        self.filled = False
 
     def _keep(self, directions: Tensor) -> None:
         self.weight.copy_(directions)

@@ -69,8 +69,8 @@ def _read(path: Path) -> dict[str, Any]:
         content = jsonargparse.get_loader("yaml")(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML in UTF-8: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{path} holds no mapping of keys to values.")
     return content

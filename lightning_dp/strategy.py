@@ -20,6 +20,7 @@ import torch
 from dp_accounting import DpEvent, NeighboringRelation
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.plugins import CheckpointIO, MixedPrecision, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
@@ -36,7 +37,7 @@ from lightning_dp.denoising import Denoiser, DenoiserState
 from lightning_dp.engines import ENGINES
 from lightning_dp.journal import PrivacyJournal, relative_path, run_directory, software_versions
 from lightning_dp.noise import GaussianNoise, Noise
-from lightning_dp.pca import unfilled
+from lightning_dp.pca import PrivateProjection, unfilled
 from lightning_dp.pipeline import PrivacyLimitReached, PrivateStep
 from lightning_dp.randomness import Randomness
 from lightning_dp.sampling import (
@@ -50,7 +51,8 @@ from lightning_dp.sampling import (
 #: The key of the ledger in a Lightning checkpoint.
 CHECKPOINT_KEY = "lightning_dp"
 
-_SELF_CHECK_EXAMPLES = 8
+#: Examples that the self-check looks at; fewer, where each has several rows.
+_SELF_CHECK_EXAMPLES, _SELF_CHECK_ROWS = 8, 16
 
 
 class Budget(Protocol):
@@ -103,8 +105,10 @@ class PrivateMixin(Strategy):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {loss_reduction!r}.")
         if max_physical_batch_size is not None and max_physical_batch_size < 1:
             raise ValueError(f"max_physical_batch_size must be at least 1, got {max_physical_batch_size}.")
-        if augmentation_multiplicity < 1:
-            raise ValueError(f"augmentation_multiplicity must be at least 1, got {augmentation_multiplicity}.")
+        if not isinstance(augmentation_multiplicity, int) or augmentation_multiplicity < 1:
+            raise ValueError(
+                f"augmentation_multiplicity must be a whole number, at least 1, got {augmentation_multiplicity!r}."
+            )
         if max_physical_batch_size is not None and max_physical_batch_size < augmentation_multiplicity:
             raise ValueError(
                 f"max_physical_batch_size={max_physical_batch_size} is less than augmentation_multiplicity="
@@ -141,6 +145,7 @@ class PrivateMixin(Strategy):
         self._largest_share = 0
         self._examples_left_to_backward = 0
         self._bound: tuple[Any, ...] = ()
+        self._released: list[PrivateProjection] = []
         self._run_directory = ""
         self._is_set_up = self._journal_is_due = self._journal_is_open = False
         self._self_check_pending, self._nonfinite_reported = self_check, False
@@ -330,8 +335,21 @@ class PrivateMixin(Strategy):
         trainer.fit_loop.setup_data()  # the sanity check of validation comes before Lightning would do that
         if self._train_loader is None:  # limit_train_batches=0
             return
+        if averaging := [type(c).__name__ for c in trainer.callbacks if isinstance(c, WeightAveraging)]:  # type: ignore[attr-defined]
+            raise PrivacyConfigurationError(
+                f"{averaging[0]} copied the module before its PrivateProjection was filled, and would average and save "
+                "that copy. Fill the projection first: by a fit without that callback, whose weights you load, or from "
+                "public records (PrivateProjection.fill)."
+            )
+        if self._resumed is not None and self.ledger.statistics():
+            raise PrivacyConfigurationError(
+                "The checkpoint's ledger holds a statistic that was released, and its PrivateProjection no directions: "
+                "to go on would release and charge them again, and train on others. Resume from a checkpoint that has "
+                "them, or load its weights into a training of its own."
+            )
         for layer in layers:
             layer.release(self)
+        self._released = layers if getattr(trainer, "fast_dev_run", False) else []
 
     def each_record(self) -> Iterator[Any]:
         """Every record of the train set by itself: a batch of one, as Lightning would bring it to the device."""
@@ -357,6 +375,11 @@ class PrivateMixin(Strategy):
         Raises:
             PrivacyLimitReached: The budget has no room for it; nothing was released.
         """
+        if self.keep_journal and not (self._journal_is_open or getattr(self._trainer(), "fast_dev_run", False)):
+            raise PrivacyConfigurationError(
+                f"The release of {what} needs the journal, which is open during a fit: call release_sum from a hook of "
+                "the fit (on_fit_start, say), or turn the journal off (journal=False)."
+            )
         event = GaussianNoise().event(noise_multiplier)
         delta = getattr(self.budget, "delta", 1e-5)
         alone = f"ε = {event_epsilon(event, delta):.4g} at δ = {delta:g} by itself"
@@ -493,6 +516,9 @@ class PrivateMixin(Strategy):
         if self.journal is not None:
             self.journal.close()
         self.journal, self._resumed = None, None
+        for layer in self._released:  # no journal knows what a trial run released: nothing of it may be left
+            layer.empty()
+        self._released = []
         self._is_set_up = self._journal_is_due = self._journal_is_open = False
         super().teardown()
 
@@ -570,10 +596,11 @@ class PrivateMixin(Strategy):
         """
         step, results = self.private_step, self._trainer()._results
         assert step is not None
-        batch = self._load([0])
+        copies = step.engine.copies
+        batch = self._load([0] * copies)
         if results is not None:
             results.batch, results.batch_size = batch, None
-        with step.engine.forward(1):
+        with step.engine.forward(copies):
             super().training_step(batch, *args, **kwargs)
 
     def _load(self, records: list[int]) -> Any:
@@ -634,21 +661,25 @@ class PrivateMixin(Strategy):
         if not self._self_check_pending or self.num_records < 2:
             return
         self._self_check_pending = False
-        if self.engine != "bookkeeping":
-            return  # it sees one example at a time: they cannot influence one another
-        size = max(2, min(_SELF_CHECK_EXAMPLES, self.num_records, self.max_physical_batch_size or self.num_records))
+        copies = self.augmentation_multiplicity
+        physical = self.max_physical_batch_size or self.num_records * copies
+        size = max(2, min(_SELF_CHECK_EXAMPLES, self.num_records, physical // copies, _SELF_CHECK_ROWS // copies))
         records = np.random.default_rng(0).choice(self.num_records, size, replace=False).tolist()
         module = self._module()
 
         def take(examples: list[int]) -> Any:
-            return self._load([records[example] for example in examples])
+            return self._load([records[example] for example in examples for _ in range(copies)])
 
+        if self.engine != "bookkeeping":  # it sees one example at a time: they cannot influence one another
+            if copies > 1:
+                checks.check_copies_stay_together(take, self.take_examples, size, copies)
+            return
         # Whether examples are independent does not depend on precision, but autocast's rounding blurs the comparison.
         mixed = isinstance(self.precision_plugin, MixedPrecision)
         context = nullcontext if mixed else self.precision_plugin.train_step_context
-        checks.check_examples_are_independent(module, take, size, args, context, self.loss_reduction)
+        checks.check_examples_are_independent(module, take, size, args, context, self.loss_reduction, copies)
         state = self.private_step.clipping_state if self.private_step else {}
-        checks.check_contributions(module, take, size, args, context, self.loss_reduction, self.clipping, state)
+        checks.check_contributions(module, take, size, args, context, self.loss_reduction, self.clipping, state, copies)
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -772,8 +803,9 @@ class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
         augmentation_multiplicity: How many times, K, every record of a batch is loaded, to be augmented anew each time
             by the data set or by ``on_after_batch_transfer``. What is bounded is the gradient of the record's mean loss
             over the K: sensitivity, noise and ε are those of ``K = 1``. The batch that ``training_step`` sees has K
-            rows per record. Source: De et al. 2022, section 3.2, "Unlocking High-Accuracy Differentially Private Image
-            Classification through Scale".
+            rows per record, one after another: collation, transfer hooks and ``take_examples`` must keep their order,
+            which the self-check looks at. Source: De et al. 2022, section 3.2, "Unlocking High-Accuracy Differentially
+            Private Image Classification through Scale".
         device, accelerator, checkpoint_io, precision_plugin: As for Lightning's `SingleDeviceStrategy`; the Trainer
             fills them in.
 

@@ -9,15 +9,18 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from opacus import GradSampleModule
 from torch import Tensor, nn
 
-from lightning_dp import gradients
+from lightning_dp import FlatClipping, GaussianNoise, PrivacyLedger, gradients
 from lightning_dp.engines import BookKeeping
 from lightning_dp.gradients import OuterProducts, PerExampleGradient
 from lightning_dp.layers import convolution, refusal_for, registered_types, rule_for
+from lightning_dp.pipeline import PrivateStep
+from lightning_dp.randomness import Randomness
 from lightning_dp.zoo.wide_resnet import StandardizedConv2d
 from tests.conftest import assert_close, oracle_gradients
 
@@ -243,6 +246,45 @@ def test_a_gradient_that_cancels_is_never_measured_too_small() -> None:
     assert gradient.squared_norms().item() >= exact.item()
     weight = 1 / math.sqrt(gradient.squared_norms().item())
     assert weighted_sum(gradient, torch.tensor([weight]), torch.zeros(64, 64)).norm() <= 1 + 1e-5
+
+
+@pytest.mark.parametrize("copies", [2, 18, 40])
+@pytest.mark.parametrize("size", [1e3, 1e9, 1e12])
+@pytest.mark.parametrize("kind", ["linear", "convolution", "1x1 convolution", "standardised"])
+def test_what_cancels_within_a_record_does_not_add_its_rounding(kind: str, size: float, copies: int) -> None:
+    """A record whose augmentations, or whose constant part, cancel: what is left of it moves the sum by its bound."""
+    torch.manual_seed(1)
+    others, height = 12, 4
+    if kind == "linear":
+        layer: nn.Module = nn.Linear(64, 10, bias=False)
+        nn.init.zeros_(layer.weight)
+        net, shape = layer, (64,)
+    else:
+        kernel = 1 if kind == "1x1 convolution" else 3
+        make = StandardizedConv2d if kind == "standardised" else nn.Conv2d
+        layer = make(3, 10, kernel, bias=False)
+        if kind != "standardised":
+            nn.init.zeros_(layer.weight)
+        net, shape = nn.Sequential(layer, nn.AdaptiveAvgPool2d(1), nn.Flatten()), (3, height, height)
+    rows = torch.randn(others * copies, *shape)
+    signs = torch.tensor([1.0, -1.0] * (copies // 2)).view(-1, *[1] * len(shape))
+    adversary = size * (signs if kind != "standardised" else 1.0) * torch.ones(copies, *shape)
+    labels = torch.randint(10, (others,))
+
+    def released(inputs: Tensor, labels: Tensor) -> Tensor:
+        engine = BookKeeping(net)
+        engine.copies = copies
+        step = PrivateStep(engine, FlatClipping(1.0), GaussianNoise(), PrivacyLedger(), Randomness())
+        step.begin(0.0, 1.0, 1.0)
+        with engine.forward(len(inputs)):
+            loss = F.cross_entropy(net(inputs), labels.repeat_interleave(copies))
+        with step.backward(float(len(labels))):
+            loss.backward()
+        step.release()
+        return layer.weight.grad.double()
+
+    with_it = released(torch.cat([rows, adversary]), torch.cat([labels, labels[:1]]))
+    assert (with_it - released(rows, labels)).norm() <= 1 + 1e-2
 
 
 def test_a_subclass_that_overrides_forward_has_no_rule() -> None:

@@ -14,7 +14,7 @@ import torch
 from dp_accounting import GaussianDpEvent, NonPrivateDpEvent
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -32,6 +32,7 @@ from lightning_dp import (
     render_card,
 )
 from lightning_dp.accounting import event_epsilon, subsampled_gaussian
+from lightning_dp.checks import PrivacyConfigurationError
 from lightning_dp.journal import JOURNAL_NAME, JournalContents, JournalError, PrivacyJournal
 from lightning_dp.pca import principal_directions, second_moment, symmetric, upper_triangle
 from lightning_dp.pipeline import PrivacyLimitReached
@@ -426,3 +427,45 @@ def test_batches_of_another_form_are_refused_unless_the_layer_knows_them() -> No
         layer.inputs_of({"inputs": torch.zeros(1, 6)})
     assert torch.equal(layer.inputs_of(torch.ones(1, 6)), torch.ones(1, 6))
     assert OfMappings(6, 3, 1.0).inputs_of({"inputs": torch.zeros(1, 6)}).shape == (1, 6)
+
+
+def test_a_release_outside_a_fit_is_refused(tmp_path: Path) -> None:
+    private = PrivateStrategy(noise=GaussianNoise(1.0))
+    fitted = trainer(strategy=private, max_steps=1, default_root_dir=tmp_path)
+    fit(fitted, Net(), loader())
+    before = len(private.ledger)
+    with pytest.raises(PrivacyConfigurationError, match="open during a fit"):
+        private.release_sum(lambda: torch.zeros(3), 1.0, "zeros")
+    assert len(private.ledger) == before
+
+
+def projected() -> Net:
+    return Net(nn.Sequential(PrivateProjection(6, 4, 2.0), nn.Linear(4, 3)))
+
+
+def test_nothing_is_left_of_what_a_trial_run_released() -> None:
+    module = projected()
+    fit(trainer(strategy=PrivateStrategy(noise=GaussianNoise(1.0)), fast_dev_run=True), module, loader())
+    assert not module.net[0].filled
+    private = PrivateStrategy(noise=GaussianNoise(1.0))
+    fit(trainer(strategy=private, max_steps=2), module, loader())
+    assert module.net[0].filled
+    assert len(private.ledger.statistics()) == 1
+
+
+def test_copies_of_a_module_that_were_made_before_the_release_are_refused() -> None:
+    private = PrivateStrategy(noise=GaussianNoise(1.0))
+    with pytest.raises(PrivacyConfigurationError, match="EMAWeightAveraging copied the module"):
+        fit(trainer(strategy=private, callbacks=[EMAWeightAveraging()]), projected(), loader())
+    assert len(private.ledger) == 0
+
+
+def test_a_checkpoint_without_directions_is_not_resumed_with_others(tmp_path: Path) -> None:
+    module = projected()
+    first = trainer(strategy=PrivateStrategy(noise=GaussianNoise(1.0)), max_steps=2)
+    fit(first, module, loader())
+    module.net[0].empty()
+    first.save_checkpoint(tmp_path / "last.ckpt")
+    again = PrivateStrategy(noise=GaussianNoise(1.0))
+    with pytest.raises(PrivacyConfigurationError, match="holds a statistic that was released"):
+        fit(trainer(strategy=again, max_steps=4), projected(), loader(), ckpt_path=tmp_path / "last.ckpt")

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import MeanMetric
 
 from lightning_dp import (
@@ -36,6 +36,7 @@ from lightning_dp import (
 )
 from lightning_dp.checks import PrivacyConfigurationError
 from lightning_dp.randomness import Randomness
+from lightning_dp.records import UnsupportedModelError
 from lightning_dp.sampling import draw_poisson_sample
 from tests.conftest import DEVICE, Net, assert_close, dataset, fit, loader, oracle_gradients, trainer
 from tests.test_layers import EXAMPLES, randn
@@ -167,11 +168,63 @@ def test_a_record_moves_the_sum_by_at_most_the_bound_however_it_is_augmented(rul
     assert 0.3 * bound < moved <= bound * (1 + 1e-5)
 
 
+class Lengths(Dataset[Any]):
+    """Sequences of different lengths."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.full((1 + 7 * index % 5, 6), float(index)), index % 3
+
+
+def padded(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    sequences = nn.utils.rnn.pad_sequence([sequence for sequence, _ in items], batch_first=True)
+    return sequences.sum(1), torch.tensor([label for _, label in items])
+
+
+def longest_first(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    return padded(sorted(items, key=lambda item: -len(item[0])))
+
+
+@pytest.mark.parametrize("engine", ["bookkeeping", "per_example"])
+def test_collation_that_reorders_augmentations_is_refused(engine: str) -> None:
+    def train(copies: int, collate: Any) -> None:
+        private = strategy(engine=engine, augmentation_multiplicity=copies, seed=1)
+        fit(trainer(strategy=private, max_steps=1), Net(), DataLoader(Lengths(), batch_size=6, collate_fn=collate))
+
+    train(2, padded)
+    with pytest.raises((PrivacyConfigurationError, UnsupportedModelError), match="self-check"):
+        train(2, longest_first)
+
+
+class Together(Net):
+    """Averages the logits over the rows of a record: in the right order, or in another."""
+
+    def __init__(self, right: bool) -> None:
+        super().__init__()
+        self.right = right
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, labels = batch
+        logits = self.net(inputs)
+        if self.right:
+            return F.cross_entropy(logits.view(-1, 3, 3).mean(1), labels[::3])
+        return F.cross_entropy(logits.view(3, -1, 3).mean(0), labels[: len(labels) // 3])
+
+
+def test_a_training_step_may_treat_the_augmentations_of_a_record_together() -> None:
+    fit(trainer(strategy=strategy(augmentation_multiplicity=3, seed=1), max_steps=2), Together(True), loader())
+    with pytest.raises(UnsupportedModelError, match="self-check"):
+        fit(trainer(strategy=strategy(augmentation_multiplicity=3, seed=1)), Together(False), loader())
+
+
 def test_augmentations_that_cannot_be_averaged_are_refused() -> None:
     with pytest.raises(ValueError, match="all augmentations of a record pass"):
         PrivateStrategy(max_physical_batch_size=2, augmentation_multiplicity=3)
-    with pytest.raises(ValueError, match="at least 1"):
-        PrivateStrategy(augmentation_multiplicity=0)
+    for wrong in (0, 2.5):
+        with pytest.raises(ValueError, match="a whole number, at least 1"):
+            PrivateStrategy(augmentation_multiplicity=wrong)  # type: ignore[arg-type]
     private = strategy(clipping=BackpropClipping(1.0, 1.0), augmentation_multiplicity=2)
     with pytest.raises(PrivacyConfigurationError, match="forms its sum within the backward pass"):
         fit(trainer(strategy=private), Net(), loader())

@@ -200,10 +200,30 @@ def test_features_are_computed_once_and_trained_on(tmp_path: Path, monkeypatch: 
     assert len(fitted.strategy.ledger) == 6
     [metrics] = trainer().test(module, data, verbose=False)
     assert 0 <= metrics["test_accuracy"] <= 1
+    with pytest.raises(ValueError, match="65504"):
+        CIFAR10DataModule(features=Large()).setup("fit")
+    with pytest.raises(ValueError, match="depend on which others"):
+        CIFAR10DataModule(features=nn.BatchNorm2d(3, affine=False, track_running_stats=False)).setup("fit")
     with pytest.raises(ValueError, match="shifts"):
         CIFAR10DataModule(features=transform, shifts=2)
     with pytest.raises(ValueError, match="no trainable parameters"):
         CIFAR10DataModule(features=nn.Conv2d(3, 3, 1))
+
+
+class Large(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return 1e6 * images
+
+
+def test_validating_before_training_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images_on_disk(tmp_path, 12, 4)
+    monkeypatch.setenv("LIGHTNING_DP_DATA", str(tmp_path))
+    data = CIFAR10DataModule(batch_size=4, val_size=2)
+    data.setup("validate")
+    assert data.val is not None
+    assert data.train is None
+    data.setup("fit")
+    assert len(data.train_dataloader().dataset) == 10  # type: ignore[arg-type]
 
 
 def test_images_are_augmented_in_training_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -148,11 +148,14 @@ class _ImageDataModule(_TableDataModule):
         if self._splits is None:
             hub_name, folder_name, _ = self.source
             self._splits = load_hub_dataset(hub_name, folder_name)
-        if stage in ("fit", "validate") and self.val is None:
+        lacks_train = stage == "fit" and self.train is None
+        lacks_val = stage in ("fit", "validate") and self.val is None
+        if lacks_train or lacks_val:
             images, labels = _images(self._splits["train"], self.source[2], self.darkest)
             kept = len(labels) - self.val_size
-            self.val = self._table(images[kept:], labels[kept:])
-            if stage == "fit":
+            if lacks_val:
+                self.val = self._table(images[kept:], labels[kept:])
+            if lacks_train:
                 self.train = self._table(images[:kept], labels[:kept], training=True)
         if stage in ("test", "predict") and self.test is None:
             self.test = self._table(*_images(self._splits["test"], self.source[2], self.darkest))
@@ -164,7 +167,7 @@ class _ImageDataModule(_TableDataModule):
         labels = labels.to(place)
         if self.features is None or not len(images):
             return TensorTable(images.to(place), labels)
-        features = self.features.to(device)
+        features = self.features.to(device).eval()  # in training, some layers look at all images of a batch
 
         def views(part: Tensor) -> Tensor:
             part = part.to(device)
@@ -173,7 +176,8 @@ class _ImageDataModule(_TableDataModule):
         parts = images.split(_AT_ONCE_CPU if device.type == "cpu" else _AT_ONCE_GPU)
         shown = tqdm(parts, "features", leave=False, disable=None)
         with torch.no_grad():
-            columns = [views(part).to(place, torch.float16) for part in shown]
+            _check_features(features, images[:_AT_ONCE_CPU].to(device))
+            columns = [_half(views(part)).to(place) for part in shown]
         table = torch.cat(columns)
         return ViewTable(table, labels, together=self.flips and not training)
 
@@ -184,6 +188,23 @@ class _ImageDataModule(_TableDataModule):
             return batch
         images, *rest = batch
         return [augmented(images, self.flips, self.shifts), *rest]
+
+
+def _check_features(features: nn.Module, images: Tensor) -> None:
+    """Refuses features of an image that depend on other images."""
+    together, alone = features(images)[:1], features(images[:1])
+    if not torch.allclose(together, alone, rtol=1e-2, atol=1e-3 * float(alone.abs().max())):
+        raise ValueError(
+            f"features={type(features).__name__}: an image's features depend on which others are computed with it "
+            "(normalisation over the batch, say), and would carry records into one another."
+        )
+
+
+def _half(features: Tensor) -> Tensor:
+    half = features.to(torch.float16)
+    if (half.isinf() & features.isfinite()).any():
+        raise ValueError("features are kept in half precision, which ends at 65504: scale them down.")
+    return half
 
 
 #: Images whose features are computed at once: few, so that intermediate results stay in a processor's cache.
@@ -220,7 +241,7 @@ class MNISTDataModule(_ImageDataModule):
         on_device: Whether the tables are kept in the Trainer's device's memory.
 
     Raises:
-        ValueError: ``features`` can be trained, or are combined with ``shifts``.
+        ValueError: ``features`` can be trained, are combined with ``shifts``, mix images, or are too large.
     """
 
     source = ("ylecun/mnist", "mnist", "image")

@@ -24,8 +24,12 @@ class StandardizedConv2d(nn.Conv2d):
 def standardized(weight: Tensor) -> Tensor:
     """Kernels ``(C_out, C_in, *kernel)`` of mean zero and variance ``1 / (C_in · kernel size)``."""
     flat = weight.flatten(1)
-    variance, mean = torch.var_mean(flat, 1, correction=0, keepdim=True)
-    return ((flat - mean) * torch.rsqrt((variance * flat.shape[1]).clamp(min=1e-4))).view_as(weight)
+    return ((flat - flat.mean(1, keepdim=True)) * _scale(flat)).view_as(weight)
+
+
+def _scale(kernels: Tensor) -> Tensor:
+    """What centred kernels ``(C_out, n)`` are multiplied with; also the norm of the map's derivative, per kernel."""
+    return torch.rsqrt((kernels.var(1, correction=0, keepdim=True) * kernels.shape[1]).clamp(min=1e-4))
 
 
 @register_rule(StandardizedConv2d)
@@ -41,6 +45,7 @@ def standardized_convolution(
         gradients["weight"] = Mapped(
             gradients["weight"],
             lambda rows: vmap(adjoint)(rows.to(weight.dtype))[0].to(rows.dtype),
+            float(_scale(weight.flatten(1)).max()),
             weight,
             len(grad_output),
         )
