@@ -584,9 +584,9 @@ def test_layers_without_a_proven_bound_are_named(make: Callable[[], nn.Module], 
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: BackpropClipping(0.0, 1.0), "input_norm must be positive"),
+        (lambda: BackpropClipping(0.0, 1.0), "BackpropClipping: input_norm must be positive"),
         (lambda: BackpropClipping(1.0, math.inf), "upstream_norm must be positive"),
-        (lambda: BackpropClipping({"0": -1.0}, 1.0), "0 must be positive"),
+        (lambda: BackpropClipping({"0": -1.0}, 1.0), "BackpropClipping: 0 must be positive"),
         (lambda: BackpropClipping(1.0, 1.0, convolution="folded"), "convolution must be one of"),
         (lambda: BackpropClipping(1.0, 1.0, allocation="none"), "allocation must be one of"),
         (lambda: BackpropClipping({"0": 1.0}, 1.0).bind(Net()), r"missing \['net.0', 'net.2'\], unknown \['0'\]"),

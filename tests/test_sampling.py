@@ -229,3 +229,13 @@ def test_records_are_collated_as_the_loader_would() -> None:
     assert torch.equal(found, data.tensors[0][[4, 1]])
     together = poisson_loader(TensorTable(*data.tensors), 0.5, collate_fn=lambda batch: batch)
     assert torch.equal(together.collate_records([4, 1])[0], data.tensors[0][[4, 1]])
+
+
+def test_a_sampler_without_shards_draws_the_whole_sample() -> None:
+    alone = PoissonBatchSampler(103, 0.2, Randomness(seed=4), lambda: 7)
+    sharded = PoissonBatchSampler(103, 0.2, Randomness(seed=4), lambda: 7, shard=0, num_shards=1)
+    assert list(alone) == list(sharded)
+    copied = PoissonBatchSampler(103, 0.2, Randomness(seed=4), lambda: 7, copies=3)
+    for once, thrice in zip(alone, copied, strict=True):
+        assert thrice == [index for index in once for _ in range(3)]
+        assert copied.sizes.popleft() == (len(once), len(once))
