@@ -22,9 +22,10 @@ from lightning_dp.zoo import (
     FeatureClassifier,
     Scattering2D,
     TanhCNN,
+    Upright,
     WideResNet,
 )
-from lightning_dp.zoo.data import TensorTable, ViewTable, augmented
+from lightning_dp.zoo.data import TensorTable, ViewTable, augmented, upright
 from lightning_dp.zoo.scattering import dead_leaves
 from lightning_dp.zoo.wide_resnet import standardized
 from tests.conftest import assert_close, fit, oracle_gradients, trainer
@@ -127,6 +128,25 @@ def test_augmentation_moves_every_image_by_itself() -> None:
     assert torch.equal(moved[:, 0], moved[:, 2])
     assert torch.equal(augmented(image, flips=False, shifts=0), image)
     assert augmented(image[:0], True, 2).shape == (0, 1, 6, 6)
+
+
+def test_ink_is_centred_and_stands_upright_in_every_image_by_itself() -> None:
+    rows, columns = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
+    slants = torch.linspace(-0.6, 0.6, 9).view(-1, 1, 1)
+    middle = 12 + slants * (rows - 16)
+    stroke = torch.exp(-((columns - middle) ** 2) / 4) * torch.exp(-((rows - 16) ** 2) / 20)
+    images = (2 * stroke - 1)[:, None]
+    moved = upright(images)
+    ink, y, x = (moved + 1) / 2, rows - 13.5, columns - 13.5
+    mass = ink.sum((1, 2, 3))
+    for moment in (y, x, y * x):
+        assert ((ink * moment).sum((1, 2, 3)) / mass).abs().max() < 0.1
+    spread = moved - moved.mean(0, keepdim=True)
+    assert spread.abs().max() < 0.2, "strokes of all slants look the same"
+    assert_close(upright(images[3:4]), moved[3:4])
+    empty = torch.full((2, 1, 9, 9), -1.0)
+    assert torch.equal(upright(empty), empty)
+    assert torch.equal(Upright(nn.Flatten())(images), moved.flatten(1))
 
 
 def test_logits_of_several_views_are_averaged() -> None:

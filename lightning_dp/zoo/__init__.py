@@ -1,7 +1,7 @@
 """Models and data that the recipes use: ordinary Lightning code, with nothing about privacy in it."""
 
 from lightning_dp.zoo.classifier import Classifier, FeedbackClassifier
-from lightning_dp.zoo.data import CIFAR10DataModule, DigitsDataModule, MNISTDataModule
+from lightning_dp.zoo.data import CIFAR10DataModule, DigitsDataModule, MNISTDataModule, Upright
 from lightning_dp.zoo.models import MLP, FeatureClassifier, ProjectedMLP, TanhCNN
 from lightning_dp.zoo.scattering import Scattering2D
 from lightning_dp.zoo.tables import AdultDataModule
@@ -24,5 +24,6 @@ __all__ = [
     "StandardizedConv2d",
     "TanhCNN",
     "TextTransformer",
+    "Upright",
     "WideResNet",
 ]
