@@ -301,7 +301,7 @@ class Upright(nn.Module):
 
 
 def upright(images: Tensor) -> Tensor:
-    """Images ``(B, 1, H, W)`` in [-1, 1], centred by mass and sheared along x until x and y of the ink are uncorrelated.
+    """Images ``(B, 1, H, W)`` in [-1, 1], centred by mass and sheared along x until the ink is uncorrelated in x and y.
 
     An image without ink stays as it is.
     """
