@@ -291,6 +291,7 @@ def test_dp_sgd_on_as_many_records_as_mnist_has(epsilon: float, tmp_path: Path) 
     assert found.lower_bound >= (0.5 if epsilon == 4 else 0.3) * epsilon, found
 
 
+@pytest.mark.slow
 def test_wrong_labels_are_found_in_a_model_trained_with_little_noise(tmp_path: Path) -> None:
     """Black box. Against the claim of the noise that it has, and against a claim that is false."""
 

@@ -467,6 +467,7 @@ def test_the_noise_of_a_step_has_the_scale_of_the_ledger(noise: Noise) -> None:
         assert stats.kstest(moved * wrong, distribution.cdf).pvalue < 1e-6
 
 
+@pytest.mark.slow
 def test_it_learns_also_by_feedback_alignment_and_in_one_callback() -> None:
     module = FeedbackClassifier(MLP([6, 16, 3]), classes=3, learning_rate=0.05)
     privacy = DifferentialPrivacy(

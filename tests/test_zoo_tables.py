@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from lightning_dp import DifferentialPrivacy
+from lightning_dp.recipes import compose, shipped_recipes
 from lightning_dp.zoo import MLP, AdultDataModule, Classifier
 from lightning_dp.zoo.tables import CATEGORIES, EDGES, FEATURES, LABELS, encode_adult
 from tests.conftest import fit, trainer
-
-RECIPES = Path(__file__).parent.parent / "recipes" / "adult"
 
 
 def records(count: int) -> list[dict[str, Any]]:
@@ -121,7 +119,7 @@ def test_a_private_training_runs(folder: Path) -> None:
     assert all(not torch.equal(p, old) for p, old in zip(module.parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_networks_of_the_recipes_take_the_features(recipe: Path) -> None:
-    net = yaml.safe_load(recipe.read_text())["model"]["init_args"]["net"]
+@pytest.mark.parametrize("recipe", [name for name in shipped_recipes() if name.startswith("adult/")])
+def test_networks_of_the_recipes_take_the_features(recipe: str) -> None:
+    net = compose(shipped_recipes()[recipe])["model"]["init_args"]["net"]
     assert net["init_args"]["sizes"][0] == FEATURES
