@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_dp import zoo
 from lightning_dp.engines import BookKeeping
 from lightning_dp.layers import OPAQUE, calls_linear, registered_types, rule_for, trained_layers
 from lightning_dp.records import UnsupportedModelError
@@ -261,7 +262,8 @@ def test_lora_adapters_equal_the_loop() -> None:
 def coverage_table() -> str:
     """The table of docs/coverage.md, from what the tests above run."""
     lines = ["| layer | how |", "|---|---|"]
-    lines += [f"| `torch.nn.{cls.__name__}` | rule |" for cls in registered_types()]
+    homes = {cls: "torch.nn" if cls.__module__.startswith("torch.nn") else zoo.__name__ for cls in registered_types()}
+    lines += [f"| `{home}.{cls.__name__}` | rule |" for cls, home in homes.items()]
     for name, (make, _) in MODELS.items():
         layers = trained_layers(make()).values()
         rerun = sorted(
