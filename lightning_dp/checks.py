@@ -318,7 +318,7 @@ def check_examples_are_independent(
                     "tokens of the batch, or mixing in the collate function do that; make training_step treat every "
                     "example by itself (average per example first, then over examples)."
                 )
-            _check_reduction(run, everyone, half, loss_reduction)
+            _check_reduction(run, first, size, loss_reduction)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{error} (Found by the self-check; self_check=False turns it off.)") from None
 
@@ -440,9 +440,9 @@ def check_copies_stay_together(
 _BOUNDED_EXAMPLES = 2
 
 
-def _check_reduction(run: _ShadowRun, everyone: list[int], half: int, loss_reduction: str) -> None:
+def _check_reduction(run: _ShadowRun, first: _Records, size: int, loss_reduction: str) -> None:
     """Property 3. Random models are compared by size only: other batch sizes draw other random numbers."""
-    size = len(everyone)
+    everyone, half = list(range(size)), size // 2
     reason = (
         "a smaller batch changed an example's gradient, which loss_reduction="
         f"'{loss_reduction}' does not explain. If training_step returns a sum over the examples, pass "
@@ -450,7 +450,7 @@ def _check_reduction(run: _ShadowRun, everyone: list[int], half: int, loss_reduc
         "depends on the data."
     )
     with suppress(RuntimeError):  # some kernels (cuDNN's recurrent layers) have no backward in eval mode
-        whole = run(everyone, training=False)
+        whole = run(everyone, training=False) if first.was_random else first
         if whole.was_random:
             many, few = run([0] * 4 * size, training=False), run([0] * size, training=False)
             factor = 4.0 if loss_reduction == "mean" else 1.0
@@ -459,7 +459,7 @@ def _check_reduction(run: _ShadowRun, everyone: list[int], half: int, loss_reduc
                 raise UnsupportedModelError(f"The loss: {reason}")
             return
         factor = size / half if loss_reduction == "mean" else 1.0
-        difference = _difference(whole, run(everyone[:half], training=False), half, factor)
+        difference = _difference(whole, run(everyone[:half], training=whole is first), half, factor)
         if difference:
             raise UnsupportedModelError(f"{difference}: {reason}")
 
