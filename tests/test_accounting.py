@@ -13,7 +13,7 @@ from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_dp import accountants
+from lightning_dp import accountants, accounting
 from lightning_dp.accounting import (
     ACCOUNTANTS,
     ADJACENCIES,
@@ -519,3 +519,9 @@ def test_the_monitor_looks_ahead_by_less_than_it_tolerates() -> None:
     exact = shorter.epsilon(1e-5)
     assert exact <= monitor.bound(shorter) <= 1.01 * exact
     assert monitor.evaluations == evaluated + 1
+
+
+@pytest.mark.parametrize("threshold", [0.003, 0.9, 1.0, 7.0, 5000.0])
+def test_the_smallest_number_from_which_a_predicate_holds_is_found_on_both_sides_of_the_start(threshold: float) -> None:
+    found = accounting._smallest_power(lambda x: x >= threshold, start=1.0, end=2.0**20)
+    assert threshold <= found <= 1.03 * threshold

@@ -279,3 +279,21 @@ def test_norms_are_kept_also_among_several_processes() -> None:
         kept.append(torch.stack([*step.norms, *step.weights]))
     assert kept[0].shape == (2, 5, 2) and (kept[0] > 0).all()
     assert torch.allclose(kept[0], kept[1])
+
+
+def test_the_kept_norm_of_an_example_that_is_left_out_is_zero() -> None:
+    model = nn.Linear(3, 2)
+    step = private_step(model, PrivacyLedger())
+    step.keep_norms = True
+    inputs = torch.ones(3, 3)
+    inputs[1] = torch.nan
+    step.begin(1.0, 0.1, 3.0)
+    with step.engine.forward(3):
+        loss = model(inputs).pow(2).sum(1).mean()
+    with step.backward(3.0):
+        loss.backward()
+    [norms] = step.norms
+    step.release()
+    assert norms[1, 0] == 0
+    assert (norms[[0, 2], 0] > 0).all()
+    assert step.nonfinite_examples == 1
