@@ -7,6 +7,7 @@ few examples through a shadow of the model and looks at what happens.
 from __future__ import annotations
 
 import copy
+import math
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from lightning_dp.accounting import PrivacyLedger
 from lightning_dp.clipping import Bounding, Group, State
 from lightning_dp.denoising import Denoiser
 from lightning_dp.engines import BookKeeping, Engine, SummingEngine, set_aside
-from lightning_dp.gradients import PerExampleGradient
+from lightning_dp.gradients import PerExampleGradient, wide
 from lightning_dp.layers import refusal_for, rule_for, trainable, trained_layers
 from lightning_dp.noise import NOISES, GaussianNoise, Noise
 from lightning_dp.pipeline import PrivateStep
@@ -585,10 +586,13 @@ def _close(found: Tensor, expected: Tensor, scale: float = 0.0, low_precision: b
     ``scale`` is the norm of what was added up to give these, when they may have cancelled.
     """
     tolerance = 5e-2 if low_precision or _is_low_precision(expected) else 1e-3
-    finite = found.isfinite() & expected.isfinite()
-    found, expected = found.double().where(finite, 0), expected.double().where(finite, 0)
-    size = max(expected.norm().item(), scale)
-    return (found - expected).norm().item() <= tolerance * size + 1e-12
+    found, expected = wide(found), wide(expected)
+    difference, size = (found - expected).norm().item(), expected.norm().item()
+    if not (math.isfinite(difference) and math.isfinite(size)):
+        finite = found.isfinite() & expected.isfinite()
+        found, expected = found.double().where(finite, 0), expected.double().where(finite, 0)
+        difference, size = (found - expected).norm().item(), expected.norm().item()
+    return difference <= tolerance * max(size, scale) + 1e-12
 
 
 def _difference(first: _Records, second: _Records, count: int, factor: float = 1.0) -> str | None:
