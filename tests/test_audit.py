@@ -134,7 +134,9 @@ def audited(name: str, trials: int = 200, multiplier: float = 0.5) -> Audit:
     return audit_module(module, loader(), clipping, noise, multiplier=multiplier, trials=trials, confidence=0.999)
 
 
-@pytest.mark.parametrize("name", MECHANISMS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(m, marks=[pytest.mark.slow] if m.endswith("feedback") else []) for m in MECHANISMS]
+)
 def test_no_mechanism_reveals_more_than_it_claims(name: str) -> None:
     found = audited(name)
     assert found.passed, found

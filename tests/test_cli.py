@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,24 @@ def tiny_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=recipe_id)
+#: One recipe a data set runs with every change; `test_recipes` parses all of them.
+QUICK = (
+    "digits/dp_sgd",
+    "mnist/scatternet",
+    "mnist/dp_sgd",
+    "cifar10/scatternet",
+    "adult/dp_sgd",
+    "sst2/embedding_bag",
+)
+
+
+def cases() -> Iterator[Any]:
+    for path in RECIPES:
+        slow = () if recipe_id(path) in QUICK else (pytest.mark.slow,)
+        yield pytest.param(path, id=recipe_id(path), marks=slow)
+
+
+@pytest.mark.parametrize("recipe", cases())
 def test_every_recipe_runs(recipe: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["fit", "--config", str(recipe), "--trainer.max_epochs", "1", "--data.init_args.batch_size", "16",
           "--trainer.enable_progress_bar", "false", "--trainer.limit_train_batches", "2"])  # fmt: skip

@@ -54,7 +54,7 @@ def free_port() -> str:
 @pytest.mark.parametrize(
     "strategy",
     [
-        "private_ddp",
+        pytest.param("private_ddp", marks=pytest.mark.slow),
         "ddp",
         pytest.param("private_ddp_spawn", marks=pytest.mark.slow),
         pytest.param("private_ddp_notebook", marks=pytest.mark.slow),
@@ -108,7 +108,7 @@ def test_slurm(tmp_path: Path) -> None:
     ("fault", "strategy", "rank"),
     [
         ("raise", "private_ddp", 1),
-        ("hang", "private_ddp", 1),
+        pytest.param("hang", "private_ddp", 1, marks=pytest.mark.slow),
         pytest.param("die", "private_ddp", 1, marks=pytest.mark.slow),
         pytest.param("die", "private_ddp", 0, marks=pytest.mark.slow),
         pytest.param("raise", "private_ddp_spawn", 1, marks=pytest.mark.slow),

@@ -151,6 +151,7 @@ def test_the_stored_results_are_readable_and_the_report_is_of_them(results: Modu
     assert (ROOT / "docs" / "results.md").read_text() == results.report(rows, quoted, store)
 
 
+@pytest.mark.slow
 def test_a_real_run_is_measured_with_its_card(
     results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
