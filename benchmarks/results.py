@@ -447,7 +447,8 @@ def draw(rows: Sequence[Row], quoted: Sequence[Quoted], store: Sequence[Stored])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="ε (adding or removing one record)", ylabel="test accuracy (%)", title=TITLES.get(data, data))
         axes.grid(alpha=0.3)
-        axes.margins(x=0.08)
+        if ticks:
+            axes.set_xlim(ticks[0] / 1.3, ticks[-1] * 1.3)
         axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
     return figure
 
