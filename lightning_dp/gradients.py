@@ -184,8 +184,9 @@ def _cancelling(size: Tensor, terms: int) -> Tensor:
 
     Formal guarantee: rounding of the weighted sum, at most about ``u √terms`` times the root of ``size`` (unit roundoff
     u; Higham & Mary 2019), stays below 1/300 of the clipping norm however the terms cancel. Proof: the norm is then at
-    least ``300 u √(terms · size)``, and the weight at most the clipping norm over it. A gradient without cancellation
-    is measured too long by less than one part in a thousand for ten thousand terms.
+    least ``300 u √(terms · size)``, and the weight at most the clipping norm over it. A gradient of a thousand
+    independent terms is measured too long by two parts in ten thousand; by more in proportion to their number, and to
+    how far ``size`` is above what it bounds (the taps of a kernel).
 
     Args:
         size: Product of the summed squares of the two factors of every term, per example.
