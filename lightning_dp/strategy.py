@@ -360,8 +360,9 @@ class PrivateMixin(Strategy):
         """A sum over all records of the train set, with Gaussian noise: a statistic, charged like a private step.
 
         Formal guarantee: the release is a Gaussian mechanism of this noise multiplier, and the ledger, and the journal
-        where one is kept, hold it before the noisy sum exists. Proof: every number of a sum that one record moves by at most 1, in Euclidean norm,
-        gets independent noise of standard deviation ``noise_multiplier``, from a stream that nothing else draws from.
+        where one is kept, hold it before the noisy sum exists. Proof: every number of a sum that one record moves by at
+        most 1, in Euclidean norm, gets independent noise of standard deviation ``noise_multiplier``, from a stream that
+        nothing else draws from.
 
         Args:
             total: Computes the sum ``(n,)``, in the first process only. One record, added or removed, must move it by
