@@ -15,6 +15,7 @@ from lightning_dp.accounting import (
 from lightning_dp.backprop import BackpropClipping
 from lightning_dp.callbacks import DifferentialPrivacy, PrivacyBudget, PrivacyMonitor
 from lightning_dp.card import PrivacyCard, card_of_run, privacy_card, render_card
+from lightning_dp.centering import PrivateCentering
 from lightning_dp.checks import PrivacyConfigurationError
 from lightning_dp.clipping import AdaptiveClipping, AutomaticClipping, FlatClipping, PerLayerClipping
 from lightning_dp.denoising import JamesSteinDenoiser, KSDenoiser, LowPassDenoiser
@@ -64,6 +65,7 @@ __all__ = [
     "PrivacyConfigurationError",
     "PrivacyLedger",
     "PrivacyMonitor",
+    "PrivateCentering",
     "PrivateDDPStrategy",
     "PrivateProjection",
     "PrivateStrategy",

@@ -37,7 +37,6 @@ from lightning_dp.denoising import Denoiser, DenoiserState
 from lightning_dp.engines import ENGINES
 from lightning_dp.journal import PrivacyJournal, relative_path, run_directory, software_versions
 from lightning_dp.noise import GaussianNoise, Noise
-from lightning_dp.pca import PrivateProjection, unfilled
 from lightning_dp.pipeline import PrivacyLimitReached, PrivateStep
 from lightning_dp.randomness import Randomness
 from lightning_dp.sampling import (
@@ -47,6 +46,7 @@ from lightning_dp.sampling import (
     fingerprint,
     records_and_batch_size,
 )
+from lightning_dp.statistic import PrivateStatistic, unfilled
 
 #: The key of the ledger in a Lightning checkpoint.
 CHECKPOINT_KEY = "lightning_dp"
@@ -145,7 +145,7 @@ class PrivateMixin(Strategy):
         self._largest_share = 0
         self._examples_left_to_backward = 0
         self._bound: tuple[Any, ...] = ()
-        self._released: list[PrivateProjection] = []
+        self._released: list[PrivateStatistic] = []
         self._run_directory = ""
         self._is_set_up = self._journal_is_due = self._journal_is_open = False
         self._self_check_pending, self._nonfinite_reported = self_check, False
@@ -200,7 +200,7 @@ class PrivateMixin(Strategy):
             self._is_set_up = True
             if self._journal_is_due:  # a setup hook asked for the train loader: the checkpoint was not loaded then
                 self._open_journal(trainer)
-            self._fill_projections(trainer)
+            self._fill_statistics(trainer)
 
     def _bind(self, trainer: Trainer) -> None:
         """Binds the private step to the parameters that are trainable now."""
@@ -324,11 +324,11 @@ class PrivateMixin(Strategy):
 
     # -- statistics of all records ---------------------------------------------------------------------------------
 
-    def _fill_projections(self, trainer: Trainer) -> None:
+    def _fill_statistics(self, trainer: Trainer) -> None:
         """Releases what layers need to know of the train set, before anything passes through them."""
         layers = unfilled(self._module().modules())
         self.agree(
-            len(layers), "The processes hold different projections: load the same weights in all of them, or in none."
+            len(layers), "The processes hold different statistics: load the same weights in all of them, or in none."
         )
         if not layers:
             return
@@ -337,15 +337,15 @@ class PrivateMixin(Strategy):
             return
         if averaging := [type(c).__name__ for c in trainer.callbacks if isinstance(c, WeightAveraging)]:  # type: ignore[attr-defined]
             raise PrivacyConfigurationError(
-                f"{averaging[0]} copied the module before its PrivateProjection was filled, and would average and save "
-                "that copy. Fill the projection first: by a fit without that callback, whose weights you load, or from "
-                "public records (PrivateProjection.fill)."
+                f"{averaging[0]} copied the module before its {type(layers[0]).__name__} was filled, and would average "
+                "and save that copy. Fill the layer first: by a fit without that callback, whose weights you load, or "
+                "from public records, by its fill()."
             )
         if self._resumed is not None and self.ledger.statistics():
             raise PrivacyConfigurationError(
-                "The checkpoint's ledger holds a statistic that was released, and its PrivateProjection no directions: "
-                "to go on would release and charge them again, and train on others. Resume from a checkpoint that has "
-                "them, or load its weights into a training of its own."
+                f"The checkpoint's ledger holds a statistic that was released, and its {type(layers[0]).__name__} no "
+                f"{layers[0].what}: to go on would release and charge them again, and train on others. Resume from a "
+                "checkpoint that has them, or load its weights into a training of its own."
             )
         for layer in layers:
             layer.release(self)

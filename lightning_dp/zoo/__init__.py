@@ -2,7 +2,8 @@
 
 from lightning_dp.zoo.classifier import Classifier, FeedbackClassifier
 from lightning_dp.zoo.data import CIFAR10DataModule, DigitsDataModule, MNISTDataModule, Upright
-from lightning_dp.zoo.models import MLP, FeatureClassifier, ProjectedMLP, TanhCNN
+from lightning_dp.zoo.models import MLP, CenteredLinear, FeatureClassifier, ProjectedMLP, TanhCNN
+from lightning_dp.zoo.patches import EqualizedFeatures, PatchFeatures
 from lightning_dp.zoo.scattering import Scattering2D
 from lightning_dp.zoo.tables import AdultDataModule
 from lightning_dp.zoo.text import BagOfWords, SST2DataModule, TextTransformer
@@ -13,11 +14,14 @@ __all__ = [
     "AdultDataModule",
     "BagOfWords",
     "CIFAR10DataModule",
+    "CenteredLinear",
     "Classifier",
     "DigitsDataModule",
+    "EqualizedFeatures",
     "FeatureClassifier",
     "FeedbackClassifier",
     "MNISTDataModule",
+    "PatchFeatures",
     "ProjectedMLP",
     "SST2DataModule",
     "Scattering2D",

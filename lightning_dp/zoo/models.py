@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from lightning_dp.centering import PrivateCentering
 from lightning_dp.pca import PrivateProjection
 
 
@@ -42,6 +43,21 @@ class ProjectedMLP(nn.Sequential):
     ) -> None:
         projection = PrivateProjection(inputs, components, noise_multiplier, equalized=True)
         super().__init__(projection, nn.Linear(components, hidden), nn.ReLU(), nn.Linear(hidden, classes))
+
+
+class CenteredLinear(nn.Sequential):
+    """A linear layer on features from which the train set's mean is subtracted, privately: ``(B, *) -> (B, classes)``.
+
+    Without a bias: centred features hardly need one, and it would take its part of every clipped gradient.
+
+    Args:
+        features: Number of features of a flattened record.
+        noise_multiplier: Of the release of the mean; see `PrivateCentering`.
+        classes: Number of classes.
+    """
+
+    def __init__(self, features: int, noise_multiplier: float, classes: int = 10) -> None:
+        super().__init__(PrivateCentering(features, noise_multiplier), nn.Linear(features, classes, bias=False))
 
 
 class TanhCNN(nn.Module):

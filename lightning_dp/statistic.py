@@ -1,0 +1,155 @@
+"""Layers that hold a statistic of the train set, which a private strategy releases with noise and charges.
+
+To release another statistic, make a subclass of `PrivateStatistic`: it says what is added up, and what is kept of that.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+#: Records that are added up at once.
+_TOGETHER = 1024
+
+
+class Releaser(Protocol):
+    """What a layer needs of a private strategy, to see records and to release something of them."""
+
+    @property
+    def num_records(self) -> int:
+        """N, which is public: the account's sampling rate states it."""
+
+    def each_record(self) -> Iterator[Any]:
+        """Every record of the train set by itself, as a batch of one."""
+
+    def release_sum(self, total: Callable[[], Tensor], noise_multiplier: float, what: str) -> Tensor:
+        """The sum with noise, charged before it is returned, in every process."""
+
+    def share(self, value: Any) -> Any:
+        """The first process's value, in every process."""
+
+
+class PrivateStatistic(nn.Module, ABC):
+    """A layer without trainable parameters, on a statistic of the train set that is released once, with noise.
+
+    A private strategy fills the layer at the start of the first fit, before the noise of training is chosen, so that a
+    budget pays for both. Checkpoints keep the statistic: a resumed fit releases and charges nothing again.
+
+    Args:
+        in_features: Number of features of a flattened record, d.
+        noise_multiplier: Standard deviation of the noise over the sensitivity, which is 1. 0.0: no noise, infinite ε.
+        shape: Of what is kept.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+
+    #: Name of the buffer with what is kept, and what that is, for messages.
+    kept: ClassVar[str]
+    what: ClassVar[str]
+
+    def __init__(self, in_features: int, noise_multiplier: float, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        if in_features < 1:
+            raise ValueError(f"{type(self).__name__}: in_features must be at least 1, got {in_features}.")
+        if not 0 <= noise_multiplier < math.inf:
+            raise ValueError(
+                f"{type(self).__name__}: noise_multiplier must be non-negative and finite, got {noise_multiplier}."
+            )
+        self.in_features, self.noise_multiplier = in_features, float(noise_multiplier)
+        #: Whether the statistic is known: it was released, or came with a checkpoint.
+        self.filled = False
+        self.register_buffer(self.kept, torch.full(shape, math.nan))
+
+    @abstractmethod
+    def release(self, strategy: Releaser) -> None:
+        """Releases the statistic, and fills the layer, in every process with the same numbers."""
+
+    def known(self) -> Tensor:
+        """What is kept.
+
+        Raises:
+            RuntimeError: Nothing yet.
+        """
+        if not self.filled:
+            raise RuntimeError(
+                f"{type(self).__name__} has no {self.what} yet. A private strategy releases them at the start of a fit "
+                "(DifferentialPrivacy(…) or PrivateStrategy(…)); load a checkpoint of one, or use fill() with a "
+                "statistic of public records."
+            )
+        kept: Tensor = getattr(self, self.kept)
+        return kept
+
+    def inputs_of(self, batch: Any) -> Tensor:
+        """What the layer will see of a batch of one record: the batch, or its first entry, as it is loaded. Override it
+        for other batches. Layers in front of this one are not looked at.
+
+        Raises:
+            TypeError: There is no tensor there.
+        """
+        inputs = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
+        if not isinstance(inputs, Tensor):
+            raise TypeError(
+                f"{type(self).__name__} takes the records from a batch that is a tensor, or a tuple or list that "
+                f"begins with one, and found a {type(inputs).__name__}. Override "
+                f"{type(self).__name__}.inputs_of(batch)."
+            )
+        return inputs
+
+    def add_up(self, records: Iterator[Any], added: Callable[[Tensor], Tensor]) -> Tensor:
+        """The sum of what ``added`` makes of rows ``(n, d)`` of unit length (`unit_rows`), in double precision.
+
+        Records come one by one: none can influence what another one adds.
+        """
+        total: Tensor | float = 0.0
+        while rows := [self._row(batch) for batch in islice(records, _TOGETHER)]:
+            total = added(unit_rows(torch.stack(rows))) + total
+        if not isinstance(total, Tensor):
+            return added(torch.zeros(1, self.in_features, dtype=torch.float64, device="cpu"))
+        return total
+
+    def _row(self, batch: Any) -> Tensor:
+        inputs = self.inputs_of(batch)
+        if inputs.numel() != self.in_features:
+            raise ValueError(
+                f"{type(self).__name__}: in_features is {self.in_features}, and a record has {inputs.numel()} features."
+            )
+        return inputs.detach().flatten().cpu()
+
+    def empty(self) -> None:
+        """Forgets the statistic."""
+        getattr(self, self.kept).fill_(math.nan)
+        self.filled = False
+
+    def keep(self, statistic: Tensor) -> None:
+        """Fills the layer."""
+        getattr(self, self.kept).copy_(statistic)
+        self.filled = True
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.filled = bool(getattr(self, self.kept).isfinite().all())
+
+
+def unit_rows(records: Tensor) -> Tensor:
+    """Records ``(n, *)``, flattened and scaled to unit length, in double precision, on the CPU: ``(n, d)``.
+
+    A record that is zero, or not finite, becomes a row of zeros: every row's norm is at most 1, up to rounding.
+    """
+    rows = records.detach().flatten(1).cpu().double()
+    # By the largest magnitude first: squares of huge or tiny numbers would be infinite or zero.
+    peaks = rows.abs().amax(1, keepdim=True)
+    usable = peaks.isfinite() & (peaks > 0)
+    rows = torch.where(usable, rows / peaks.where(usable, torch.ones_like(peaks)), torch.zeros_like(rows))
+    return rows / rows.norm(dim=1, keepdim=True).clamp_min(1)  # at least 1, or the row is zero
+
+
+def unfilled(modules: Iterable[nn.Module]) -> list[PrivateStatistic]:
+    """The layers whose statistic is yet to be released."""
+    return [module for module in modules if isinstance(module, PrivateStatistic) and not module.filled]
