@@ -21,6 +21,9 @@ class PrivateCentering(PrivateStatistic):
     sum over N, which is public, and is computed from nothing else. Replacing a record moves the sum by at most 2, and
     is accounted for as that.
 
+    (``forward`` divides by at least 1e-6, in the layer's precision; the release scales every finite record that is not
+    zero to unit length.)
+
     Args:
         in_features: Number of features of a flattened record, d.
         noise_multiplier: Standard deviation of the noise over the sensitivity, which is 1; the mean's noise has a norm
@@ -38,12 +41,19 @@ class PrivateCentering(PrivateStatistic):
 
     def forward(self, inputs: Tensor) -> Tensor:
         mean = self.known()
+        rows = inputs.flatten(1).to(mean.dtype)
+        if rows.shape[1] != self.in_features:
+            raise ValueError(
+                f"PrivateCentering: in_features is {self.in_features}, and a record has {rows.shape[1]} features. "
+                "(Of several views of an image, as flips=True gives them together with features, it takes one.)"
+            )
         # Not so small a number as the default: gradients of records without features would overflow.
-        rows = F.normalize(inputs.flatten(1).to(mean.dtype), eps=1e-6)
-        return F.normalize(rows - mean, eps=1e-6)
+        return F.normalize(F.normalize(rows, eps=1e-6) - mean, eps=1e-6)
 
     def fill(self, records: Tensor) -> None:
-        """Takes the mean of public records ``(n, *)``."""
+        """Takes the mean of public records ``(n, *)``, each scaled to unit length."""
+        if records.dim() < 2 or not len(records):
+            raise ValueError(f"PrivateCentering.fill takes records (n, *), and was given {tuple(records.shape)}.")
         self.keep(unit_rows(records).mean(0))
 
     def release(self, strategy: Releaser) -> None:

@@ -80,8 +80,8 @@ class PrivateStatistic(nn.Module, ABC):
         if not self.filled:
             raise RuntimeError(
                 f"{type(self).__name__} has no {self.what} yet. A private strategy releases them at the start of a fit "
-                "(DifferentialPrivacy(…) or PrivateStrategy(…)); load a checkpoint of one, or use fill() with a "
-                "statistic of public records."
+                "(DifferentialPrivacy(…) or PrivateStrategy(…)); load a checkpoint of one, or use fill() with what is "
+                "public."
             )
         kept: Tensor = getattr(self, self.kept)
         return kept
@@ -120,7 +120,8 @@ class PrivateStatistic(nn.Module, ABC):
             raise ValueError(
                 f"{type(self).__name__}: in_features is {self.in_features}, and a record has {inputs.numel()} features."
             )
-        return inputs.detach().flatten().cpu()
+        # In double precision at once: records of several types would be stacked as a type that not all fit into.
+        return inputs.detach().flatten().cpu().double()
 
     def empty(self) -> None:
         """Forgets the statistic."""
@@ -128,8 +129,18 @@ class PrivateStatistic(nn.Module, ABC):
         self.filled = False
 
     def keep(self, statistic: Tensor) -> None:
-        """Fills the layer."""
-        getattr(self, self.kept).copy_(statistic)
+        """Fills the layer.
+
+        Raises:
+            ValueError: A statistic of another shape, or one that is not finite.
+        """
+        kept = getattr(self, self.kept)
+        if statistic.shape != kept.shape or not statistic.isfinite().all():
+            raise ValueError(
+                f"{type(self).__name__} keeps finite numbers of shape {tuple(kept.shape)}, and was given "
+                f"{tuple(statistic.shape)}{'' if statistic.isfinite().all() else ', some of them not finite'}."
+            )
+        kept.copy_(statistic)
         self.filled = True
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

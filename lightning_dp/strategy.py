@@ -347,9 +347,10 @@ class PrivateMixin(Strategy):
                 f"{layers[0].what}: to go on would release and charge them again, and train on others. Resume from a "
                 "checkpoint that has them, or load its weights into a training of its own."
             )
+        # Before the first release: should a later one fail, those before it are forgotten as well.
+        self._released = layers if getattr(trainer, "fast_dev_run", False) else []
         for layer in layers:
             layer.release(self)
-        self._released = layers if getattr(trainer, "fast_dev_run", False) else []
 
     def each_record(self) -> Iterator[Any]:
         """Every record of the train set by itself: a batch of one, as Lightning would bring it to the device."""

@@ -80,12 +80,23 @@ def test_in_a_fit_one_record_moves_what_is_released_by_one_whatever_its_scale() 
     assert moved.numpy() == pytest.approx(units(record)[0], abs=1e-6)
 
 
+def test_a_record_of_another_type_leaves_the_others_as_they_are() -> None:
+    layer = PrivateCentering(6, 1.0)
+    large, half = torch.tensor([[100_000, 1, 1, 1, 1, 1]]), torch.ones(1, 6, dtype=torch.float16)
+
+    def total(records: list[Tensor]) -> Tensor:
+        return layer.add_up(iter(records), lambda rows: rows.sum(0))
+
+    assert (total([large] * 50 + [half]) - total([large] * 50)).norm() <= 1 + 1e-12
+
+
 @pytest.mark.parametrize("options", [{}, {"secure_rng": True}, {"seed": 3}], ids=str)
 def test_the_noise_is_what_the_ledger_claims(options: dict[str, Any]) -> None:
     data, module = random_loader(40, 4000), Centered(3.0, features=4000)
     strategy = private(**options)
     fit(trainer(strategy=strategy, limit_train_batches=1), module, data)
-    noise = module.centering.mean.double() * 40 - units(data.dataset.tensors[0]).sum(0)  # type: ignore[attr-defined]
+    exact = torch.from_numpy(units(data.dataset.tensors[0]).sum(0))  # type: ignore[attr-defined]
+    noise = module.centering.mean.double() * 40 - exact
     [(event, count)] = strategy.ledger.statistics()
     assert count == 1 and isinstance(event, GaussianDpEvent)
     assert is_gaussian_of_std(noise, event.noise_multiplier)
@@ -151,6 +162,29 @@ def test_public_records_fill_the_layer_and_nothing_is_charged() -> None:
 def test_impossible_layers_are_refused(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PrivateCentering(*arguments)
+
+
+def test_what_cannot_be_the_mean_is_refused() -> None:
+    layer = PrivateCentering(6, 1.0)
+    with pytest.raises(ValueError, match=r"keeps finite numbers of shape \(6,\), and was given \(1,\)"):
+        layer.fill(torch.randn(30, 1))
+    for records in (torch.zeros(0, 6), torch.zeros(6)):
+        with pytest.raises(ValueError, match="takes records"):
+            layer.fill(records)
+    with pytest.raises(ValueError, match="not finite"):
+        layer.keep(torch.full((6,), math.nan))
+    assert not layer.filled
+    layer.fill(torch.randn(30, 6))
+    with pytest.raises(ValueError, match="in_features is 6, and a record has 1 features"):
+        layer(torch.randn(4, 1))
+
+
+def test_nothing_is_left_of_a_trial_run_that_failed_between_two_releases() -> None:
+    first, second = PrivateCentering(6, 2.0), PrivateCentering(3, 2.0)
+    module = Net(nn.Sequential(first, second, nn.Linear(3, 3)))
+    with pytest.raises(ValueError, match="in_features is 3"):
+        fit(trainer(strategy=private(), fast_dev_run=True), module, loader())
+    assert not first.filled and first.mean.isnan().all()
 
 
 def test_training_without_privacy_is_refused() -> None:

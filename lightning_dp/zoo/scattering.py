@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -162,16 +163,17 @@ def dead_leaves(count: int, height: int, width: int, channels: int = 3, discs: i
     same in every call. Source: Lee, Mumford & Huang 2001, "Occlusion Models for Natural Images".
     """
     generator = torch.Generator().manual_seed(0)
+    plain: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
 
     def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator, device="cpu")
+        return torch.rand(*shape, generator=generator, **plain)
 
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    images = torch.zeros(count, channels, height, width)
+    rows, columns = torch.meshgrid(torch.arange(height, **plain), torch.arange(width, **plain), indexing="ij")
+    images = torch.zeros(count, channels, height, width, **plain)
     for _ in range(discs):
         radius = (1 - uniform(count) * (1 - height**-2)) ** -0.5  # density r⁻³ between 1 and the height
         y, x = ((2 * uniform(count) - 0.5) * size for size in (height, width))
-        tint = 0.25 * torch.randn(count, channels, generator=generator)
+        tint = 0.25 * torch.randn(count, channels, generator=generator, **plain)
         color = (2 * uniform(count, 1) - 1 + tint).clamp(-1, 1)
         distance = (rows - y.view(-1, 1, 1)) ** 2 + (columns - x.view(-1, 1, 1)) ** 2
         covered = distance < radius.square().view(-1, 1, 1)
