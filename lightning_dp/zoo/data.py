@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from lightning_dp.zoo.feature_cache import FeatureCache
+
 #: Name of the environment variable with a folder of data sets, one subfolder each, in the layout of the hub.
 DATA_FOLDER_VARIABLE = "LIGHTNING_DP_DATA"
 
@@ -134,6 +136,7 @@ class _ImageDataModule(_TableDataModule):
         flips: bool = False,
         shifts: int = 0,
         on_device: bool = False,
+        cache: str | None = None,
     ) -> None:
         super().__init__(batch_size)
         if features is not None and shifts:
@@ -142,6 +145,7 @@ class _ImageDataModule(_TableDataModule):
             raise ValueError("features must have no trainable parameters: they are computed once, before training.")
         self.val_size, self.darkest, self.features = val_size, darkest, features
         self.flips, self.shifts, self.on_device = flips, shifts, on_device
+        self._cache = FeatureCache(cache, features)
         self._splits: Any = None
 
     def setup(self, stage: str) -> None:
@@ -173,12 +177,14 @@ class _ImageDataModule(_TableDataModule):
             part = part.to(device)
             return torch.stack([features(view) for view in ([part, part.flip(-1)] if self.flips else [part])], 1)
 
-        parts = images.split(_AT_ONCE_CPU if device.type == "cpu" else _AT_ONCE_GPU)
-        shown = tqdm(parts, "features", leave=False, disable=None)
-        with torch.no_grad():
-            _check_features(features, images[:_AT_ONCE_CPU].to(device))
-            columns = [_half(views(part)).to(place) for part in shown]
-        table = torch.cat(columns)
+        def compute() -> Tensor:
+            parts = images.split(_AT_ONCE_CPU if device.type == "cpu" else _AT_ONCE_GPU)
+            shown = tqdm(parts, "features", leave=False, disable=None)
+            with torch.no_grad():
+                _check_features(features, images[:_AT_ONCE_CPU].to(device))
+                return torch.cat([_half(views(part)).to(place) for part in shown])
+
+        table = self._cache.table(images, f"flips={self.flips}", compute).to(place)
         return ViewTable(table, labels, together=self.flips and not training)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -239,6 +245,7 @@ class MNISTDataModule(_ImageDataModule):
             image and its mirror image together, ``(B, 2, C', H', W')``.
         shifts: By how many pixels train images are shifted at random, at most.
         on_device: Whether the tables are kept in the Trainer's device's memory.
+        cache: Folder in which features are kept for the next training (`FeatureCache`). ``None``: nowhere.
 
     Raises:
         ValueError: ``features`` can be trained, are combined with ``shifts``, mix images, or are too large.
@@ -251,7 +258,7 @@ class CIFAR10DataModule(_ImageDataModule):
     """CIFAR-10, ``(3, 32, 32)``: the hub's ``uoft-cs/cifar10``, or ``$LIGHTNING_DP_DATA/cifar10`` when set.
 
     Args:
-        batch_size, val_size, darkest, features, flips, shifts, on_device: As for `MNISTDataModule`.
+        batch_size, val_size, darkest, features, flips, shifts, on_device, cache: As for `MNISTDataModule`.
     """
 
     source = ("uoft-cs/cifar10", "cifar10", "img")
