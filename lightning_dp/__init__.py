@@ -16,7 +16,6 @@ from lightning_dp.backprop import BackpropClipping
 from lightning_dp.callbacks import DifferentialPrivacy, PrivacyBudget, PrivacyMonitor
 from lightning_dp.card import PrivacyCard, card_of_run, privacy_card, render_card
 from lightning_dp.centering import PrivateCentering
-from lightning_dp.checks import PrivacyConfigurationError
 from lightning_dp.clipping import AdaptiveClipping, AutomaticClipping, FlatClipping, PerLayerClipping
 from lightning_dp.denoising import JamesSteinDenoiser, KSDenoiser, LowPassDenoiser
 from lightning_dp.dfa import DFAMixin
@@ -31,10 +30,10 @@ from lightning_dp.encoding import (
     learn_codebook,
     public_gradients,
 )
+from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
 from lightning_dp.journal import JournalError
 from lightning_dp.noise import GaussianNoise, LaplaceNoise, StudentTNoise
 from lightning_dp.pca import PrivateProjection
-from lightning_dp.records import UnsupportedModelError
 from lightning_dp.strategy import PrivateStrategy, register_strategies
 
 register_strategies()

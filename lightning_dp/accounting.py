@@ -80,6 +80,10 @@ class PrivacyLedger:
         """The name of the run that is being recorded."""
         return self._current
 
+    def knows(self, run: str) -> bool:
+        """Whether something was recorded under this name of a run."""
+        return run in self._runs
+
     def __len__(self) -> int:
         """Number of releases: private steps, and statistics."""
         return sum(count for run in self._runs.values() for _, count in run)

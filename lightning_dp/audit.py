@@ -34,8 +34,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_dp.accounting import PrivacyLedger
 from lightning_dp.callbacks import DifferentialPrivacy, PrivacyMonitor, trainer_callbacks
-from lightning_dp.checks import loss_of, shadow_of
 from lightning_dp.clipping import Bounding
+from lightning_dp.independence.shadow import Shadow
+from lightning_dp.independence.subject import loss_of, reduced
 from lightning_dp.noise import GaussianNoise, Noise, with_multiplier
 from lightning_dp.pipeline import PrivateStep
 from lightning_dp.randomness import Randomness
@@ -469,13 +470,13 @@ def audit_training(
     everything = _WithCanaries(records, sources, wrong)
 
     def losses() -> np.ndarray:
-        shadow = shadow_of(module).eval()
+        shadow = Shadow(module).module.eval()
         with torch.no_grad():
             found = []
             for index in range(len(records), len(records) + canaries):
                 batch = loader.collate_fn(everything.__getitems__([index]))
                 batch = trainer.strategy.batch_to_device(batch, shadow.device)
-                found.append(float(loss_of(shadow.training_step(batch, 0))))
+                found.append(float(reduced(loss_of(shadow.training_step(batch, 0)), "mean")))
         return np.array(found)
 
     module.trainer = trainer
@@ -509,7 +510,7 @@ def audit_module(
     records: Any = loader.dataset
     first = loader.collate_fn(_take(records, [0, 1, 2, 3]))
     more = loader.collate_fn(_take(records, [0, 1, 2, 3, 4]))
-    shadow = shadow_of(module)
+    shadow = Shadow(module).module
     bound = clipping.bind(shadow)
     bound.attach(shadow)
 
@@ -520,7 +521,7 @@ def audit_module(
     def backward(step: PrivateStep, batch: Any) -> None:
         count = 5 if batch is more else 4
         with step.engine.forward(count):
-            loss = loss_of(shadow.training_step(batch, 0))
+            loss = reduced(loss_of(shadow.training_step(batch, 0)), "mean")
         with step.backward(float(count), last=True):
             loss.backward()
 

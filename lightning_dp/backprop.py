@@ -33,9 +33,11 @@ from lightning_dp.bounds import (
 )
 from lightning_dp.clipping import NO_STATE, Bounding, Group, State, check_positive, scale_down
 from lightning_dp.engines import SummingEngine, set_aside
+from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.gradients import is_asynchronous, rounds_products
 from lightning_dp.layers import registered_for, trainable, trained_layers
-from lightning_dp.records import UnsupportedModelError, getattr_path, same_memory, with_batch
+from lightning_dp.records import getattr_path, same_memory, with_batch
+from lightning_dp.shared_outputs import note_expanded
 
 _ALLOCATIONS = ("equal", "proportional")
 
@@ -342,6 +344,7 @@ class ClippedBackward(SummingEngine):
     @contextmanager
     def forward(self, batch_size: int) -> Iterator[None]:
         self._calls, self._bad, self._batch_size, self._measured = Counter(), None, batch_size, []
+        self._calls_of: Counter[str] = Counter()
         device = next(iter(self.parameters.values())).device
         rounding = _ROUNDING_CPU if device.type == "cpu" else _ROUNDING_GPU
         self._rounding = rounding if rounds_products(device) else 0.0
@@ -355,21 +358,19 @@ class ClippedBackward(SummingEngine):
                 handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
                 # In front of all others: what it returns is scaled as the layer's own output is.
                 handles.append(module.register_forward_hook(self._after(name), with_kwargs=True, prepend=True))
-            # Elsewhere in the step, parameters are constants.
             for parameter in self.parameters.values():
                 self._stand_ins[parameter] = parameter.detach().requires_grad_()
-                parameter.requires_grad_(False)
             _refuse_global_hooks()
             yield
         finally:
-            for parameter in self.parameters.values():
-                parameter.requires_grad_(True)
             for name in self._layers:
                 self._put_back(name)
             for handle in handles:
                 handle.remove()
             for clip in clips:
                 clip.active = True
+        if self.forms is not None:
+            self.forms.check_constants()
         self._check_calls()
 
     def _check_calls(self) -> None:
@@ -453,7 +454,8 @@ class ClippedBackward(SummingEngine):
                 )
             recorded = torch.is_grad_enabled()
             if recorded:
-                with_batch(input, self._batch_size, name, module)
+                index = self._calls_of[name]
+                with_batch(input, self._batch_size, name, module, self.forms, index)
             factors: Tensor | None = None
             if input.is_floating_point():
                 bound, seen = limit.bound, input.detach()
@@ -506,10 +508,12 @@ class ClippedBackward(SummingEngine):
             else:
                 if not limit.bound.clips_input:
                     assert use.seen is not None
-                    use.input = with_batch(use.seen.detach(), self._batch_size, name, module)
+                    use.input = _expanded(use.seen.detach(), self._batch_size)
                 use.seen = None  # the layer keeps of it what it needs
                 self._calls[use.component] += 1
-                if len(output) != self._batch_size:
+                self._calls_of[name] += 1
+                is_shared = len(output) != self._batch_size
+                if is_shared:
                     # An input that all examples share (position numbers): every example gets its own copy.
                     output = output.expand(self._batch_size, *output.shape[1:])
                 # A linear layer over a sequence returns a view; what is changed in place is then the view's base.
@@ -518,6 +522,8 @@ class ClippedBackward(SummingEngine):
                 whole = output if base is None or not in_place else base
                 scaled_bias = bias if use.factors is not None else None
                 output = _ClippedOutput.apply(whole, scaled_bias, use, shape, in_place).view(shape)
+                if is_shared:
+                    note_expanded(output)
             return output
 
         return hook
@@ -598,6 +604,11 @@ _ROUNDING_GPU, _ROUNDING_CPU = 2**-8, 2**-5
 
 #: Weights below that are taken as zero.
 _SMALLEST = 1e-34
+
+
+def _expanded(input: Tensor, batch_size: int) -> Tensor:
+    """An input that was found to be of the batch, or shared by all its examples."""
+    return input if input.shape[0] == batch_size else input.expand(batch_size, *input.shape[1:])
 
 
 def _all_usable(norms: Tensor) -> bool:

@@ -20,9 +20,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_dp import dashboards
 from lightning_dp.accounting import Accountant, EpsilonMonitor, PrivacyLedger, affordable_steps, calibrate_noise
 from lightning_dp.card import PrivacyCard
-from lightning_dp.checks import PrivacyConfigurationError, warn_about_delta
+from lightning_dp.checks import warn_about_delta
 from lightning_dp.clipping import Bounding, FlatClipping
 from lightning_dp.denoising import Denoiser
+from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.noise import GaussianNoise, Noise
 from lightning_dp.strategy import PrivateMixin, make_private
 
@@ -89,8 +90,7 @@ class PrivacyBudget(Callback):
         if searches and strategy.noise.multiplier is None:
             raise PrivacyConfigurationError(
                 f"{type(searches[0]).__name__} trains on the private data before the training that the noise is chosen "
-                "for, and would spend the budget. Search on public data, or give GaussianNoise(multiplier=…): then "
-                "the steps of the search are charged like all others."
+                "for, and would spend the budget. Search on public data, or set what it looks for by hand."
             )
         if sum(_target_epsilon(callback) is not None for callback in trainer_callbacks(trainer)) > 1:
             raise PrivacyConfigurationError(
@@ -448,7 +448,7 @@ class DifferentialPrivacy(Callback):
         epsilon: The most that ε may become. ``None``: no limit; ``noise`` must then have a multiplier.
         delta: The δ at which ε is stated; well below 1/N.
         clipping, noise, denoiser, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal,
-            secure_rng, augmentation_multiplicity: As for `PrivateStrategy`.
+            secure_rng, augmentation_multiplicity, per_record_means: As for `PrivateStrategy`.
         accountant: ``"pld"`` or ``"rdp"``.
         log_not_private: As for `PrivacyMonitor`.
         card: Whether a `PrivacyCard` is written beside the logs at the end.
@@ -472,6 +472,7 @@ class DifferentialPrivacy(Callback):
         card: bool = True,
         secure_rng: bool = False,
         augmentation_multiplicity: int = 1,
+        per_record_means: bool = True,
     ) -> None:
         if epsilon is None and noise.multiplier is None:
             raise ValueError(
@@ -494,6 +495,7 @@ class DifferentialPrivacy(Callback):
             "journal": journal,
             "secure_rng": secure_rng,
             "augmentation_multiplicity": augmentation_multiplicity,
+            "per_record_means": per_record_means,
         }
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from lightning_dp import dashboards
 from lightning_dp.accountants import has_loss_distribution
 from lightning_dp.accounting import ACCOUNTANTS, PrivacyLedger
-from lightning_dp.checks import PrivacyConfigurationError
+from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.journal import JOURNAL_NAME, JournalContents, JournalError, run_directory
 from lightning_dp.noise import ShiftedNoiseDpEvent
 from lightning_dp.strategy import PrivateMixin

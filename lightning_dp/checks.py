@@ -1,18 +1,12 @@
 """What cannot be trained privately, and why: checks before the first step, each with the way out.
 
-`check_trainer`, `check_model` and `check_optimizers` look at the configuration; `check_examples_are_independent` runs a
-few examples through a shadow of the model and looks at what happens.
+`check_trainer`, `check_model` and `check_optimizers` look at the configuration; `check_contributions` runs a few examples
+through the bounding. Whether records are independent is examined in `lightning_dp.independence`.
 """
 
 from __future__ import annotations
 
-import copy
-import math
-import random
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,23 +15,20 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lightning_dp.accounting import PrivacyLedger
 from lightning_dp.clipping import Bounding, Group, State
 from lightning_dp.denoising import Denoiser
-from lightning_dp.engines import BookKeeping, Engine, SummingEngine, set_aside
-from lightning_dp.gradients import PerExampleGradient, wide
+from lightning_dp.engines import Engine, SummingEngine, set_aside
+from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
+from lightning_dp.forms import CallForms
+from lightning_dp.independence.shadow import AlignedRandomness, Shadow, random_state_kept, seed_everything
+from lightning_dp.independence.subject import Subject, loss_of, reduced
 from lightning_dp.layers import refusal_for, rule_for, trainable, trained_layers
 from lightning_dp.noise import NOISES, GaussianNoise, Noise
 from lightning_dp.pipeline import PrivateStep
 from lightning_dp.randomness import Randomness
-from lightning_dp.records import Call, UnsupportedModelError, getattr_path
-
-
-class PrivacyConfigurationError(ValueError):
-    """Something about the Trainer, the data or the optimizer cannot be combined with private training."""
-
+from lightning_dp.records import getattr_path
 
 _WAY_OUT = "or use engine='per_example', which is slow but takes any layer"
 
@@ -266,423 +257,87 @@ def warn_about_delta(delta: float, num_records: int) -> None:
         )
 
 
-def check_examples_are_independent(
-    module: pl.LightningModule,
-    take: Callable[[list[int]], Any],
-    size: int,
-    step_arguments: tuple[Any, ...],
-    context: Callable[[], AbstractContextManager[Any]],
-    loss_reduction: str,
-    copies: int = 1,
-) -> None:
-    """Runs a few examples through a shadow of the model, and refuses models whose examples influence one another.
-
-    Three properties, each of which the sensitivity rests on:
-
-    1. the engine's gradients add up to autograd's (nothing is trained that the engine does not see);
-    2. exchanging half of the examples moves no record of the others (no batch statistics, no in-batch losses, nothing
-       in the collate function, the transfer hooks or a buffer that depends on who else is in the batch);
-    3. leaving them out moves none either, once the loss reduction is undone (no data-dependent normaliser).
-
-    It sees these examples and this state of the model: it finds mistakes, and proves nothing. Every pass uses a fresh
-    shadow, which shares the parameters and copies everything else, from the same random state; the user's module and
-    random streams are left as they were. Nothing of this is released.
-
-    Args:
-        module: The user's module.
-        take: Returns the batch that consists of the given examples, as a training step would receive it.
-        size: How many examples ``take`` can draw from, at least 2.
-        step_arguments: The arguments of ``training_step`` after the batch.
-        context: The precision context of a training step.
-        loss_reduction: ``"mean"`` or ``"sum"``.
-        copies: How many rows of a batch from ``take`` belong to each example, one after another.
-
-    Raises:
-        UnsupportedModelError: With the layer's name.
-    """
-    run = _ShadowRun(module, take, step_arguments, context, copies)
-    half = size // 2
-    kept = list(range(half))
-    everyone, exchanged = list(range(size)), [*kept, *[0] * (size - half)]
-    with _random_state_kept():
-        if not run.possible():
-            return
-        try:
-            first = run(everyone, compare_with_autograd=True)
-            difference = _difference(first, run(exchanged), half)
-            if difference and first.was_random:  # did other examples change which random numbers were drawn?
-                difference = _difference(run(everyone, dropout=False), run(exchanged, dropout=False), half)
-            if difference:
-                raise UnsupportedModelError(
-                    f"{difference}: exchanging some examples of the batch changed what was seen of others. Batch "
-                    "statistics, a loss over pairs within the batch, a softmax over dimension 0, a mean over all "
-                    "tokens of the batch, or mixing in the collate function do that; make training_step treat every "
-                    "example by itself (average per example first, then over examples)."
-                )
-            _check_reduction(run, first, size, loss_reduction)
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(f"{error} (Found by the self-check; self_check=False turns it off.)") from None
-
-
-def check_contributions(
-    module: pl.LightningModule,
-    take: Callable[[list[int]], Any],
-    size: int,
-    step_arguments: tuple[Any, ...],
-    context: Callable[[], AbstractContextManager[Any]],
-    loss_reduction: str,
-    clipping: Bounding,
-    state: State,
-    copies: int = 1,
-) -> None:
-    """Runs a few examples through the bounding itself, in a shadow of the model, one by one and together.
-
-    Every example's contribution must stay within the sensitivity of every group, and those of all must add up to what
-    the batch gives. Arguments as for `check_examples_are_independent`, and the rule with its state.
-
-    Raises:
-        UnsupportedModelError: With the parameter's name.
-    """
-
-    was_random, bounds = False, dict[Group, float]()
-
-    def contribution(examples: list[int]) -> tuple[PrivateStep, dict[str, Tensor]]:
-        nonlocal was_random
-        shadow = shadow_of(module).eval()
-        rule = clipping.bind(shadow)
-        engine = rule.make_engine("bookkeeping", shadow)
-        engine.copies = copies
-        step = PrivateStep(engine, rule, GaussianNoise(), PrivacyLedger(), Randomness())
-        if state:
-            step.clipping_state = state
-        _set_random_state(random_state)
-        with warnings.catch_warnings(), set_aside(engine.parameters.values()):
-            warnings.simplefilter("ignore")
-            batch, count = take(examples), len(examples)
-            step.begin(0.0, 1.0, 1.0)
-            with engine.forward(count * copies), context():
-                loss = loss_of(shadow.training_step(batch, *step_arguments))
-            was_random |= not _same_random_state(_random_state(), random_state)
-            with step.backward(float(count) if loss_reduction == "mean" else 1.0 / copies):
-                shadow.backward(loss)
-            bounds.update(zip(step.groups, rule.group_sensitivities(step.groups, step.clipping_state), strict=True))
-            step.release()
-            return step, {n: p.grad.double() for n, p in engine.parameters.items() if p.grad is not None}
-
-    examples, random_state = list(range(min(size, _BOUNDED_EXAMPLES))), _random_state()
-    with _random_state_kept(), suppress(RuntimeError):  # some kernels have no backward in eval mode
-        step, together = contribution(examples)
-        alone = [contribution([example])[1] for example in examples]
-        low = any(_is_low_precision(p) for p in step.engine.parameters.values())
-        tolerance = 5e-2 if low else 1e-3
-        for group, bound in bounds.items():
-            for found in alone:
-                norm = torch.stack([found[name].norm() for name in group]).norm().item()
-                if not norm <= bound * (1 + tolerance):
-                    raise UnsupportedModelError(
-                        f"Parameters {list(group)}: one example contributes {norm:.3g}, and its bound is {bound:.3g}. "
-                        "This is a defect of the rule or of a layer's rule: report it, and use engine='per_example'. "
-                        "(Found by the self-check; self_check=False turns it off.)"
-                    )
-        if was_random:  # other batch sizes draw other random numbers
-            return
-        largest = max(found[name].norm().item() for found in alone for name in found)
-        for name, whole in together.items():
-            parts = torch.stack([found[name] for found in alone])
-            scale = max(parts.norm().item(), 1e-3 * largest)
-            if (whole - parts.sum(0)).norm().item() > tolerance * scale + 1e-12:
-                raise UnsupportedModelError(
-                    f"Parameter '{name}': the bounded gradients of single examples do not add up to that of the batch: "
-                    "an example's contribution depends on who else is there. Make training_step treat every example "
-                    "by itself, or use engine='per_example'. (Found by the self-check; self_check=False turns it off.)"
-                )
-
-
-def check_copies_stay_together(
-    take: Callable[[list[int]], Any], rows_of: Callable[[Any, int, slice], Any], size: int, copies: int
-) -> None:
-    """Exchanges half of the examples, and looks whether the rows of the others stay where they were.
-
-    For engines that take rows by their place, where nothing else would notice that collation reorders them.
-
-    Args:
-        take: As for `check_examples_are_independent`.
-        rows_of: Some rows of a batch of so many.
-        size, copies: Number of examples, and of the rows of each.
-
-    Raises:
-        PrivacyConfigurationError: They do not.
-    """
-    half, state = size // 2, _random_state()
-    swapped = [
-        (slice(0, half * copies), [*range(half), *[0] * (size - half)]),
-        (slice(half * copies, size * copies), [*[size - 1] * half, *range(half, size)]),
-    ]
-
-    def leaves(examples: list[int], rows: slice) -> list[Tensor]:
-        _set_random_state(state)
-        part = rows_of(take(examples), size * copies, rows)
-        return [leaf for leaf in tree_leaves(part) if isinstance(leaf, Tensor) and leaf.dim()]
-
-    with _random_state_kept():
-        for rows, others in swapped:
-            for one, other in zip(leaves(list(range(size)), rows), leaves(others, rows), strict=True):
-                common = tuple(slice(0, min(a, b)) for a, b in zip(one.shape, other.shape, strict=True))
-                if not torch.equal(one[common], other[common]):
-                    raise PrivacyConfigurationError(
-                        f"augmentation_multiplicity={copies}: exchanging some records of a batch changed the rows of "
-                        "others, so that the augmentations of a record cannot be told from those of another. Collate "
-                        "and transfer must keep the order of rows (no sorting by length), and treat each by itself. "
-                        "(Found by the self-check; self_check=False turns it off.)"
-                    )
-
-
 #: Examples that pass through the bounding one by one.
 _BOUNDED_EXAMPLES = 2
 
 
-def _check_reduction(run: _ShadowRun, first: _Records, size: int, loss_reduction: str) -> None:
-    """Property 3. Random models are compared by size only: other batch sizes draw other random numbers."""
-    everyone, half = list(range(size)), size // 2
-    reason = (
-        "a smaller batch changed an example's gradient, which loss_reduction="
-        f"'{loss_reduction}' does not explain. If training_step returns a sum over the examples, pass "
-        "loss_reduction='sum'; if it returns a mean, 'mean'; otherwise the loss is normalised by something that "
-        "depends on the data."
-    )
-    with suppress(RuntimeError):  # some kernels (cuDNN's recurrent layers) have no backward in eval mode
-        whole = run(everyone, training=False) if first.was_random else first
-        if whole.was_random:
-            many, few = run([0] * 4 * size, training=False), run([0] * size, training=False)
-            factor = 4.0 if loss_reduction == "mean" else 1.0
-            larger, smaller = factor * many.typical_gradient(), few.typical_gradient()
-            if larger > 2 * smaller or smaller > 2 * larger:
-                raise UnsupportedModelError(f"The loss: {reason}")
-            return
-        factor = size / half if loss_reduction == "mean" else 1.0
-        difference = _difference(whole, run(everyone[:half], training=whole is first), half, factor)
-        if difference:
-            raise UnsupportedModelError(f"{difference}: {reason}")
+def check_contributions(subject: Subject, clipping: Bounding, state: State, forms: CallForms) -> list[str]:
+    """Runs a few examples through the bounding itself, in a shadow of the model, one by one and together.
 
+    Every example's contribution must stay within the sensitivity of every group, and those of all must add up to what
+    the batch gives.
 
-@dataclass
-class _Records:
-    """What one pass through a shadow showed."""
+    Args:
+        subject: The step and the records.
+        clipping, state: The rule, and what it has chosen so far.
+        forms: How layers are called.
 
-    calls: dict[str, list[Call]]
-    #: Per-example norms of the gradients of every parameter.
-    norms: dict[str, Tensor]
-    #: Floating-point buffers after the pass.
-    buffers: dict[str, Tensor]
-    #: Whether the pass drew random numbers.
-    was_random: bool
-    #: Rows of the calls that belong to each example.
-    copies: int
+    Returns:
+        What could not be looked at, in sentences.
 
-    def typical_gradient(self) -> float:
-        """The median, over examples, of the norm of the gradient."""
-        norms = torch.stack(list(self.norms.values())).norm(dim=0)
-        return norms.median().item()
+    Raises:
+        UnsupportedModelError: With the parameter's name.
+    """
+    bounds: dict[Group, float] = {}
+    copies, mean = subject.copies, subject.loss_reduction == "mean"
+    unaligned = False
 
-
-class _ShadowRun:
-    """Passes examples through a fresh shadow of a module, from the same random state every time."""
-
-    def __init__(
-        self,
-        module: pl.LightningModule,
-        take: Callable[[list[int]], Any],
-        step_arguments: tuple[Any, ...],
-        context: Callable[[], AbstractContextManager[Any]],
-        copies: int,
-    ) -> None:
-        self._module, self._take, self._copies = module, take, copies
-        self._arguments, self._context = step_arguments, context
-        self._state = _random_state()
-
-    def possible(self) -> bool:
-        """Whether the examples can be loaded and the module copied; warns when not."""
-        try:
-            self._take([0])
-            shadow_of(self._module)
-        except Exception as error:  # whatever a user's data set or attribute raises
-            rank_zero_warn(f"The self-check was skipped: {type(error).__name__}: {error}")
-            return False
-        return True
-
-    def __call__(
-        self, examples: list[int], training: bool = True, dropout: bool = True, compare_with_autograd: bool = False
-    ) -> _Records:
-        shadow = shadow_of(self._module)
-        if not training:
-            shadow.eval()
-        for child in shadow.modules():
-            if not dropout and isinstance(child, nn.modules.dropout._DropoutNd):
-                child.eval()
-            if not dropout and isinstance(child, nn.MultiheadAttention):
-                child.dropout = 0.0
-        engine = BookKeeping(shadow)
-        engine.copies = self._copies
-        recorder = engine.make_recorder(None)
-        _set_random_state(self._state)
-        with warnings.catch_warnings(), set_aside(engine.parameters.values()):
+    def contribution(examples: list[int]) -> tuple[PrivateStep, dict[str, Tensor]]:
+        nonlocal unaligned
+        shadow = Shadow(subject.module).module.eval()
+        rule = clipping.bind(shadow)  # type: ignore[arg-type]
+        engine = rule.make_engine("bookkeeping", shadow)
+        engine.copies, engine.forms = copies, forms
+        step = PrivateStep(engine, rule, GaussianNoise(), PrivacyLedger(), Randomness())
+        if state:
+            step.clipping_state = state
+        rows = len(examples) * copies
+        aligned = AlignedRandomness(rows, 0, [e * copies + k for e in examples for k in range(copies)])
+        with warnings.catch_warnings(), set_aside(engine.parameters.values()), subject.stand_in(shadow):
             warnings.simplefilter("ignore")
-            batch = self._take(examples)
-            rows = len(examples) * self._copies
-            with recorder.forward(rows, keep_requires_grad=compare_with_autograd), self._context():
-                loss = loss_of(shadow.training_step(batch, *self._arguments))
-            for parameter in engine.parameters.values():
-                parameter.grad = None  # the step may have run backward passes of its own
-            with recorder.backward():
-                shadow.backward(loss)
-            was_random = not _same_random_state(_random_state(), self._state)
-            calls = recorder.take()
-            for layer, made in calls.items():
-                for call in made:
-                    engine.consume(layer, call)
-            gradients = engine.gradients()
-            if compare_with_autograd:
-                _compare_with_autograd(engine, gradients, calls, len(examples))
-        return _Records(
-            calls,
-            {name: gradient.squared_norms().sqrt() for name, gradient in gradients.items()},
-            {name: buffer for name, buffer in shadow.named_buffers() if buffer.is_floating_point()},
-            was_random,
-            self._copies,
-        )
+            seed_everything(0)
+            with aligned:
+                batch = subject.transfer(subject.collated([subject.records[e] for e in examples]))
+                step.begin(0.0, 1.0, 1.0)
+                with engine.forward(rows), subject.watch(rows), subject.context():
+                    output = shadow.training_step(batch, *subject.arguments)
+                loss = reduced(loss_of(output), subject.loss_reduction)
+                with step.backward(float(len(examples)) if mean else 1.0 / copies):
+                    shadow.backward(loss)
+            unaligned |= aligned.unaligned
+            bounds.update(zip(step.groups, rule.group_sensitivities(step.groups, step.clipping_state), strict=True))
+            step.release()
+            return step, {n: p.grad.double() for n, p in engine.parameters.items() if p.grad is not None}
 
-
-def _compare_with_autograd(
-    engine: BookKeeping, gradients: dict[str, PerExampleGradient], calls: dict[str, list[Call]], size: int
-) -> None:
-    """Property 1: the engine's gradients with weights of one add up to what autograd found."""
-    largest = max((p.grad.norm().item() for p in engine.parameters.values() if p.grad is not None), default=0.0)
-    low_precision = any(_is_low_precision(c.grad_output) for made in calls.values() for c in made)
-    for name, parameter in engine.parameters.items():
-        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        if not expected.isfinite().all():
-            continue
-        found = torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
-        scale = 1e-3 * largest  # next to that, a gradient that should be zero is rounding
-        if name in gradients:
-            gradients[name].add_weighted_sum_(found, torch.ones(size, device=parameter.device))
-            scale = max(scale, gradients[name].squared_norms().sum().sqrt().item())
-        if not _close(found, expected, scale, low_precision):
+    examples = list(range(min(len(subject.records), _BOUNDED_EXAMPLES)))
+    with random_state_kept():
+        try:
+            step, together = contribution(examples)
+            alone = [contribution([example])[1] for example in examples]
+        except RuntimeError as error:
+            if "backward can only be called in training mode" in str(error):  # cuDNN's recurrent layers
+                return ["the bounding of single records: a recurrent kernel has no backward pass in eval mode"]
+            raise
+    low = any(p.dtype in (torch.bfloat16, torch.float16) for p in step.engine.parameters.values())
+    tolerance = 5e-2 if low else 1e-3
+    for group, bound in bounds.items():
+        for found in alone:
+            norm = torch.stack([found[name].norm() for name in group if name in found]).norm().item()
+            if not norm <= bound * (1 + tolerance):
+                raise UnsupportedModelError(
+                    f"Parameters {list(group)}: one example contributes {norm:.3g}, and its bound is {bound:.3g}. "
+                    "This is a defect of the rule or of a layer's rule: report it, and use engine='per_example'."
+                )
+    if unaligned:
+        return ["whether single contributions add up: random numbers that depend on the whole batch were drawn"]
+    largest = max(found[name].norm().item() for found in alone for name in found)
+    for name, whole in together.items():
+        parts = torch.stack([found[name] for found in alone])
+        scale = max(parts.norm().item(), 1e-3 * largest)
+        if (whole - parts.sum(0)).norm().item() > tolerance * scale + 1e-12:
             raise UnsupportedModelError(
-                f"Parameter '{name}': its gradient is not explained by its layer's calls. It is used outside the "
-                "layer's forward (a weight passed to a function, a penalty on weights in the loss: use the "
-                "optimizer's weight_decay), through a function stored on the module that a copy cannot follow, or the "
-                f"layer is re-run in the backward (activation checkpointing). Call the layer itself, {_WAY_OUT}."
+                f"Parameter '{name}': the bounded gradients of single examples do not add up to that of the batch: "
+                "an example's contribution depends on who else is there. Make training_step treat every example "
+                "by itself, or use engine='per_example'."
             )
-
-
-def _is_low_precision(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.dtype in (torch.bfloat16, torch.float16)
-
-
-def _close(found: Tensor, expected: Tensor, scale: float = 0.0, low_precision: bool = False) -> bool:
-    """Equal up to rounding, in Euclidean norm; entries that are not finite on either side do not count.
-
-    ``scale`` is the norm of what was added up to give these, when they may have cancelled.
-    """
-    tolerance = 5e-2 if low_precision or _is_low_precision(expected) else 1e-3
-    found, expected = wide(found), wide(expected)
-    difference, size = (found - expected).norm().item(), expected.norm().item()
-    if not (math.isfinite(difference) and math.isfinite(size)):
-        finite = found.isfinite() & expected.isfinite()
-        found, expected = found.double().where(finite, 0), expected.double().where(finite, 0)
-        difference, size = (found - expected).norm().item(), expected.norm().item()
-    return difference <= tolerance * max(size, scale) + 1e-12
-
-
-def _difference(first: _Records, second: _Records, count: int, factor: float = 1.0) -> str | None:
-    """Where the first ``count`` examples differ between two passes; ``first``'s gradients are multiplied by ``factor``.
-
-    Names the first layer whose input differs, else the layer nearest to the loss whose upstream gradient does, else a
-    buffer. Records of another shape (padded to another length) are compared by the norm of the gradient.
-    """
-    low = any(_is_low_precision(c.grad_output) for made in first.calls.values() for c in made)
-
-    rows = count * first.copies
-
-    def same(one: Tensor | None, other: Tensor | None, factor: float, scale: float = 0.0, count: int = rows) -> bool:
-        if one is None or other is None or one.shape[1:] != other.shape[1:]:
-            return True
-        return _close(other[:count], one[:count] * factor if factor != 1 else one[:count], scale, low_precision=low)
-
-    def pairs(name: str) -> list[tuple[Call, Call]]:
-        return list(zip(first.calls[name], second.calls[name], strict=True))
-
-    for name in first.calls:
-        if len(first.calls[name]) != len(second.calls.get(name, [])):
-            return f"Layer '{name}'"
-    for name in first.calls:
-        if not all(same(a.input, b.input, 1.0) for a, b in pairs(name)):
-            return f"Layer '{name}'"
-    for name in reversed(first.calls):
-        if not all(same(a.grad_output, b.grad_output, factor) for a, b in pairs(name)):
-            return f"Layer '{name}'"
-    # Next to the largest, a gradient that should be zero (of a bias before a normalisation) is rounding.
-    scale = 1e-3 * factor * max((norms[:count].norm().item() for norms in first.norms.values()), default=0.0)
-    for name, norms in first.norms.items():
-        if not same(norms, second.norms.get(name), factor, scale, count):
-            return f"Parameter '{name}'"
-    if factor == 1:
-        for name, buffer in first.buffers.items():
-            if not _close(second.buffers[name], buffer):
-                return f"Buffer '{name}', which collects statistics of the batch without noise"
-    return None
-
-
-def loss_of(output: Any) -> Tensor:
-    """The loss in what ``training_step`` returned."""
-    loss = output.get("loss") if isinstance(output, dict) else output
-    if not isinstance(loss, Tensor):
-        raise PrivacyConfigurationError(
-            "training_step returned no loss. Whether a step happens must not depend on the data: return a loss for "
-            "every batch."
-        )
-    return loss
-
-
-def shadow_of(module: pl.LightningModule) -> pl.LightningModule:
-    """A copy that shares the parameters and logs nothing."""
-    memo: dict[int, Any] = {id(p): p for p in module.parameters()}
-    shadow = copy.deepcopy(module, memo)
-    shadow.trainer = module.trainer
-    for method in ("log", "log_dict"):
-        object.__setattr__(shadow, method, lambda *args, **kwargs: None)
-    return shadow
-
-
-def _random_state() -> tuple[Any, ...]:
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    return (
-        torch.get_rng_state(),
-        [torch.cuda.get_rng_state(d) for d in devices],
-        np.random.get_state(),
-        random.getstate(),
-    )
-
-
-def _same_random_state(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    same_torch = all(torch.equal(a, b) for a, b in zip([one[0], *one[1]], [other[0], *other[1]], strict=True))
-    same_numpy = all(np.array_equal(a, b) for a, b in zip(one[2], other[2], strict=True))
-    return same_torch and same_numpy and one[3] == other[3]
-
-
-def _set_random_state(state: tuple[Any, ...]) -> None:
-    torch.set_rng_state(state[0])
-    for device, cuda_state in enumerate(state[1]):
-        torch.cuda.set_rng_state(cuda_state, device)
-    np.random.set_state(state[2])
-    random.setstate(state[3])
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    state = _random_state()
-    try:
-        yield
-    finally:
-        _set_random_state(state)
+    return []

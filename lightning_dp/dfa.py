@@ -21,8 +21,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.layers import layers_with_parameters
-from lightning_dp.records import UnsupportedModelError
 
 
 class FeedbackMatrices(nn.Module):

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 
 from lightning_dp.accounting import PrivacyLedger
-from lightning_dp.checks import PrivacyConfigurationError
 from lightning_dp.clipping import Bounding, FlatClipping
 from lightning_dp.denoising import Denoiser
+from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.noise import GaussianNoise, Noise
 from lightning_dp.strategy import MIXINS, PrivateMixin
 
@@ -231,7 +231,7 @@ class PrivateDDPStrategy(PrivateParallelMixin, DDPStrategy):
 
     Args:
         clipping, noise, denoiser, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal,
-            secure_rng, augmentation_multiplicity: As for `PrivateStrategy`. ``max_physical_batch_size`` is per device.
+            secure_rng, augmentation_multiplicity, per_record_means: As for `PrivateStrategy`. ``max_physical_batch_size`` is per device.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
             timeout, start_method: As for Lightning's `DDPStrategy`; the Trainer fills most of them in.
 
@@ -254,6 +254,7 @@ class PrivateDDPStrategy(PrivateParallelMixin, DDPStrategy):
         journal: bool = True,
         secure_rng: bool = False,
         augmentation_multiplicity: int = 1,
+        per_record_means: bool = True,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -285,6 +286,7 @@ class PrivateDDPStrategy(PrivateParallelMixin, DDPStrategy):
             denoiser,
             secure_rng,
             augmentation_multiplicity,
+            per_record_means,
         )
 
     @classmethod

@@ -396,6 +396,7 @@ class EncodedSum(SummingEngine):
 
     def forward(self, batch_size: int) -> AbstractContextManager[None]:
         self._batch_size = batch_size
+        self.engine.forms = self.forms
         return self.engine.forward(batch_size)
 
     @contextmanager

@@ -8,14 +8,16 @@ tests compare everything with.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 
+from lightning_dp.errors import UnsupportedModelError
+from lightning_dp.forms import CallForms
 from lightning_dp.gradients import Dense, PerExampleGradient, add, full_precision
 from lightning_dp.layers import calls_linear, of_linear_map, recompute, rule_for, trainable, trained_layers
-from lightning_dp.records import Call, Recorder, UnsupportedModelError, getattr_path
+from lightning_dp.records import Call, Recorder, getattr_path
 
 ENGINES = ("bookkeeping", "per_example")
 
@@ -36,6 +38,9 @@ class Engine(ABC):
     #: Rows of a micro-batch that make up an example, one after another: its augmentations. An example's gradient is the
     #: sum over them.
     copies = 1
+
+    #: How layers are called, once that has been examined: every forward pass is held to it. ``None``: nobody knows.
+    forms: CallForms | None = None
 
     def __init__(self, module: nn.Module) -> None:
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -131,14 +136,27 @@ class BookKeeping(PerExampleEngine):
         without_rule = [
             name for name, layer in self.layers.items() if rule_for(layer) is None and not calls_linear(layer)
         ]
-        return Recorder(self.layers, without_rule, consume)
+        recorder = Recorder(self.layers, without_rule, consume)
+        recorder.forms = self.forms
+        return recorder
 
     def forward(self, batch_size: int) -> AbstractContextManager[None]:
-        self._uses = {}
+        self._uses, self.recorder.forms = {}, self.forms
         return self.recorder.forward(batch_size)
 
-    def backward(self, scale: float = 1.0) -> AbstractContextManager[None]:
-        return self.recorder.backward()
+    @contextmanager
+    def backward(self, scale: float = 1.0) -> Iterator[None]:
+        with set_aside(self.parameters.values()):
+            with self.recorder.backward():
+                yield
+            past = [name for name, p in self.parameters.items() if p.grad is not None]
+        if past:
+            raise UnsupportedModelError(
+                f"Parameters {past[:4]}: a gradient came to them past their layers' calls, and would not be bounded. "
+                "They are used outside their layer's forward: a weight passed to a function, a penalty on weights in "
+                "the loss (use the optimizer's weight_decay), a pruned or exchanged layer. Call the layer itself, or "
+                "use engine='per_example', which is slow but takes any layer."
+            )
 
     def consume(self, layer: str, call: Call) -> None:
         """Takes note of one call of a layer, whose gradient is known."""
@@ -146,7 +164,9 @@ class BookKeeping(PerExampleEngine):
             self._consume(layer, call)
 
     def _consume(self, layer: str, call: Call) -> None:
-        for name, gradient in gradients_of(self.layers[layer], layer, call).items():
+        form = None if self.forms is None else self.forms.layers.get(layer)
+        per_example = None if form is None else form.per_example
+        for name, gradient in gradients_of(self.layers[layer], layer, call, per_example).items():
             parameter = self._names[id(getattr_path(self.layers[layer], name))]
             count = sum(map(self.recorder.count, self._users[parameter]))
             if self.copies > 1:
@@ -163,8 +183,16 @@ class BookKeeping(PerExampleEngine):
         return {name: add(gradients) for name, gradients in uses.items()}
 
 
-def gradients_of(module: nn.Module, layer: str, call: Call) -> Mapping[str, PerExampleGradient]:
-    """The gradients, by the layer's own parameter names, that follow from one call of it."""
+def gradients_of(
+    module: nn.Module, layer: str, call: Call, per_example: Sequence[bool] | None = None
+) -> Mapping[str, PerExampleGradient]:
+    """The gradients, by the layer's own parameter names, that follow from one call of it.
+
+    Args:
+        module, layer: The layer, and its name.
+        call: Its call.
+        per_example: Which of all arguments have one entry per example, where that is known.
+    """
     assert call.grad_output is not None
     input, rule = call.unchanged_input(layer), rule_for(module)
     if call.linear is not None:
@@ -173,7 +201,7 @@ def gradients_of(module: nn.Module, layer: str, call: Call) -> Mapping[str, PerE
         return rule(module, input, call.grad_output)
     assert call.arguments is not None
     try:
-        return recompute(module, *call.arguments, call.grad_output)
+        return recompute(module, *call.arguments, call.grad_output, per_example)
     except (RuntimeError, TypeError) as error:
         raise UnsupportedModelError(
             f"Layer '{layer}' ({type(module).__name__}) has no rule, and running its forward once more for every "

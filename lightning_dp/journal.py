@@ -367,7 +367,9 @@ class PrivacyJournal:
         try:
             contents = self._repaired()
             if len(contents.ledger()) or contents.continued:
-                check_same_training(contents, num_records, configuration)
+                warn_of_another_training(contents, num_records, configuration)
+                if num_records not in contents.num_records:
+                    self._append({"type": "num_records", "num_records": num_records}, sync=True)
             else:  # nothing has been charged here: whatever was planned, something else may be trained
                 os.ftruncate(self._fd, 0)
                 head = {"type": "journal", "format": _FORMAT, "name": contents.name or token_hex(8)}
@@ -427,7 +429,7 @@ class PrivacyJournal:
         if found is None or found.samefile(self.path):
             return None if found is None and reference["name"] != self.name else self.known()
         if not os.access(found, os.W_OK):
-            check_same_training(JournalContents(found), self._num_records, self.contents.configuration)
+            warn_of_another_training(JournalContents(found), self._num_records, self.contents.configuration)
             rank_zero_warn(
                 f"The checkpoint's privacy journal {found} cannot be written: when training is resumed from the same "
                 "checkpoint once more, the steps taken now will not be charged there."
@@ -548,25 +550,24 @@ class PrivacyJournal:
             ) from error
 
 
-def check_same_training(contents: JournalContents, num_records: int, configuration: Mapping[str, Any]) -> None:
-    """Refuses the journal of another data set or mechanism."""
-    ways_out = (
-        f"{_OWN_DIRECTORY}; instead of resuming, load a checkpoint's weights with load_from_checkpoint. "
-        "(journal=False keeps no journal: then the steps that a crash loses are not charged.)"
-    )
+def warn_of_another_training(contents: JournalContents, num_records: int, configuration: Mapping[str, Any]) -> None:
+    """Says when a journal was begun with another train set or mechanism.
+
+    Its steps are charged all the same: what a step costs is its noise and sampling rate, which every entry states.
+    """
+    differing = []
     if num_records not in contents.num_records:
-        raise JournalError(
-            f"The privacy journal {contents.path} belongs to a train set of {contents.num_records[-1]} records, and "
-            f"this one has {num_records}: their steps do not add up to one guarantee. {ways_out}"
-        )
+        differing.append(f"{contents.num_records[-1]} records (now {num_records})")
     here = json.loads(json.dumps(configuration, default=str))
     for key in sorted({*here, *contents.configuration}):
         then, now = contents.configuration.get(key), here.get(key)
         if then != now:
-            raise JournalError(
-                f"The privacy journal {contents.path} belongs to training with {key} = {then}, and this one has "
-                f"{now}. Train with what it was begun with, or: {ways_out}"
-            )
+            differing.append(f"{key} = {then} (now {now})")
+    if differing:
+        rank_zero_warn(
+            f"lightning_dp: the privacy journal {contents.path} was begun by a training with {', '.join(differing)}. Its "
+            f"steps are charged to this one too. To account for this one alone: {_OWN_DIRECTORY}."
+        )
 
 
 def _open_locked(path: Path, create: bool) -> int:

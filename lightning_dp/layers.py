@@ -12,7 +12,7 @@ has no per-example gradient or keeps statistics of the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FunctionType, MethodType, SimpleNamespace
 from typing import Any, TypeVar, cast
@@ -387,17 +387,25 @@ def trained_layers(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def recompute(
-    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], grad_output: Tensor
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    grad_output: Tensor,
+    per_example: Sequence[bool] | None = None,
 ) -> dict[str, PerExampleGradient]:
     """Gradients of a layer without a rule: its forward, once more, for every example by itself (``torch.func.vmap``).
 
-    Tensors among the arguments whose leading dimension is the batch are taken apart; all others are shared. The layer
-    must be a function of its arguments: one that draws random numbers raises a ``RuntimeError``.
+    Tensors among the arguments that have one entry per example are taken apart: those that ``per_example`` names, or,
+    where nobody has found that out, those whose leading dimension is the batch. All others are shared. The layer must be a function of its arguments: one that draws random numbers raises a ``RuntimeError``.
     Source: Horace He & Richard Zou 2021, functorch.
     """
     batch = len(grad_output)
     leaves, structure = tree_flatten((args, dict(kwargs)))
     mapped = [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == batch for leaf in leaves]
+    if per_example is not None:
+        if len(per_example) != len(leaves) or any(p and not m for p, m in zip(per_example, mapped, strict=True)):
+            raise RuntimeError("it is called with other arguments than when the model was examined.")
+        mapped = list(per_example)
     if any(isinstance(leaf, Tensor) and leaf.requires_grad and not m for leaf, m in zip(leaves, mapped, strict=True)):
         # Shared by all examples, it would let one example's data into another's gradient.
         raise RuntimeError("an argument that depends on the data does not have the batch as its leading dimension.")

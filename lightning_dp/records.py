@@ -7,7 +7,7 @@ one forward pass: outside it the user's module is exactly as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
+from lightning_dp.errors import UnsupportedModelError
+from lightning_dp.forms import CallForms
+from lightning_dp.independence.source import here
 from lightning_dp.layers import LinearMap, calls_linear, forward_with_linear, linear_map, trainable
-
-
-class UnsupportedModelError(ValueError):
-    """The model does something whose per-example gradients cannot be bounded; the message names the layer."""
+from lightning_dp.shared_outputs import note_expanded
 
 
 @dataclass(slots=True, eq=False)
@@ -61,6 +61,37 @@ class _RequireGrad(torch.autograd.Function):
         return None, None
 
 
+class _Constants:
+    """Lets parameters be constants while their own layer's forward runs."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._depth = {id(p): 0 for p in parameters}
+        self._inside: dict[int, nn.Parameter] = {}
+
+    def of_layer(self, module: nn.Module, parameters: Iterable[nn.Parameter]) -> list[Any]:
+        """Registers the hooks; returns their handles."""
+        own = [p for p in parameters if id(p) in self._depth]
+
+        def enter(module: nn.Module, args: Any) -> None:
+            for parameter in own:
+                self._depth[id(parameter)] += 1
+                self._inside[id(parameter)] = parameter
+                parameter.requires_grad_(False)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            for parameter in own:
+                self._depth[id(parameter)] -= 1
+                if not self._depth[id(parameter)]:
+                    parameter.requires_grad_(True)
+
+        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, prepend=True)]
+
+    def restore(self) -> None:
+        """What an error within a layer has left as it was there."""
+        for parameter in self._inside.values():
+            parameter.requires_grad_(True)
+
+
 class Recorder:
     """Records the calls of some layers during one forward and one backward pass.
 
@@ -83,6 +114,10 @@ class Recorder:
         self._parameters = [getattr_path(m, name) for m in layers.values() for name in trainable(m)]
         self._calls: dict[str, list[Call]] = {}
         self._listening = self._recording = False
+        #: How layers are called, once that has been found; see `lightning_dp.forms`.
+        self.forms: CallForms | None = None
+        #: A layer through whose backward pass the step differentiated again.
+        self._twice: str | None = None
 
     @contextmanager
     def forward(self, batch_size: int, keep_requires_grad: bool = False) -> Iterator[None]:
@@ -92,8 +127,10 @@ class Recorder:
             batch_size: Number of examples in the batch that is passed through the model.
             keep_requires_grad: Leave the parameters as they are, so that autograd computes its own gradients as well.
         """
-        self._calls = {}
-        frozen = [] if keep_requires_grad else [p for p in self._parameters if p.requires_grad]
+        self._calls, self._twice = {}, None
+        # Within its layer's forward, a parameter is a constant. Elsewhere it is not, so that a gradient that does not
+        # come from a recorded call is found on the parameter afterwards.
+        within = _Constants([] if keep_requires_grad else [p for p in self._parameters if p.requires_grad])
         anchor = torch.zeros((), requires_grad=True)
         of_linear_maps = {name: module for name, module in self._layers.items() if calls_linear(module)}
         handles = []
@@ -102,27 +139,33 @@ class Recorder:
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             for name, module in self._layers.items():
+                own = [getattr_path(module, path) for path in trainable(module)]
+                handles += within.of_layer(module, own)
                 if name in of_linear_maps:
                     module.forward = forward_with_linear(module, self._make_linear(name, module, batch_size, anchor))
                 else:
                     hook = self._make_hook(name, batch_size, anchor)
                     handles.append(module.register_forward_hook(hook, with_kwargs=True))
-            for parameter in frozen:
-                parameter.requires_grad_(False)
             yield
         finally:
             self._recording = False
             torch.backends.mha.set_fastpath_enabled(fused)
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+            within.restore()
             for handle in handles:
                 handle.remove()
             for module in of_linear_maps.values():
                 vars(module).pop("forward", None)
+        if self.forms is not None:
+            self.forms.check_constants()
 
     @contextmanager
     def backward(self) -> Iterator[None]:
         """Records the backward pass inside. Backward passes elsewhere (of an attack, say) are not recorded."""
+        if self._twice is not None:
+            raise UnsupportedModelError(
+                f"Layer '{self._twice}': the loss depends on a gradient (create_graph=True, a gradient penalty), and "
+                "the gradient of that is not recorded. Use engine='per_example', which is slow but takes any loss."
+            )
         self._listening = True
         try:
             yield
@@ -166,6 +209,8 @@ class Recorder:
 
         def keep(grad: Tensor) -> None:
             if not self._listening:
+                if torch.is_grad_enabled():
+                    self._twice = name
                 return
             if call.grad_output is not None:
                 raise UnsupportedModelError(f"Layer '{name}': more than one backward pass through one forward.")
@@ -219,14 +264,23 @@ class Recorder:
                     f"Layer '{name}' ({type(module).__name__}) was called without a tensor as its first argument, or "
                     "returned none."
                 )
-            input = with_batch(input, batch_size, name, module)
-            if output.dim() == 0 or output.shape[0] != batch_size:
+            input = with_batch(input, batch_size, name, module, self.forms, self.count(name))
+            if output.dim() == 0:
+                raise UnsupportedModelError(
+                    f"Layer '{name}' ({type(module).__name__}) returns one number for the whole batch (a loss that "
+                    "holds parameters): its gradient cannot be told apart by example. Let its forward return one "
+                    "number per example, and take the mean in training_step, or use engine='per_example'."
+                )
+            is_shared = output.shape[0] != batch_size
+            if is_shared:
                 # A layer whose input is the same for all examples (position numbers): every example gets its own copy.
                 output = output.expand(batch_size, *output.shape[1:])
             call = Call(input.detach(), input._version)
             if name in self._with_arguments:
                 call.arguments = (args, kwargs)
             output = self._record(name, call, output, anchor)
+            if is_shared:
+                note_expanded(output)
             if rest is None:
                 return output
             for other in rest:
@@ -249,11 +303,28 @@ def same_memory(base: Tensor, view: Tensor) -> bool:
     return base.numel() == view.numel() and base.is_contiguous() and view.is_contiguous()
 
 
-def with_batch(input: Tensor, batch_size: int, name: str, module: nn.Module) -> Tensor:
-    """A layer's input with one entry per example; one that all examples share is expanded."""
+def with_batch(
+    input: Tensor, batch_size: int, name: str, module: nn.Module, forms: CallForms | None = None, index: int = 0
+) -> Tensor:
+    """A layer's input with one entry per example; one that all examples share is expanded.
+
+    Args:
+        input: The layer's first argument.
+        batch_size: Number of examples.
+        name, module: The layer.
+        forms: What is known of its calls. Without, an input with a leading dimension of 1 is taken for shared only
+            where no gradient flows to it.
+        index: How many calls there were before.
+
+    Raises:
+        FormChanged: The call has another form than those that were examined.
+    """
+    if forms is not None and (not input.dim() or input.shape[0] in (1, batch_size)):
+        shared = forms.is_shared(name, module, index, input, batch_size)
+        return input.expand(batch_size, *input.shape[1:]) if shared else input
     if input.dim() and input.shape[0] == batch_size:
         return input
-    if input.dim() and input.shape[0] == 1:
+    if forms is None and input.dim() and input.shape[0] == 1 and not input.requires_grad:
         return input.expand(batch_size, *input.shape[1:])
     raise _no_batch(name, module, input, batch_size)
 
@@ -264,5 +335,6 @@ def _no_batch(name: str, module: nn.Module, input: Tensor, batch_size: int) -> U
         f"{batch_size} examples: the leading dimension must be the batch (or 1, for an input that all examples share), "
         "or the examples cannot be told apart. Put the batch first (batch_first=True; no flattening of batch and time "
         "into one dimension; unsqueeze(0) on position numbers), or use engine='per_example', which is slow but takes "
-        "any layer."
+        f"any layer. (Called at {here()}. A layer that is called on some records only, h[mask], can be called on all of "
+        "them, and what is not wanted taken out of the loss: torch.where(mask, loss, 0).)"
     )

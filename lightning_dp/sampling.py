@@ -10,14 +10,17 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     IterableDataset,
     RandomSampler,
@@ -130,6 +133,13 @@ class PoissonIterator(Iterator[Any]):
         return batch
 
 
+@dataclass(frozen=True)
+class RecordIndex:
+    """Stands for a record of a data set that only makes whole batches."""
+
+    index: int
+
+
 class PoissonDataLoader(DataLoader[Any]):
     """A train loader that draws Poisson batches."""
 
@@ -156,6 +166,22 @@ class PoissonDataLoader(DataLoader[Any]):
         records = together(indices) if together else [self.dataset[index] for index in indices]
         return self.collate_fn(records)
 
+    def load_record(self, index: int, copies: int = 1) -> list[Any]:
+        """A record, loaded in this process, as many times as it is augmented."""
+        together = getattr(self.dataset, "__getitems__", None)
+        items: list[Any] = []
+        for _ in range(copies):
+            loaded = together([index]) if together else [self.dataset[index]]
+            # A data set may make whole batches: then its records have no form of their own.
+            items.append(loaded[0] if type(loaded) is list and len(loaded) == 1 else RecordIndex(index))
+        return items
+
+    def collate_items(self, items: list[Any]) -> Any:
+        """The batch that consists of items from `load_record`."""
+        if items and isinstance(items[0], RecordIndex):
+            return self.collate_records([item.index for item in items])
+        return self.collate_fn(items)
+
     def state_dict(self) -> dict[str, Any]:
         """Nothing: a resumed run draws fresh samples. That it exists tells Lightning that resuming is exact."""
         return {}
@@ -179,7 +205,7 @@ def fingerprint(dataset: Any) -> str:
         digest.update(np.asarray(part.indices, dtype=np.int64).tobytes())
         part = part.dataset
     for index in np.linspace(0, len(dataset) - 1, _LOOKED_AT).astype(int).tolist():
-        first, second = (_record_bytes(dataset, index) for _ in range(2))
+        first, second = (record_bytes(dataset, index) for _ in range(2))
         if first is not None and first == second:
             digest.update(first)
     return digest.hexdigest()
@@ -202,7 +228,7 @@ def _written(value: Any) -> bytes:
     return f"{array.dtype}{array.shape}".encode() + array.tobytes()
 
 
-def _record_bytes(dataset: Any, index: int) -> bytes | None:
+def record_bytes(dataset: Any, index: int) -> bytes | None:
     """A record, loaded from the same random state every time; ``None``: it cannot be written down."""
     torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
@@ -216,6 +242,57 @@ def _record_bytes(dataset: Any, index: int) -> bytes | None:
         torch.set_rng_state(torch_state)
         np.random.set_state(numpy_state)
         random.setstate(python_state)
+
+
+def sources(dataset: Any) -> tuple[list[Any], np.ndarray]:
+    """Where the records of a data set come from, through ``Subset`` and ``ConcatDataset``.
+
+    Returns:
+        The data sets at the bottom, and for every record the number of its own among them, and its index there:
+        ``(N, 2)``.
+    """
+    if isinstance(dataset, Subset):
+        bases, numbers = sources(dataset.dataset)
+        return bases, numbers[np.asarray(dataset.indices, dtype=np.int64)]
+    if isinstance(dataset, ConcatDataset):
+        all_bases: list[Any] = []
+        parts = []
+        for part in dataset.datasets:
+            bases, numbers = sources(part)
+            for base in bases:
+                if not any(base is known for known in all_bases):
+                    all_bases.append(base)
+            places = np.array([next(i for i, b in enumerate(all_bases) if b is base) for base in bases], dtype=np.int64)
+            parts.append(np.stack([places[numbers[:, 0]], numbers[:, 1]], 1))
+        return all_bases, np.concatenate(parts)
+    count = len(dataset)
+    return [dataset], np.stack([np.zeros(count, dtype=np.int64), np.arange(count)], 1)
+
+
+def _refuse_repeated_records(dataset: Any, num_records: int) -> None:
+    if isinstance(dataset, Subset | ConcatDataset):
+        bases, numbers = sources(dataset)
+        keys = numbers[:num_records, 0] * max(1, *map(len, bases), 1) + numbers[:num_records, 1]
+        if len(np.unique(keys)) != num_records:
+            raise ValueError(
+                f"The train data set is a {type(dataset).__name__} that names some records several times: such a record "
+                "would count several times in every bound. Name each record once; to weight records, weight their "
+                "losses."
+            )
+    looked = np.random.default_rng(0).permutation(num_records)[:_COMPARED].tolist()
+    contents = [data for index in looked if (data := record_bytes(dataset, index)) is not None]
+    repeated = len(contents) - len(set(contents))
+    if repeated > 1 and len(set(map(len, contents))) and max(map(len, contents)) > _SMALL_RECORD:
+        warnings.warn(
+            f"lightning_dp: of {len(contents)} records that were looked at, {repeated} are copies of others. If the "
+            "data set repeats records (oversampling), a record counts several times, and ε holds for each copy by "
+            "itself: name each record once. (Different people's records may be equal: then nothing is wrong.)",
+            stacklevel=3,
+        )
+
+
+#: Records that are compared with one another, and the bytes up to which equal ones are nothing special.
+_COMPARED, _SMALL_RECORD = 96, 32
 
 
 def records_and_batch_size(loader: object) -> tuple[int, int]:
@@ -258,11 +335,14 @@ def records_and_batch_size(loader: object) -> tuple[int, int]:
     if loader.batch_size is None:
         raise ValueError("The train dataloader has batch_size=None; give the expected batch size to the DataLoader.")
     num_records = len(loader.dataset)  # type: ignore[arg-type]
+    named = getattr(sampler, "data_source", loader.dataset)
+    if named is not loader.dataset and isinstance(named, Sized):
+        if len(named) > num_records:
+            raise ValueError(
+                f"The train dataloader's sampler names {len(named)} records, and its data set has {num_records}."
+            )
+        num_records = len(named)  # SequentialSampler(range(100)): the first hundred
     if num_records == 0:
         raise ValueError("The train data set is empty.")
-    if isinstance(loader.dataset, Subset) and len(set(loader.dataset.indices)) != num_records:
-        raise ValueError(
-            "The train data set is a Subset that names some records several times: such a record would count several "
-            "times in every bound. Name each record once; to weight records, weight their losses."
-        )
+    _refuse_repeated_records(loader.dataset, num_records)
     return num_records, loader.batch_size

@@ -12,7 +12,10 @@ from itertools import islice
 from typing import Any, ClassVar, Protocol
 
 import torch
+from dp_accounting import DpEvent
 from torch import Tensor, nn
+
+from lightning_dp.accounting import PrivacyLedger
 
 #: Records that are added up at once.
 _TOGETHER = 1024
@@ -65,6 +68,8 @@ class PrivateStatistic(nn.Module, ABC):
         self.in_features, self.noise_multiplier = in_features, float(noise_multiplier)
         #: Whether the statistic is known: it was released, or came with a checkpoint.
         self.filled = False
+        #: The run of a ledger that released the statistic, and what that cost; ``None``: it is public, or not known.
+        self.released: tuple[str, DpEvent] | None = None
         self.register_buffer(self.kept, torch.full(shape, math.nan))
 
     @abstractmethod
@@ -126,7 +131,7 @@ class PrivateStatistic(nn.Module, ABC):
     def empty(self) -> None:
         """Forgets the statistic."""
         getattr(self, self.kept).fill_(math.nan)
-        self.filled = False
+        self.filled, self.released = False, None
 
     def keep(self, statistic: Tensor) -> None:
         """Fills the layer.
@@ -143,8 +148,25 @@ class PrivateStatistic(nn.Module, ABC):
         kept.copy_(statistic)
         self.filled = True
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def get_extra_state(self) -> dict[str, Any]:
+        """What the release has cost: it goes where the statistic goes."""
+        if self.released is None:
+            return {}
+        run, event = self.released
+        ledger = PrivacyLedger()
+        ledger.start_run(run)
+        ledger.record(event)
+        return {"ledger": ledger.state_dict()}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.released = None
+        for run in state.get("ledger", {}).get("runs", ()):
+            [(event, _)] = PrivacyLedger.from_state_dict({"runs": [run]})
+            self.released = str(run["name"]), event
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        state_dict.setdefault(f"{prefix}_extra_state", {})  # checkpoints of before statistics kept their cost
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.filled = bool(getattr(self, self.kept).isfinite().all())
 
 

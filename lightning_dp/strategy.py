@@ -10,12 +10,11 @@ import os
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass, fields, is_dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-import numpy as np
 import torch
 from dp_accounting import DpEvent, NeighboringRelation
 from lightning.pytorch import Trainer
@@ -27,14 +26,22 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.checkpoint import CheckpointError
 
-from lightning_dp import checks
+from lightning_dp import checks, steering
 from lightning_dp.accounting import PrivacyLedger, event_epsilon
-from lightning_dp.batches import map_examples
-from lightning_dp.checks import PrivacyConfigurationError
+from lightning_dp.batches import Layout, find_layout, take_rows
 from lightning_dp.clipping import Bounding, FlatClipping, State
 from lightning_dp.denoising import Denoiser, DenoiserState
 from lightning_dp.engines import ENGINES
+from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
+from lightning_dp.forms import FormChanged
+from lightning_dp.independence.examination import Findings, examine
+from lightning_dp.independence.exchange import check_collation, check_copies_stay_together, check_exchange
+from lightning_dp.independence.shadow import random_state_kept
+from lightning_dp.independence.shadow import seed_everything as seed_records
+from lightning_dp.independence.subject import Subject, Understanding, choose_records, fresh, loss_of, reduced
+from lightning_dp.independence.watch import Watch
 from lightning_dp.journal import PrivacyJournal, relative_path, run_directory, software_versions
 from lightning_dp.noise import GaussianNoise, Noise
 from lightning_dp.pipeline import PrivacyLimitReached, PrivateStep
@@ -46,13 +53,19 @@ from lightning_dp.sampling import (
     fingerprint,
     records_and_batch_size,
 )
+from lightning_dp.spent import (
+    CHECKPOINT_KEY,
+    DataMark,
+    Spending,
+    follow_checkpoints,
+    note_spending,
+    spent_by,
+    statistics_of,
+)
 from lightning_dp.statistic import PrivateStatistic, unfilled
 
-#: The key of the ledger in a Lightning checkpoint.
-CHECKPOINT_KEY = "lightning_dp"
-
-#: Examples that the self-check looks at; fewer, where each has several rows.
-_SELF_CHECK_EXAMPLES, _SELF_CHECK_ROWS = 8, 16
+#: Records that are traced, and that are exchanged; at most so many rows, where each record has several.
+_TRACED, _EXCHANGED, _EXAMINED_ROWS = 8, 18, 36
 
 
 class Budget(Protocol):
@@ -91,6 +104,7 @@ class PrivateMixin(Strategy):
         denoiser: Denoiser | None = None,
         secure_rng: bool = False,
         augmentation_multiplicity: int = 1,
+        per_record_means: bool = True,
     ) -> None:
         """Checks and keeps the configuration; arguments as for `PrivateStrategy`."""
         if not isinstance(clipping, Bounding):
@@ -118,6 +132,12 @@ class PrivateMixin(Strategy):
         self.augmentation_multiplicity = augmentation_multiplicity
         self.max_physical_batch_size = max_physical_batch_size
         self.engine, self.loss_reduction, self.self_check = engine, loss_reduction, self_check
+        self.per_record_means = per_record_means
+        #: What examinations of the training step have found; ``None`` before the first.
+        self.findings: Findings | None = None
+        self._understanding = Understanding()
+        self._subject: Subject | None = None
+        self._layout: Layout | None = None
         #: Every private step taken so far, in this fit and those that it resumes.
         self.ledger = PrivacyLedger()
         #: The noise multiplier in force: that of ``noise``, or the one that a budget chose.
@@ -146,6 +166,8 @@ class PrivateMixin(Strategy):
         self._examples_left_to_backward = 0
         self._bound: tuple[Any, ...] = ()
         self._released: list[PrivateStatistic] = []
+        self._spending: Spending | None = None
+        self._last_release: tuple[str, DpEvent] | None = None
         self._run_directory = ""
         self._is_set_up = self._journal_is_due = self._journal_is_open = False
         self._self_check_pending, self._nonfinite_reported = self_check, False
@@ -191,6 +213,13 @@ class PrivateMixin(Strategy):
             self.ledger.start_run(self.share(secrets.token_hex(8)))
             self.private_step = None
             self._self_check_pending = self.self_check
+            self.findings, self._subject, self._layout = None, None, None
+            self._understanding = Understanding()
+            if not self.self_check:
+                rank_zero_warn(
+                    "lightning_dp: self_check=False: nobody looks whether records influence one another's gradients. If "
+                    "they do, ε is false. The privacy card says so."
+                )
             self._run_directory = run_directory(trainer)  # before a search for learning rates puts the loggers away
         elif self.lightning_module is not None:
             self.clipping.attach(self.lightning_module)
@@ -211,6 +240,7 @@ class PrivateMixin(Strategy):
         engine = clipping.make_engine(self.engine, self.lightning_module)
         checks.check_augmentations(engine, clipping, self.augmentation_multiplicity)
         engine.copies = self.augmentation_multiplicity
+        engine.forms = None if self.findings is None else self.findings.forms
         checks.check_optimizers(trainer, engine)
         before = self.private_step
         step = PrivateStep(
@@ -238,10 +268,21 @@ class PrivateMixin(Strategy):
 
     def _fingerprint(self) -> tuple[Any, ...]:
         """What the checks have looked at: when any of it changes, they must look again."""
-        module = self._module()
-        trained = [(id(p), p.requires_grad, checks.has_hooks(p)) for p in module.parameters()]
-        optimized = [id(p) for p in self._optimized_parameters()]
-        return (*trained, *optimized, *(m.training for m in module.modules() if checks.is_batch_norm(m)))
+        found: list[Any] = [id(p) for p in self._optimized_parameters()]
+        for module in self._module().modules():
+            own = vars(module)
+            found += (
+                id(module),
+                type(module),
+                own.get("forward"),
+                module.training if checks.is_batch_norm(module) else 0,
+            )
+            for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+                found += map(id, own[name].values())
+            for name, p in own["_parameters"].items():
+                if p is not None:
+                    found += (name, id(p), p.requires_grad, checks.has_hooks(p))
+        return tuple(found)
 
     def _optimized_parameters(self) -> list[torch.nn.Parameter]:
         return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
@@ -310,6 +351,8 @@ class PrivateMixin(Strategy):
                 "Private training draws one Poisson sample per step and needs exactly one train dataloader. Combine "
                 "several data sets into one (torch.utils.data.ConcatDataset)."
             )
+        steering.check_validation(self._trainer(), self._train_loader)
+        steering.warn(self._trainer())
         if self.budget is not None:
             self.budget.choose_noise(self._trainer(), self)
         self.noise_multiplier = self.share(self.noise_multiplier)
@@ -351,6 +394,7 @@ class PrivateMixin(Strategy):
         self._released = layers if getattr(trainer, "fast_dev_run", False) else []
         for layer in layers:
             layer.release(self)
+            layer.released = self._last_release
 
     def each_record(self) -> Iterator[Any]:
         """Every record of the train set by itself: a batch of one, as Lightning would bring it to the device."""
@@ -397,6 +441,7 @@ class PrivateMixin(Strategy):
         number = len(self.ledger)
         self.on_first_process(lambda: self._charge_journal(event, 1))
         self.ledger.record(event)
+        self._last_release = self.ledger.run, event
         self.on_first_process(lambda: self._add_noise_(sums[0], noise_multiplier, number))
         rank_zero_info(f"lightning_dp: {what} released with noise multiplier {noise_multiplier:g}: {alone}, charged.")
         noisy: Tensor = self.share(sums[0] if sums else None)
@@ -413,6 +458,8 @@ class PrivateMixin(Strategy):
     def _open_journal(self, trainer: Trainer) -> None:
         """Opens the journal, and charges the steps that it knows and the checkpoint does not."""
         self._journal_is_due = False
+        if self._spending is None and not getattr(trainer, "fast_dev_run", False):
+            self._include_spent()
         if not self.keep_journal or getattr(trainer, "fast_dev_run", False):
             self._share_ledger()
             return
@@ -423,6 +470,31 @@ class PrivateMixin(Strategy):
         self.on_first_process(lambda: self._start_journal(trainer))
         self._journal_is_open = True
         self._share_ledger()
+
+    def _include_spent(self) -> None:
+        """Charges what the module's weights, and the statistics that came with it, have cost before."""
+        assert self._train_loader is not None
+        module = self._module()
+        data = DataMark.of(self._train_loader.dataset, self.num_records)
+        before, others = spent_by(module, data)
+        new = before.copy()
+        if self._resumed is not None:  # the checkpoint's ledger is in this one, and its weights replace the module's
+            new = PrivacyLedger()
+        new.include(statistics_of(module, self.ledger))
+        known = len(self.ledger)
+        self.ledger.include(new)
+        if more := len(self.ledger) - known:
+            rank_zero_warn(
+                f"lightning_dp: this module's weights have cost privacy on these records before: {more} private steps or "
+                "statistics that another training took. They are charged to this training too, and its noise is chosen "
+                "for what is left. To begin anew, make a new module; to go on, give the budget a larger ε."
+            )
+        if others:
+            rank_zero_warn(
+                "lightning_dp: this module was trained privately on other records before, which are not charged here: "
+                "what is stated holds for the records of this train set."
+            )
+        self._spending = note_spending(module, self.ledger, data)
 
     def _share_ledger(self) -> None:
         """Every process counts what the first one does: streams are numbered by steps, which must be the same."""
@@ -505,6 +577,7 @@ class PrivateMixin(Strategy):
             "max_physical_batch_size": self.max_physical_batch_size,
             "augmentation_multiplicity": self.augmentation_multiplicity,
             "self_check": self.self_check,
+            "independence": self._independence(),
             "seed_given": self.seed is not None,
             "secure_rng": self._randomness.secure,
             "journal": self.keep_journal,
@@ -514,6 +587,17 @@ class PrivateMixin(Strategy):
             "software": software_versions(),
         }
 
+    def _independence(self) -> dict[str, Any] | None:
+        """What is known about the independence of records, for the privacy card."""
+        if self.findings is None:
+            return None
+        return {
+            "verdict": self.findings.verdict,
+            "decisions": dict(self.findings.decisions),
+            "losses": dict(self.findings.understood),
+            "not_checked": list(self.findings.unseen),
+        }
+
     def teardown(self) -> None:
         if self.journal is not None:
             self.journal.close()
@@ -521,6 +605,9 @@ class PrivateMixin(Strategy):
         for layer in self._released:  # no journal knows what a trial run released: nothing of it may be left
             layer.empty()
         self._released = []
+        if self._spending is not None:  # this strategy's ledger may go on with another module
+            self._spending.ledger = self.ledger.copy()
+        self._spending = None
         self._is_set_up = self._journal_is_due = self._journal_is_open = False
         super().teardown()
 
@@ -531,6 +618,7 @@ class PrivateMixin(Strategy):
         assert self._train_loader is not None and self.lightning_module is not None
         checks.check_no_accumulation(self._trainer())
         drawn = self._iterator()
+        self._refuse_skipped_batch()
         self._batch_examples = drawn.last_size
         self._largest_share = -(-drawn.last_total // self._trainer().world_size)
         if self._bound != self._fingerprint():
@@ -538,6 +626,18 @@ class PrivateMixin(Strategy):
             checks.check_model(self.lightning_module, self.engine)
             self._bind(self._trainer())
             self._self_check_pending = self.self_check
+
+    def _refuse_skipped_batch(self) -> None:
+        if self._batch_examples is not None:
+            raise PrivacyConfigurationError(
+                "A batch was drawn that no training step was taken on: on_train_batch_start returned -1, which skips "
+                "the rest of the epoch. Whether a step happens must not depend on the data. Use limit_train_batches, or "
+                "trainer.should_stop on what has noise."
+            )
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self._refuse_skipped_batch()
 
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs the user's ``training_step`` on every micro-batch of the logical batch, and all backward passes but the
@@ -550,6 +650,16 @@ class PrivateMixin(Strategy):
                 "release. Use an optimizer that takes one gradient per step."
             )
         self._batch_examples = None
+        try:
+            return self._logical_batch(step, batch, count, args, kwargs)
+        except FormChanged as error:  # nothing was charged, and nothing of this batch was released
+            self._examine_drawn(batch, count, args, error)
+            return self._logical_batch(step, batch, count, args, kwargs)
+
+    def _logical_batch(
+        self, step: PrivateStep, batch: Any, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """All micro-batches of a logical batch of ``count`` records."""
         assert self.noise_multiplier is not None
         step.begin(
             self.noise_multiplier,
@@ -576,9 +686,10 @@ class PrivateMixin(Strategy):
             micro_batch = batch if stop - start == count else self.take_examples(batch, count * copies, rows)
             if results is not None:  # so that self.log weights its means by the micro-batch's size
                 results.batch, results.batch_size = micro_batch, None
-            with step.engine.forward((stop - start) * copies):
+            size = (stop - start) * copies
+            with step.engine.forward(size), self._watch(size):
                 output = super().training_step(micro_batch, *args, **kwargs)
-            loss = checks.loss_of(output)
+            loss = reduced(loss_of(output), self.loss_reduction)
             weighted_loss += loss.detach() * ((stop - start) / count if self.loss_reduction == "mean" else 1)
             if stop < count:
                 with step.backward(self._loss_scale(stop - start)):
@@ -588,7 +699,15 @@ class PrivateMixin(Strategy):
         if results is not None:
             results.batch, results.batch_size = batch, None
         self._examples_left_to_backward = stop - start
-        return _with_loss_value(output, weighted_loss) if parts > 1 else output
+        shown = loss + (weighted_loss - loss.detach()) if parts > 1 else loss
+        return {**output, "loss": shown} if isinstance(output, dict) else shown
+
+    def _watch(self, rows: int) -> AbstractContextManager[Any]:
+        """Holds a step of so many rows to what was examined."""
+        if self.findings is None:
+            return nullcontext()
+        known = self._understanding
+        return Watch(rows, known.losses, known.places, enabled=self.per_record_means)
 
     def _accompany(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Runs ``training_step`` for nothing, on a record that was not drawn, where another process has one that was.
@@ -602,25 +721,31 @@ class PrivateMixin(Strategy):
         batch = self._load([0] * copies)
         if results is not None:
             results.batch, results.batch_size = batch, None
-        with step.engine.forward(copies):
+        with step.engine.forward(copies), self._watch(copies):
             super().training_step(batch, *args, **kwargs)
 
     def _load(self, records: list[int]) -> Any:
         """The batch that consists of these records of the train set, as Lightning would bring it to the device."""
         assert self._train_loader is not None
-        batch = self.precision_plugin.convert_input(self._train_loader.collate_records(records))
+        return self._transfer(self.precision_plugin.convert_input(self._train_loader.collate_records(records)))
+
+    def _transfer(self, batch: Any) -> Any:
+        """Brings a collated batch to the device, through the transfer hooks."""
         batch = self._module()._on_before_batch_transfer(batch, dataloader_idx=0)
         return self.batch_to_device(batch, dataloader_idx=0)
 
     def take_examples(self, batch: Any, size: int, examples: slice | list[int]) -> Any:
-        """Some examples of a collated batch of ``size``. Override it for batches that are not trees of tensors."""
+        """Some examples of a transferred batch of ``size``. Override it for batches that are not trees of tensors."""
+        return take_rows(batch, self._batch_layout(), size, examples)
 
-        def take(part: Any) -> Any:
-            if isinstance(part, Tensor) or isinstance(examples, slice):
-                return part[examples]
-            return type(part)(part[i] for i in examples)
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
+        """Takes a step of the optimizer, which does not see the loss: it has no noise."""
 
-        return map_examples(batch, size, take)
+        def private() -> Any:
+            closure()
+            return steering.HiddenLoss()
+
+        return super().optimizer_step(optimizer, private, *args, **kwargs)
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """The last backward pass of a logical batch, and the release: no hook runs between the two."""
@@ -658,30 +783,149 @@ class PrivateMixin(Strategy):
         """What makes the sum over an example's copies the gradient of their mean loss."""
         return float(examples) if self.loss_reduction == "mean" else 1.0 / self.augmentation_multiplicity
 
+    # -- the examination of the step ---------------------------------------------------------------------------------
+
     def _check_examples(self, args: tuple[Any, ...]) -> None:
-        """Runs the self-check, on records spread over the data set rather than on those that were drawn."""
-        if not self._self_check_pending or self.num_records < 2:
+        """Examines the training step, on records spread over the data set rather than on those that were drawn."""
+        if not self._self_check_pending:
             return
         self._self_check_pending = False
-        copies = self.augmentation_multiplicity
-        physical = self.max_physical_batch_size or self.num_records * copies
-        size = max(2, min(_SELF_CHECK_EXAMPLES, self.num_records, physical // copies, _SELF_CHECK_ROWS // copies))
-        records = np.random.default_rng(0).choice(self.num_records, size, replace=False).tolist()
-        module = self._module()
-
-        def take(examples: list[int]) -> Any:
-            return self._load([records[example] for example in examples for _ in range(copies)])
-
-        if self.engine != "bookkeeping":  # it sees one example at a time: they cannot influence one another
-            if copies > 1:
-                checks.check_copies_stay_together(take, self.take_examples, size, copies)
+        subject = self._subject = self._make_subject(args)
+        if self.num_records < 2:
+            self.findings = Findings(unseen=["there is one record, which has no other to influence"])
             return
-        # Whether examples are independent does not depend on precision, but autocast's rounding blurs the comparison.
+        findings = self._examine(subject)
+        steering.check_monitors(self._trainer(), findings.logged)
+        self._announce(findings)
+
+    def _make_subject(self, args: tuple[Any, ...]) -> Subject:
+        copies, loader = self.augmentation_multiplicity, self._train_loader
+        assert loader is not None
+        most = min(_EXCHANGED, _EXAMINED_ROWS // copies)
+        if self.max_physical_batch_size:
+            most = min(most, self.max_physical_batch_size // copies)
+        with random_state_kept():
+            seed_records(0)
+            records = choose_records(
+                lambda index: loader.load_record(index, copies), self.num_records, max(2, min(most, self.num_records))
+            )
+        # Whether records are independent does not depend on precision, but autocast's rounding blurs the comparison.
         mixed = isinstance(self.precision_plugin, MixedPrecision)
-        context = nullcontext if mixed else self.precision_plugin.train_step_context
-        checks.check_examples_are_independent(module, take, size, args, context, self.loss_reduction, copies)
-        state = self.private_step.clipping_state if self.private_step else {}
-        checks.check_contributions(module, take, size, args, context, self.loss_reduction, self.clipping, state, copies)
+        return Subject(
+            module=self._module(),
+            records=records,
+            collate=lambda items: self.precision_plugin.convert_input(loader.collate_items(items)),
+            transfer=self._transfer,
+            arguments=args,
+            context=nullcontext if mixed else self.precision_plugin.train_step_context,
+            stand_in=self._standing_in,
+            loss_reduction=self.loss_reduction,
+            copies=copies,
+            needs_layers=self.engine == "bookkeeping",
+            per_record_means=self.per_record_means,
+            understanding=self._understanding,
+        )
+
+    def _examine(self, subject: Subject) -> Findings:
+        """Everything that can be known before a step is taken; keeps it.
+
+        Raises:
+            UnsupportedModelError, PrivacyConfigurationError: Records are not independent, or the engine cannot see all.
+        """
+        try:
+            unseen = check_collation(subject)
+            if subject.copies > 1 and not subject.needs_layers:
+                check_copies_stay_together(subject)
+            sorts = any("order of its own" in sentence for sentence in unseen)
+            few = replace(subject, records=subject.records[: max(2, min(_TRACED, len(subject.records)))])
+            findings = examine(few)
+            if findings.counts and (self.engine == "per_example" or self.max_physical_batch_size):
+                self._refuse_counters(findings.counts)
+            held = findings.forms if subject.needs_layers else None
+            unseen += check_exchange(subject, held, compare_places=not sorts)
+            if held is not None:
+                state = self.private_step.clipping_state if self.private_step else {}
+                unseen += checks.check_contributions(subject, self.clipping, state, held)
+        except (UnsupportedModelError, PrivacyConfigurationError) as error:
+            raise type(error)(str(error)) from None
+        except CheckpointError as error:
+            raise UnsupportedModelError(
+                "The model uses activation checkpointing, which runs layers again within the backward pass, where they "
+                "are not recorded. Turn it off and use max_physical_batch_size to save memory, or use "
+                "engine='per_example'."
+            ) from error
+        findings.unseen += [sentence for sentence in unseen if sentence not in findings.unseen]
+        if self.findings is None:
+            self.findings = findings
+        else:
+            self.findings.merge(findings)
+        if self.private_step is not None:
+            self.private_step.engine.forms = self.findings.forms
+        return findings
+
+    def _refuse_counters(self, counts: list[str]) -> None:
+        """State that every call of training_step changes would count micro-batches, and so the records drawn."""
+        names = ", ".join(map(repr, counts[:4]))
+        if self.engine == "per_example":
+            raise UnsupportedModelError(
+                f"training_step changes {names} whenever it is called, and engine='per_example' calls it once for every "
+                "record: after a few steps it would tell exactly how many were drawn. Count steps by self.global_step "
+                "instead."
+            )
+        rank_zero_warn(
+            f"lightning_dp: training_step changes {names} whenever it is called, which is once per micro-batch: how often "
+            "depends on the size of the sample. Count steps by self.global_step instead."
+        )
+
+    def _examine_drawn(self, batch: Any, count: int, args: tuple[Any, ...], reason: FormChanged) -> None:
+        """A step does what was not examined: examines it on the very batch, before anything is charged.
+
+        Raises:
+            UnsupportedModelError: Records are not independent in it.
+        """
+        subject = self._subject
+        if subject is None or self.findings is None:
+            raise reason
+        subject.arguments = args
+        copies = self.augmentation_multiplicity
+        try:
+            found = examine(subject, batch, count * copies, self._batch_layout())
+            self.findings.merge(found)
+            self._examine(subject)
+            self.findings.merge(found)
+        except (UnsupportedModelError, PrivacyConfigurationError) as error:
+            raise UnsupportedModelError(f"{reason} {error}"[:2000]) from None
+
+    def _announce(self, findings: Findings) -> None:
+        for line, what in findings.understood.items():
+            rank_zero_info(f"lightning_dp: {line}: {what} (per_record_means=False leaves losses as they are).")
+        if findings.unseen:
+            rank_zero_warn(f"lightning_dp: not checked: {'; '.join(findings.unseen)}. The privacy card says so.")
+
+    @contextmanager
+    def _standing_in(self, shadow: Any) -> Iterator[None]:
+        """Hooks that the Trainer calls reach the shadow of the module, and not the module."""
+        module, self._lightning_module = self._lightning_module, shadow
+        try:
+            yield
+        finally:
+            self._lightning_module = module
+
+    def _batch_layout(self) -> Layout:
+        """Where the examples are in a transferred batch, found from two sizes."""
+        if self._layout is None:
+            loader = self._train_loader
+            assert loader is not None
+            copies = self.augmentation_multiplicity
+            with random_state_kept():
+                some = [loader.load_record(i % self.num_records, copies) for i in range(5)]
+                batches = []
+                for records in (some, [*some, *some[:2]]):
+                    items = [fresh(item) for record in records for item in record]
+                    seed_records(0)
+                    batches.append(self._transfer(self.precision_plugin.convert_input(loader.collate_items(items))))
+            self._layout = find_layout(batches[0], 5 * copies, batches[1], 7 * copies)
+        return self._layout
 
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -759,13 +1003,6 @@ def describe(stage: object) -> dict[str, Any]:
     return {"class": type(stage).__name__, **parameters}
 
 
-def _with_loss_value(output: Any, value: Any) -> Any:
-    """``training_step``'s output with a loss that has this value, and the gradient it had."""
-    loss = checks.loss_of(output)
-    shown = loss + (value - loss.detach())
-    return {**output, "loss": shown} if isinstance(output, dict) else shown
-
-
 #: What can be combined with a strategy of Lightning's to make it private.
 MIXINS: list[Any] = [PrivateMixin]
 
@@ -808,6 +1045,9 @@ class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
             rows per record, one after another: collation, transfer hooks and ``take_examples`` must keep their order,
             which the self-check looks at. Source: De et al. 2022, section 3.2, "Unlocking High-Accuracy Differentially
             Private Image Classification through Scale".
+        per_record_means: Whether a cross-entropy that is a mean over the batch's targets, weighted by class or without
+            those that are ignored, is understood as the mean over records of each record's own mean. Without, such
+            losses are refused: what they divide by depends on the other records.
         device, accelerator, checkpoint_io, precision_plugin: As for Lightning's `SingleDeviceStrategy`; the Trainer
             fills them in.
 
@@ -831,6 +1071,7 @@ class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
         journal: bool = True,
         secure_rng: bool = False,
         augmentation_multiplicity: int = 1,
+        per_record_means: bool = True,
         device: torch.device | str | int | None = None,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
@@ -851,6 +1092,7 @@ class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
             denoiser,
             secure_rng,
             augmentation_multiplicity,
+            per_record_means,
         )
 
     @property
@@ -910,6 +1152,7 @@ def make_private(strategy: Strategy, **configuration: Any) -> PrivateMixin:
 
 def register_strategies() -> None:
     """Makes ``Trainer(strategy="private")`` work."""
+    follow_checkpoints()
     StrategyRegistry.register(
         PrivateStrategy.strategy_name,
         PrivateStrategy,

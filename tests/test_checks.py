@@ -30,7 +30,9 @@ from tests.conftest import Net, dataset, fit, loader, trainer
 
 
 def train(module: Any, data: Any = None, **kwargs: Any) -> Any:
-    options = {key: kwargs.pop(key) for key in ("engine", "loss_reduction", "self_check") if key in kwargs}
+    options = {
+        key: kwargs.pop(key) for key in ("engine", "loss_reduction", "self_check", "per_record_means") if key in kwargs
+    }
     private = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0), **options)
     run = trainer(strategy=private, **{"max_steps": 2, **kwargs})
     fit(run, module, loader() if data is None else data)
@@ -162,7 +164,7 @@ def test_a_leading_dimension_other_than_the_batch_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.linear(x.view(-1, 3, 2).transpose(0, 1)).sum(0)
 
-    refused(Net(TimeFirst()), r"'net.linear'.*leading dimension must be the batch.*batch_first")
+    refused(Net(TimeFirst()), r"'net.linear'.*leading dimension, which must be the batch.*batch_first")
 
 
 def test_a_compiled_model_is_refused_for_the_fast_engine() -> None:
@@ -258,12 +260,11 @@ class WeightedClasses(Net):
     [
         (Penalised(), "Parameter 'net.0.weight'.*weight_decay"),
         (Functional(), "Parameter 'net.2.weight'.*outside the layer's forward"),
-        (Contrastive(), "Layer 'net.2': exchanging some examples"),
-        (SoftmaxOverTheBatch(), "Layer 'net.2': exchanging some examples"),
-        (RunningMean(), "Buffer 'mean'.*without noise"),
-        (Standardised(), "Layer 'net.0': exchanging some examples"),
+        (Contrastive(), r"not a sum over records: mm mixes records at .*test_checks.py:\d+"),
+        (SoftmaxOverTheBatch(), r"_log_softmax along the dimension of the batch at .*test_checks.py:\d+"),
+        (RunningMean(), "kept in 'mean', without noise"),
+        (Standardised(), "on_after_batch_transfer.*mixes records"),
         (NoisySum(), "loss_reduction='mean' does not explain"),
-        (WeightedClasses(), "Layer 'net.2'"),
         (Net(reduction="sum"), "loss_reduction='sum'"),
     ],
     ids=lambda value: type(value).__name__,
@@ -272,11 +273,35 @@ def test_gradients_that_mix_examples_or_escape_the_engine_are_refused(module: Ne
     refused(module, says)
 
 
-def test_a_normaliser_that_counts_the_data_is_refused() -> None:
-    inputs = torch.randn(40, 6)
-    inputs[:20, 0], inputs[20:, 0] = 1.0, -1.0
-    data = DataLoader(TensorDataset(inputs, torch.randint(3, (40,))), batch_size=40)
-    refused(MeanOverValid(), "loss", data)
+class Without(Net):
+    """As `MeanOverValid`, or weighted by class, per record: what those are understood as."""
+
+    def __init__(self, other: Net) -> None:
+        super().__init__()
+        self.other = other
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        inputs, labels = batch
+        if isinstance(self.other, WeightedClasses):
+            weights = torch.tensor([1.0, 5.0, 20.0])
+            return (
+                F.cross_entropy(self.net(inputs), labels, reduction="none") * (weights / weights.mean())[labels]
+            ).mean()
+        labels = torch.where(inputs[:, 0] > 0, labels, -100)
+        return F.cross_entropy(self.net(inputs), labels, reduction="none").mean()
+
+
+@pytest.mark.parametrize("kind", [WeightedClasses, MeanOverValid])
+def test_a_mean_that_depends_on_the_batch_is_understood_or_refused(kind: Any) -> None:
+    def trained(module: Net) -> Tensor:
+        torch.manual_seed(0)
+        module.net = Net().net
+        private = PrivateStrategy(FlatClipping(1.0), GaussianNoise(0.0), seed=3)
+        fit(trainer(strategy=private, max_steps=2), module, loader())
+        return torch.cat([p.detach().flatten() for p in module.net.parameters()])
+
+    torch.testing.assert_close(trained(kind()), trained(Without(kind())))
+    refused(kind(), "per_record_means", per_record_means=False)
 
 
 def test_a_mean_where_a_sum_was_announced_is_refused() -> None:
@@ -314,7 +339,7 @@ def mixup(examples: Any) -> Any:
 
 
 def test_mixing_in_the_collate_function_is_refused() -> None:
-    refused(Net(), "exchanging some examples", loader(collate_fn=mixup))
+    refused(Net(), "collate_fn .*mixes records", loader(collate_fn=mixup))
 
 
 def ragged(count: int) -> list[tuple[Tensor, Tensor]]:
@@ -400,8 +425,14 @@ def test_a_transformer_in_mixed_precision_is_accepted() -> None:
         train(Net(Attention()), precision=precision)
 
 
-def test_the_self_check_can_be_turned_off() -> None:
-    train(Penalised(), self_check=False)
+def test_a_gradient_past_the_layers_is_found_without_the_self_check() -> None:
+    refused(Penalised(), r"\['net.0.weight'\]: a gradient came to them past", self_check=False)
+
+
+def test_that_nobody_looks_is_said() -> None:
+    private = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0), self_check=False)
+    with pytest.warns(UserWarning, match="nobody looks whether records influence"):
+        trainer(strategy=private, max_steps=1).fit(Net(), loader())
 
 
 def test_a_step_that_is_random_is_not_mistaken_for_one_that_mixes_examples() -> None:

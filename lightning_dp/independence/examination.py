@@ -1,0 +1,455 @@
+"""The examination of a training step by the row tracer: proven, checked, or refused with the line that mixes.
+
+Formal guarantee of what is *proven*: the loss is a sum over records of a function of one record each, and so is every
+upstream gradient that a layer records; no decision was taken on what records hold; nothing of a record is kept. Proof:
+every operation of the step was found to act on records separately (`lightning_dp.independence.operations`), on values
+of the operation's own probe; the composition of such operations does so as well. What is *checked* took decisions on
+records (`.item()`, ``if mask.any()``): it holds for the branch that was taken, `Watch` stops at code that was not
+examined, and the exchange tests look at what other records do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from lightning_dp.batches import Concatenated, Items, Layout, Rows, Shared, find_layout, leaves_with_layout
+from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
+from lightning_dp.forms import CallForms, LayerForm
+from lightning_dp.independence import owners
+from lightning_dp.independence.owners import State
+from lightning_dp.independence.shadow import Shadow, kept_by, random_state_kept, seed_everything
+from lightning_dp.independence.source import is_library
+from lightning_dp.independence.subject import Subject, loss_of
+from lightning_dp.independence.tracer import Reads, RowTracer
+from lightning_dp.layers import OPAQUE, rule_for, trained_layers
+
+#: Lines of a message about one kind of problem.
+_SHOWN = 4
+
+
+@dataclass
+class Findings:
+    """What an examination found.
+
+    Attributes:
+        decisions: Lines where something may be decided by what records hold, and how.
+        understood: Lines where a batch mean was understood as a mean over records.
+        unseen: What could not be examined, in sentences.
+        logged: Names of metrics that the step logs and that depend on records.
+        counts: State that a step changes, whatever the records: counters.
+        forms: How layers are called.
+    """
+
+    decisions: dict[str, str] = field(default_factory=dict)
+    understood: dict[str, str] = field(default_factory=dict)
+    unseen: list[str] = field(default_factory=list)
+    logged: set[str] = field(default_factory=set)
+    counts: list[str] = field(default_factory=list)
+    forms: CallForms = field(default_factory=CallForms)
+    operations: int = 0
+
+    @property
+    def verdict(self) -> str:
+        """``"proven"``, ``"checked"`` or, where something could not be looked at, ``"partly checked"``."""
+        if self.unseen:
+            return "partly checked"
+        return "checked" if self.decisions else "proven"
+
+    def merge(self, other: Findings) -> None:
+        """Takes over what a later examination found."""
+        self.decisions |= other.decisions
+        self.understood |= other.understood
+        self.unseen += [sentence for sentence in other.unseen if sentence not in self.unseen]
+        self.logged |= other.logged
+        self.forms.merge(other.forms)
+
+
+def examine(subject: Subject, batch: Any = None, rows: int = 0, layout: Layout | None = None) -> Findings:
+    """Runs a training step under the tracer.
+
+    Args:
+        subject: The step, and the records to run it on.
+        batch: A batch that was drawn and transferred, to run it on instead, of so many ``rows``.
+        layout: That batch's.
+
+    Raises:
+        UnsupportedModelError: Records influence one another, or what depends on them is kept; with the line.
+    """
+    with random_state_kept():
+        return _Examination(subject, batch, rows, layout).run()
+
+
+class _Examination:
+    def __init__(self, subject: Subject, batch: Any, rows: int, layout: Layout | None) -> None:
+        self._subject, self._found = subject, Findings()
+        self._problems: list[str] = []
+        #: Layers of whose calls this is wrong.
+        self._layer_problems: dict[str, list[str]] = {}
+        self._batch, self._layout = batch, layout
+        self._rows = rows or len(subject.records) * subject.copies
+        self._records = self._rows // subject.copies
+        self._tracer = RowTracer(self._records)
+
+    def run(self) -> Findings:
+        subject, tracer = self._subject, self._tracer
+        shadow = Shadow(subject.module)
+        module = shadow.module
+        before = _numbers(kept_by(module))
+        drawn = self._batch is not None
+        batch = self._batch if drawn else subject.collated(subject.records)
+        if self._layout is None:
+            self._layout = self._find_layout(batch)
+        self._own(batch, self._layout)
+        watch = subject.watch(self._rows, tracer)
+        hooks = self._hooks(module)
+        seed_everything(1)
+        try:
+            with subject.stand_in(module), tracer, Reads(tracer), watch:
+                if not drawn:
+                    batch = subject.transfer(batch)
+                self._hook(module, "on_train_batch_start", batch, *subject.arguments)
+                with subject.context():
+                    output = module.training_step(batch, *subject.arguments)
+                loss = loss_of(output)
+                state = tracer.state(loss)
+                self._hook(module, "on_train_batch_end", {"loss": loss.detach()}, batch, *subject.arguments)
+        finally:
+            for handle in hooks:
+                handle.remove()
+        self._found.understood = watch.changed
+        self._found.operations = tracer.operations
+        for name, value in shadow.logged.items():
+            known = tracer.state(value) if isinstance(value, Tensor) else None
+            if (known is not None and not known.is_public) or isinstance(value, nn.Module):
+                self._found.logged.add(name)
+        self._look_at_loss(loss, state)
+        self._look_at_state(module, before)
+        self._found.unseen += [
+            f"attribute '{name}' cannot be copied: what the step does to it was not looked at" for name in shadow.shared
+        ]
+        self._found.decisions = {
+            line: what for line, what in tracer.decisions.items() if "torchmetrics" not in line
+        } | {line: f"{what}: whether places in the batch matter" for line, what in tracer.places.items()}
+        if self._problems:
+            raise UnsupportedModelError(_listed(self._problems))
+        if not drawn:
+            self._look_at_other_records(before)
+        return self._found
+
+    # -- the batch -------------------------------------------------------------------------------------------------
+
+    def _find_layout(self, batch: Any) -> Layout:
+        """From the same records, and three of them once more: lengths do not change."""
+        records = self._subject.records
+        more = [*records, *records[:3]]
+        large = self._subject.collated(more)
+        copies = self._subject.copies
+        return find_layout(batch, self._rows, large, len(more) * copies)
+
+    def _own(self, batch: Any, layout: Layout) -> None:
+        """Tells the tracer which numbers of the batch are whose."""
+        opaque = []
+        for leaf, where, example in leaves_with_layout(batch, layout):
+            if isinstance(where, Shared):
+                continue
+            if not isinstance(leaf, Tensor):
+                opaque.append(type(leaf).__name__)
+            elif isinstance(where, Items) and example is not None:
+                record = example // self._subject.copies
+                self._tracer.own(leaf, owners.constant(record, leaf.dim()))
+            elif isinstance(where, Rows):
+                self._tracer.own(leaf, owners.rows(leaf.shape[where.dim], leaf.dim(), self._records, where.dim))
+            elif isinstance(where, Concatenated):
+                self._own_concatenated(leaf)
+        kinds = sorted(set(opaque) - {"int", "float", "bool", "NoneType"})
+        if kinds:
+            self._tracer.opaque = True
+            self._found.unseen.append(
+                f"what the step does with {', '.join(kinds)} objects in the batch is not followed"
+            )
+
+    def _own_concatenated(self, leaf: Tensor) -> None:
+        """Records follow one another, with as many entries as each has: found by leaving some out."""
+        subject = self._subject
+        bounds = [0]
+        if self._batch is None:
+            for count in range(1, self._records + 1):
+                part = subject.collated(subject.records[:count])
+                found = [x for x in _all_tensors(part) if x.dtype == leaf.dtype and x.dim() == leaf.dim()]
+                fitting = [len(x) for x in found if x.dim() and torch.equal(x, leaf[: len(x)])]
+                if not fitting:
+                    break
+                bounds.append(max(fitting))
+        if len(bounds) != self._records + 1 or bounds[-1] != len(leaf):
+            self._tracer.own(leaf, owners.constant(owners.MIXED, leaf.dim()))
+            return
+        owner = torch.cat(
+            [
+                torch.full((b - a,), i, dtype=owners.DTYPE)
+                for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))
+            ]
+        )
+        self._tracer.own(leaf, owner.view([-1] + [1] * (leaf.dim() - 1)), ragged=True)
+
+    # -- layers ----------------------------------------------------------------------------------------------------
+
+    def _hooks(self, module: nn.Module) -> list[Any]:
+        return [
+            layer.register_forward_hook(self._noted(name), with_kwargs=True)
+            for name, layer in trained_layers(module).items()
+        ]
+
+    def _noted(self, name: str) -> Callable[..., None]:
+        forms = self._found.forms
+
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if not torch.is_grad_enabled():
+                return
+            form = forms.layers.setdefault(name, LayerForm())
+            input = args[0] if args else next(iter(kwargs.values()), None)
+            if not isinstance(input, Tensor):
+                return  # refused by the engine, which says so
+            index = len(form.is_shared)
+            dim = 0 if not isinstance(layer, OPAQUE) or getattr(layer, "batch_first", False) or input.dim() < 3 else 1
+            state = self._tracer.state(input)
+            public = state is None or state.is_public
+            shared = public and input.dim() > 0 and input.shape[0] == 1 and self._rows > 1
+            form.is_shared.append(shared)
+            if shared:
+                form.constants[index] = input.detach().clone()
+            if rule_for(layer) is None:
+                leaves, _ = tree_flatten((args, dict(kwargs)))
+                form.per_example = tuple(self._is_per_example(leaf) for leaf in leaves)
+            if not public and isinstance(state, State):
+                problem = self._form_problem(state, input.shape, dim)
+                if problem:
+                    self._layer_problems.setdefault(problem, []).append(f"'{name}' ({type(layer).__name__})")
+
+        return hook
+
+    def _is_per_example(self, leaf: Any) -> bool:
+        if not isinstance(leaf, Tensor) or not leaf.dim():
+            return False
+        state = self._tracer.state(leaf)
+        if state is None or state.is_public:
+            return len(leaf) == self._rows
+        return state.owner.shape[0] > 1
+
+    def _form_problem(self, state: State, shape: Sequence[int], dim: int) -> str | None:
+        """What is wrong with a layer's input, if examples cannot be told apart by its entries along a dimension."""
+        if state.is_mixed:
+            return f"what they see depends on several records: {state.why}"
+        if state.is_sum:
+            return f"what they see is a sum over records: {state.why}"
+        owner = state.owner
+        if state.reordered:
+            return (
+                "they see the records in an order that their lengths decide (a packed sequence sorts them): give the "
+                "layer padded sequences, and take each one's state at its own length, or use engine='per_example'"
+            )
+        expected = owners.rows(self._rows, len(shape), self._records, dim) if len(shape) > dim else None
+        if expected is not None and owner.dim() == expected.dim() and shape[dim] == self._rows:
+            filled = torch.where(owner < 0, expected, owner) if owner.shape == expected.shape else owner
+            if filled.shape == expected.shape and bool((filled == expected).all()):
+                return None
+        if state.ragged:
+            return (
+                "they see rows that were chosen by what records hold (a mask, packed sequences): call them on all "
+                "records, and take what is not wanted out of the loss (torch.where, a weight of 0)"
+            )
+        placed = owners.blocks(owner)
+        if placed is not None and placed[0] == dim and shape[dim] == self._rows:
+            return "they see the records in another order than other layers do"
+        return (
+            "they do not see one entry per example in their leading dimension, which must be the batch. Put the batch "
+            "first (batch_first=True; no flattening of batch and time into one dimension), or use "
+            "engine='per_example', which is slow but takes any layer"
+        )
+
+    # -- the loss ----------------------------------------------------------------------------------------------------
+
+    def _look_at_loss(self, loss: Tensor, state: State | None) -> None:
+        if state is None or state.is_public:
+            if loss.requires_grad and not self._found.unseen:
+                self._found.unseen.append("the loss depends on nothing in the batch that could be followed")
+            return
+        if state.is_mixed:
+            self._problems.append(f"The loss is not a sum over records: {state.why}. {_remedy(state.why)}")
+        elif loss.dim() and (loss.dim() > 1 or len(loss) != self._rows or not state.is_owned):
+            self._problems.append(
+                f"training_step returned a loss of shape {tuple(loss.shape)}: return one number, or one per example."
+            )
+        elif state.is_sum and state.terms is not None and not state.ragged:
+            if float(state.terms.min()) != float(state.terms.max()):
+                self._problems.append(
+                    "The loss counts some places of the batch more often than others, whichever records are there. "
+                    "Give every record of the batch the same part in the loss."
+                )
+        elif not loss.dim() and state.is_owned and self._records > 1:
+            self._problems.append(
+                "The loss depends on one record of the batch only, by its place. Give every record the same part in it."
+            )
+        custom = sorted(_custom_functions(loss))
+        if custom:
+            names = ", ".join(custom)
+            self._found.decisions.setdefault(names, "a backward pass of its own (autograd.Function)")
+        for problem, layers in self._layer_problems.items() if self._subject.needs_layers else ():
+            if self._problems and state.is_mixed and state.why in problem:
+                continue
+            named = list(dict.fromkeys(layers))
+            shown = ", ".join(named[:_SHOWN]) + (f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else "")
+            self._problems.append(f"Layers {shown}: {problem}.")
+
+    # -- state -----------------------------------------------------------------------------------------------------
+
+    def _look_at_state(self, module: nn.Module, before: dict[str, Any]) -> None:
+        """Refuses what is kept of records beyond the step."""
+        kept = []
+        after = kept_by(module)
+        for name, value in after.items():
+            state = self._tracer.state(value) if isinstance(value, Tensor) else None
+            if state is not None and not state.is_public:
+                kept.append(name)
+        if kept:
+            names = ", ".join(f"'{name}'" for name in kept[:_SHOWN])
+            more = f" and {len(kept) - _SHOWN} more" if len(kept) > _SHOWN else ""
+            self._problems.append(
+                f"What depends on records is kept in {names}{more}, without noise, beyond the step: it would reach later "
+                "steps or a checkpoint. Keep nothing of the batch; to follow a metric, use self.log or torchmetrics; "
+                "statistics of the data come from PrivateCentering or PrivateProjection."
+            )
+        numbers = _numbers(after)
+        self._found.counts = [
+            name for name, value in numbers.items() if name in before and not _equal(before[name], value)
+        ]
+
+    def _look_at_other_records(self, before: dict[str, Any]) -> None:
+        """Runs the step on the records in another mixture, and looks whether it keeps something else then."""
+        subject = self._subject
+        shadows, logs = [], []
+        half = max(1, len(subject.records) // 2)
+        others = [*subject.records[half:], *subject.records[half:], *subject.records][: len(subject.records)]
+        for records in (subject.records, others):
+            whole = Shadow(subject.module)
+            shadow = whole.module
+            seed_everything(1)
+            with subject.stand_in(shadow), subject.watch(self._rows):
+                batch = subject.transfer(subject.collated(records))
+                self._hook(shadow, "on_train_batch_start", batch, *subject.arguments)
+                with subject.context():
+                    loss = loss_of(shadow.training_step(batch, *subject.arguments))
+                self._hook(shadow, "on_train_batch_end", {"loss": loss.detach()}, batch, *subject.arguments)
+            shadows.append(kept_by(shadow))
+            logs.append(whole.logged)
+        self._found.logged |= {name for name, value in logs[0].items() if not _equal(value, logs[1].get(name))}
+        one, other = shadows
+        differing = [n for n in one if n not in other or not _equal(one[n], other[n])] + [
+            n for n in other if n not in one
+        ]
+        if differing:
+            raise UnsupportedModelError(
+                f"{', '.join(map(repr, differing[:_SHOWN]))}: training_step, or a hook, keeps there what depends on the "
+                "records of the batch, without noise, and a later step may use it. Keep nothing of the batch; to "
+                "follow a metric, use self.log or torchmetrics."
+            )
+
+    def _hook(self, module: pl.LightningModule, name: str, *args: Any) -> None:
+        """Runs a hook of the module's own, if it has one."""
+        method = getattr(type(module), name)
+        if method is not getattr(pl.LightningModule, name):
+            result = getattr(module, name)(*args[: method.__code__.co_argcount - 1])
+            if result == -1:
+                raise PrivacyConfigurationError(
+                    f"{name} returned -1, which skips the rest of the epoch. Whether a step happens must not depend on "
+                    "the data: use limit_train_batches, or stop by trainer.should_stop on what has noise."
+                )
+
+
+def _all_tensors(tree: Any) -> list[Tensor]:
+    from lightning_dp.batches import parts_of
+
+    if isinstance(tree, Tensor):
+        return [tree]
+    parts = parts_of(tree)
+    if parts is None:
+        return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [tensor for part in parts.values() for tensor in _all_tensors(part)]
+
+
+def _numbers(kept: dict[str, Any]) -> dict[str, Any]:
+    """What a module keeps besides trained parameters, as values that stay."""
+    return {
+        name: value.detach().clone() if isinstance(value, Tensor) else value
+        for name, value in kept.items()
+        if not (isinstance(value, nn.Parameter) and value.requires_grad)
+    }
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        if one.shape != other.shape:
+            return False
+        same = one.detach() == other.detach()
+        if one.is_floating_point() and other.is_floating_point():
+            same |= one.isnan() & other.isnan()
+        return bool(same.all())
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return bool(np.array_equal(one, other))
+    if type(one) is not type(other):
+        return False
+    return bool(one == other) or one != one
+
+
+def _custom_functions(loss: Tensor) -> set[str]:
+    """Names of autograd functions with a backward of their own that a loss depends on."""
+    found: set[str] = set()
+    seen: set[Any] = set()
+    waiting = [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, BackwardCFunction):
+            found.add(type(node).__name__.removesuffix("Backward"))
+        waiting += [following for following, _ in node.next_functions]
+    return found
+
+
+def _remedy(why: str) -> str:
+    """What to do about a loss that is no sum over records."""
+    if "class weights" in why:
+        return (
+            "Leave per_record_means on, with which class weights are divided by their public mean; and rather weigh the "
+            "frequent class down than the rare one up, whose gradients clipping would cut again."
+        )
+    if "targets of the batch that are not" in why:
+        return "Leave per_record_means on, with which every record's own targets are averaged first."
+    if "batch normalisation" in why:
+        return "Use GroupNorm, or a frozen BatchNorm: .eval() and requires_grad_(False) in __init__."
+    if "place" in why:
+        return "Treat every record alike, wherever in the batch it is."
+    if is_library(why):
+        return "A library did that: choose another loss or layer of it, or freeze the layer (requires_grad_(False))."
+    return (
+        "Make training_step treat every record by itself: normalise, average and choose within a record first, then "
+        "take the mean over records. A loss over pairs within the batch needs the pairs to be made in the data set."
+    )
+
+
+def _listed(problems: Sequence[str]) -> str:
+    """All problems in one message, of at most 2000 characters."""
+    if len(problems) == 1:
+        text = problems[0]
+    else:
+        text = "This training step cannot be private as it is:\n  - " + "\n  - ".join(problems)
+    return text if len(text) <= 2000 else text[:1990] + " …"

@@ -1,0 +1,204 @@
+"""The row tracer: follows who owns every number through the operations of a training step.
+
+A `RowTracer` is a `torch.utils._python_dispatch.TorchDispatchMode`, so it sees every operation that PyTorch runs, of
+the user's code and of libraries. Owners are kept per storage and not per tensor: views need no rule, and writes through
+a view reach everything that shares its memory. What each operation does to owners is in
+`lightning_dp.independence.operations`; operations that are not listed there are probed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_dp.independence import operations
+from lightning_dp.independence.owners import MIXED, PUBLIC, State, compress, constant
+from lightning_dp.independence.source import here
+
+Geometry = tuple[tuple[int, ...], tuple[int, ...], int, int]
+
+
+def _geometry(tensor: Tensor) -> Geometry:
+    return tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset(), tensor.element_size()
+
+
+@dataclass(eq=False)
+class _Cell:
+    """One storage: the owners of what was written to it, in the geometry in which that was written."""
+
+    storage: Any
+    geometry: Geometry
+    state: State
+    #: Owners of every element of the storage, once somebody looks at it in another geometry.
+    full: Tensor | None = None
+    views: dict[Geometry, State] = field(default_factory=dict)
+
+    def elements(self) -> Tensor:
+        """One owner per element of the storage."""
+        if self.full is None:
+            shape, stride, offset, size = self.geometry
+            self.full = torch.full((self.storage.nbytes() // size,), PUBLIC, dtype=self.state.owner.dtype)
+            self.full.as_strided(shape, stride, offset).copy_(self.state.owner.expand(shape))
+        return self.full
+
+    def read(self, geometry: Geometry) -> State:
+        if geometry == self.geometry:
+            return self.state
+        if geometry not in self.views:
+            shape, stride, offset, size = geometry
+            full, own = self.elements(), self.geometry[3]
+            if size < own:  # real numbers within complex ones
+                full = full.repeat_interleave(own // size)
+            elif size > own:
+                full = full[:: size // own]
+            self.views[geometry] = self.state.with_owner(full.as_strided(shape, stride, offset))
+        return self.views[geometry]
+
+    def write(self, geometry: Geometry, state: State) -> None:
+        shape, stride, offset, size = geometry
+        whole = geometry == self.geometry
+        if not whole and size == self.geometry[3]:
+            full = self.elements()
+            full.as_strided(shape, stride, offset).copy_(state.owner.expand(shape))
+            old = self.state
+            terms = state.terms if old.terms is None else old.terms
+            why = state.why or old.why
+            own_shape, own_stride, own_offset, _ = self.geometry
+            owner = compress(full.as_strided(own_shape, own_stride, own_offset))
+            state = State(owner, old.ragged, why, terms)
+        elif not whole:
+            state = State(constant(MIXED, len(self.geometry[0])), why=state.why or "a write in another data type")
+            self.full = None
+        else:
+            self.full = None
+        self.state, self.views = state, {}
+
+
+class RowTracer(TorchDispatchMode):
+    """Knows, of every tensor, which record each of its numbers depends on.
+
+    Args:
+        examples: B, the number of records in the batch that is passed through.
+    """
+
+    def __init__(self, examples: int) -> None:
+        super().__init__()
+        self.examples = examples
+        #: Lines where a value that depends on records was read, and what read it: a decision may depend on it.
+        self.decisions: dict[str, str] = {}
+        #: Lines where nobody could tell whether a record's place in the batch matters.
+        self.places: dict[str, str] = {}
+        #: Whether random numbers were drawn.
+        self.drew = False
+        self.operations = 0
+        #: Whether the batch holds what cannot be followed (strings), of which tensors may be made.
+        self.opaque = False
+        self._cells: dict[int, _Cell] = {}
+        self._probes: dict[Any, Any] = {}
+
+    # -- states ----------------------------------------------------------------------------------------------------
+
+    def state(self, tensor: Any) -> State | None:
+        """What is known of a tensor; ``None``: it is public."""
+        cell = self._cells.get(_key(tensor)) if isinstance(tensor, Tensor) else None
+        if cell is None or not tensor.numel():
+            return None
+        return cell.state if _is_sparse(tensor) else cell.read(_geometry(tensor))
+
+    def set(self, tensor: Tensor, state: State) -> None:
+        """Says what is known of a tensor in memory of its own."""
+        if _is_sparse(tensor):
+            self._cells[_key(tensor)] = _Cell(tensor, ((), (), 0, 1), state)
+        elif tensor.numel():
+            storage = tensor.untyped_storage()
+            self._cells[storage._cdata] = _Cell(storage, _geometry(tensor), state)
+
+    def own(self, tensor: Tensor, owner: Tensor, ragged: bool = False) -> None:
+        """Says who owns the numbers of an input."""
+        if tensor.numel():
+            self.set(tensor, State(compress(owner.expand(tensor.shape)), ragged))
+
+    def write(self, tensor: Tensor, state: State) -> None:
+        """Says what has been written into a tensor, or into the part of one that it shows."""
+        if not tensor.numel():
+            return
+        cell = self._cells.get(_key(tensor))
+        if cell is not None:
+            cell.write(_geometry(tensor), state)
+            return
+        storage, geometry = tensor.untyped_storage(), _geometry(tensor)
+        count = storage.nbytes() // tensor.element_size()
+        if count == tensor.numel():
+            self._cells[storage._cdata] = _Cell(storage, geometry, state)
+        else:  # a part of a public tensor
+            flat: Geometry = ((count,), (1,), 0, tensor.element_size())
+            cell = _Cell(storage, flat, State(constant(PUBLIC, 1), state.ragged, state.why, state.terms))
+            cell.write(geometry, state)
+            self._cells[storage._cdata] = cell
+
+    def written_since(self, tensor: Tensor) -> State | None:
+        """The state of a tensor's memory, whatever shape it is looked at in; ``None``: nothing of it is known."""
+        cell = self._cells.get(_key(tensor))
+        return None if cell is None else cell.state
+
+    # -- notes -----------------------------------------------------------------------------------------------------
+
+    def decide(self, what: str) -> None:
+        """Notes that something may be decided by what records hold."""
+        self.decisions.setdefault(here(), what)
+
+    def doubt_place(self, what: str) -> None:
+        """Notes that nobody could tell whether places matter."""
+        self.places.setdefault(here(), what)
+
+    def mixed(self, dims: int, what: str) -> State:
+        """The state of a result that depends on several records."""
+        return State(constant(MIXED, dims), why=f"{what} at {here()}")
+
+    def probes(self) -> dict[Any, Any]:
+        """What probing has found so far, by operation, shapes and owners."""
+        return self._probes
+
+    # -- every operation -------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.operations += 1
+        self.drew |= torch.Tag.nondeterministic_seeded in func.tags
+        return operations.follow(self, func, args, kwargs)
+
+
+def _is_sparse(tensor: Tensor) -> bool:
+    return tensor.layout != torch.strided
+
+
+def _key(tensor: Tensor) -> int:
+    return -id(tensor) if _is_sparse(tensor) else int(tensor.untyped_storage()._cdata)
+
+
+class Reads(TorchFunctionMode):
+    """Notes the ways in which a tensor's values become Python's or NumPy's without an operation."""
+
+    _NAMES = frozenset(("tolist", "numpy", "__array__", "__index__", "__dlpack__", "data_ptr", "untyped_storage"))
+
+    def __init__(self, tracer: RowTracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in self._NAMES and args and self._tracer.state(args[0]) is not None:
+            self._tracer.decide(f"{name}()")
+        return func(*args, **(kwargs or {}))
+
+
+def tensors_in(tree: Any) -> Sequence[Tensor]:
+    """The tensors of a tree."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
