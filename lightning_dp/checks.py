@@ -119,16 +119,22 @@ def check_no_accumulation(trainer: pl.Trainer) -> None:
 
 def check_model(module: pl.LightningModule, engine: str) -> None:
     """Refuses modules whose per-example gradients are not defined, or that the engine has no rule for."""
-    problems = []
+    refused: dict[tuple[str, str], list[str]] = {}
     for name, child in module.named_modules():
         reason = refusal_for(child)
         if reason:
-            problems.append(f"layer '{name}' ({type(child).__name__}): {reason}")
+            refused.setdefault((type(child).__name__, reason), []).append(name)
+    problems = [_of_layers(names, kind, reason) for (kind, reason), names in refused.items()]
     if engine == "bookkeeping":
+        without: dict[tuple[str, str], list[str]] = {}
         for name, child in trained_layers(module).items():
-            if not refusal_for(child):
-                problems += _without_rule(name, child)
+            for reason in [] if refusal_for(child) else _without_rule(name, child):
+                without.setdefault((type(child).__name__, reason), []).append(name)
+        problems += [
+            reason if names == [""] else _of_layers(names, kind, reason) for (kind, reason), names in without.items()
+        ]
         problems += _compiled(module) + _tied(module)
+    problems += _odd_parameters(module)
     hooked = [name for name, p in module.named_parameters() if p.requires_grad and has_hooks(p)]
     if hooked:
         problems.append(
@@ -137,10 +143,44 @@ def check_model(module: pl.LightningModule, engine: str) -> None:
             "on_after_backward, where the noise is in"
         )
     if problems:
-        listed = "\n  - ".join(problems)
-        raise UnsupportedModelError(f"This model cannot be trained privately as it is:\n  - {listed}")
+        listed = "\n  - ".join(["This model cannot be trained privately as it is:", *problems])
+        raise UnsupportedModelError(listed if len(listed) <= 2000 else f"{listed[:1990]} …")
     if not any(p.requires_grad for p in module.parameters()):
         raise UnsupportedModelError("The model has no parameter that requires a gradient: there is nothing to train.")
+
+
+def _odd_parameters(module: nn.Module) -> list[str]:
+    """Parameters that have no numbers yet, or complex ones."""
+    problems = []
+    lazy = [name for name, p in module.named_parameters() if isinstance(p, nn.UninitializedParameter)]
+    if lazy:
+        problems.append(
+            f"parameters {lazy[:4]} of lazy layers have no shape yet: pass a batch (of zeros) through the module once in "
+            "configure_model or before the fit"
+        )
+    named = {name: p for name, p in module.named_parameters() if name not in lazy}
+    complex_ones = [name for name, p in named.items() if p.requires_grad and p.is_complex()]
+    if complex_ones:
+        problems.append(
+            f"parameters {complex_ones[:4]} are complex, for which no bound is proven: hold the two parts as one real "
+            "parameter, and use torch.view_as_complex(parameter)"
+        )
+    return problems
+
+
+def _of_layers(names: list[str], kind: str, reason: str) -> str:
+    """One line for all layers of a type with the same problem."""
+    shown = ", ".join(f"'{name}'" for name in names[:_NAMED])
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"layer{'s' if len(names) > 1 else ''} {shown}{more} ({kind}): {reason}"
+
+
+def _few(names: list[str]) -> list[str]:
+    return names if len(names) <= _NAMED else [*names[:_NAMED], "…"]
+
+
+#: Layers that a line names.
+_NAMED = 4
 
 
 def _without_rule(name: str, module: nn.Module) -> list[str]:
@@ -156,22 +196,19 @@ def _without_rule(name: str, module: nn.Module) -> list[str]:
         ]
     if isinstance(module, nn.RNNBase):
         return [
-            f"layer '{name}' ({type(module).__name__}): its fused kernel hides the gradients of the single steps; use "
+            f"its fused kernel hides the gradients of the single steps; use "
             f"opacus.layers.DP{type(module).__name__}, which takes the same arguments and weights (or let "
             f"`opacus.validators.ModuleValidator.fix` exchange it), {_WAY_OUT}"
         ]
     if type(module).forward is nn.Module.forward:
         return [
-            f"layer '{name}' ({type(module).__name__}) holds the parameters {own} and has no forward of its own (a "
-            "ParameterList, a parametrization): what uses them cannot be seen; hold them in the module that uses them, "
+            f"it holds the parameters {_few(own)} and has no forward of its own (a ParameterList, a parametrization): "
+            "what uses them cannot be seen; hold them in the module that uses them, "
             f"freeze them (requires_grad_(False)), {_WAY_OUT}"
         ]
     unknown = [p for p in own if p not in ("weight", "bias")] if rule_for(module) else []
     if unknown:
-        return [
-            f"layer '{name}' ({type(module).__name__}): its rule does not know the parameters {unknown} "
-            f"(weight_norm?); remove them, {_WAY_OUT}"
-        ]
+        return [f"its rule does not know the parameters {unknown} (weight_norm, pruning?); remove them, {_WAY_OUT}"]
     return []
 
 

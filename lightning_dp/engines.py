@@ -204,11 +204,28 @@ def gradients_of(
         return recompute(module, *call.arguments, call.grad_output, per_example)
     except (RuntimeError, TypeError) as error:
         raise UnsupportedModelError(
-            f"Layer '{layer}' ({type(module).__name__}) has no rule, and running its forward once more for every "
-            f"example failed: {str(error).splitlines()[0]} Layers that draw random numbers must do that in a module of "
-            "their own (MultiheadAttention: add_bias_kv=False). Or use engine='per_example', which is slow but takes "
-            "any layer."
-        ) from error
+            f"Layer '{layer}' ({type(module).__name__}) has no rule, and its forward cannot be run once more for every "
+            f"example: {_why_not_again(str(error))} Or use engine='per_example', which is slow but takes any layer."
+        ) from None
+
+
+def _why_not_again(error: str) -> str:
+    """What a layer does that keeps it from being run once more, and the way out."""
+    if "random" in error:
+        return (
+            "it draws random numbers, by itself or by a child (dropout, DropPath). Hold its own parameters in a module of "
+            "their own, whose forward applies them, so that what draws has none (MultiheadAttention: add_bias_kv=False)."
+        )
+    if "inplace" in error or "in-place" in error or "in place" in error:
+        return (
+            "it writes in place into a tensor that it has made itself (out[:, t] = h). Collect the parts in a list, and "
+            "put them together by torch.stack or torch.cat."
+        )
+    if ".item()" in error or "data-dependent" in error:
+        return (
+            "what it does depends on the data (if x.any(), .item(), x[mask]). Compute both ways, and use torch.where."
+        )
+    return f"{error.splitlines()[0].removeprefix('vmap: ')[:200]}"
 
 
 class PerExample(PerExampleEngine):

@@ -28,11 +28,14 @@ class LayerForm:
             numbers, with a leading dimension of 1) rather than one entry per example.
         constants: The inputs that all examples share, by the number of the call.
         per_example: Which of the tensors among all arguments have one entry per example, of layers that are run again.
+        reduction: Of a layer that returns one number for the whole batch (a loss that holds parameters): whether that is
+            the ``"mean"`` or the ``"sum"`` over examples; ``None``: it returns one entry per example.
     """
 
     is_shared: list[bool] = field(default_factory=list)
     constants: dict[int, Tensor] = field(default_factory=dict)
     per_example: tuple[bool, ...] | None = None
+    reduction: str | None = None
 
 
 class CallForms:
@@ -65,8 +68,8 @@ class CallForms:
             shared = kinds[index]
         else:
             raise FormChanged(f"Layer '{name}' ({kind}) is called more often than when the model was examined.")
-        if shared and batch_size > 1 and input.dim() and input.shape[0] == batch_size:
-            return False  # one copy per example, as a layer before it has given it
+        if shared and input.dim() and input.shape[0] == batch_size:
+            return False  # one copy per example, as a layer before it has given it; or there is only one example
         expected = 1 if shared else batch_size
         if not input.dim() or input.shape[0] != expected:
             saw = "an input that all examples share (leading dimension 1)" if shared else "one entry per example"

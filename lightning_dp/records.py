@@ -265,6 +265,12 @@ class Recorder:
                     "returned none."
                 )
             input = with_batch(input, batch_size, name, module, self.forms, self.count(name))
+            form = None if self.forms is None else self.forms.layers.get(name)
+            reduction = form.reduction if form is not None and name in self._with_arguments else None
+            if output.dim() == 0 and reduction is not None:
+                call = Call(input.detach(), input._version, arguments=(args, kwargs))
+                share = 1.0 / batch_size if reduction == "mean" else 1.0
+                return self._record(name, call, output, anchor, lambda grad: (grad * share).expand(batch_size))
             if output.dim() == 0:
                 raise UnsupportedModelError(
                     f"Layer '{name}' ({type(module).__name__}) returns one number for the whole batch (a loss that "
@@ -272,7 +278,9 @@ class Recorder:
                     "number per example, and take the mean in training_step, or use engine='per_example'."
                 )
             is_shared = output.shape[0] != batch_size
-            if is_shared:
+            if form is not None and form.is_shared and all(form.is_shared):
+                is_shared = True
+            if output.shape[0] != batch_size:
                 # A layer whose input is the same for all examples (position numbers): every example gets its own copy.
                 output = output.expand(batch_size, *output.shape[1:])
             call = Call(input.detach(), input._version)

@@ -232,7 +232,7 @@ def record_bytes(dataset: Any, index: int) -> bytes | None:
     """A record, loaded from the same random state every time; ``None``: it cannot be written down."""
     torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
-        torch.manual_seed(index)
+        torch.default_generator.manual_seed(index)  # torch.manual_seed takes milliseconds
         np.random.seed(index)
         random.seed(index)
         return _written(dataset[index])

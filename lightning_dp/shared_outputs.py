@@ -58,6 +58,20 @@ def _put_back(tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return put
 
 
+def follow(args: tuple[Any, ...], result: Any) -> None:
+    """What is computed from such outputs alone is one as well."""
+    if not _EXPANDED or not isinstance(result, Tensor) or not result.dim():
+        return
+    tensors = [a for a in args if isinstance(a, Tensor) and a.dim()]
+    marks = [_EXPANDED.get(t) for t in tensors]
+    known = [m for m in marks if m is not None]
+    like = next((t for t, m in zip(tensors, marks, strict=True) if m is not None), None)
+    if like is None or len(set(known)) != 1 or result.shape[0] != like.shape[0] or result in _EXPANDED:
+        return
+    if all(m is not None or len(t) != len(like) for t, m in zip(tensors, marks, strict=True)):
+        _EXPANDED[result] = known[0]
+
+
 Understood = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor | None]
 
 _WITH_ONE: dict[Any, Understood] = {

@@ -68,6 +68,10 @@ from lightning_dp.statistic import PrivateStatistic, unfilled
 _TRACED, _EXCHANGED, _EXAMINED_ROWS = 8, 18, 36
 
 
+#: How often a step may turn out to run code that was not examined (LayerDrop skips other layers each time).
+_ATTEMPTS = 8
+
+
 class Budget(Protocol):
     """What a strategy asks before it spends."""
 
@@ -650,11 +654,12 @@ class PrivateMixin(Strategy):
                 "release. Use an optimizer that takes one gradient per step."
             )
         self._batch_examples = None
-        try:
-            return self._logical_batch(step, batch, count, args, kwargs)
-        except FormChanged as error:  # nothing was charged, and nothing of this batch was released
-            self._examine_drawn(batch, count, args, error)
-            return self._logical_batch(step, batch, count, args, kwargs)
+        for seed in range(_ATTEMPTS):
+            try:
+                return self._logical_batch(step, batch, count, args, kwargs)
+            except FormChanged as error:  # nothing was charged, and nothing of this batch was released
+                self._examine_drawn(batch, count, args, error, seed)
+        return self._logical_batch(step, batch, count, args, kwargs)
 
     def _logical_batch(
         self, step: PrivateStep, batch: Any, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -790,10 +795,12 @@ class PrivateMixin(Strategy):
         if not self._self_check_pending:
             return
         self._self_check_pending = False
-        subject = self._subject = self._make_subject(args)
         if self.num_records < 2:
-            self.findings = Findings(unseen=["there is one record, which has no other to influence"])
+            rank_zero_warn(
+                "lightning_dp: the train set has one record: whether records are independent is not checked."
+            )
             return
+        subject = self._subject = self._make_subject(args)
         findings = self._examine(subject)
         steering.check_monitors(self._trainer(), findings.logged)
         self._announce(findings)
@@ -834,7 +841,7 @@ class PrivateMixin(Strategy):
         """
         try:
             unseen = check_collation(subject)
-            if subject.copies > 1 and not subject.needs_layers:
+            if subject.copies > 1:
                 check_copies_stay_together(subject)
             sorts = any("order of its own" in sentence for sentence in unseen)
             few = replace(subject, records=subject.records[: max(2, min(_TRACED, len(subject.records)))])
@@ -842,7 +849,10 @@ class PrivateMixin(Strategy):
             if findings.counts and (self.engine == "per_example" or self.max_physical_batch_size):
                 self._refuse_counters(findings.counts)
             held = findings.forms if subject.needs_layers else None
-            unseen += check_exchange(subject, held, compare_places=not sorts)
+            try:
+                unseen += check_exchange(subject, held, compare_places=not sorts)
+            except UnsupportedModelError as error:
+                raise UnsupportedModelError(" ".join([*findings.doubts, str(error)])[:2000]) from None
             if held is not None:
                 state = self.private_step.clipping_state if self.private_step else {}
                 unseen += checks.check_contributions(subject, self.clipping, state, held)
@@ -877,7 +887,7 @@ class PrivateMixin(Strategy):
             "depends on the size of the sample. Count steps by self.global_step instead."
         )
 
-    def _examine_drawn(self, batch: Any, count: int, args: tuple[Any, ...], reason: FormChanged) -> None:
+    def _examine_drawn(self, batch: Any, count: int, args: tuple[Any, ...], reason: FormChanged, seed: int) -> None:
         """A step does what was not examined: examines it on the very batch, before anything is charged.
 
         Raises:
@@ -889,7 +899,7 @@ class PrivateMixin(Strategy):
         subject.arguments = args
         copies = self.augmentation_multiplicity
         try:
-            found = examine(subject, batch, count * copies, self._batch_layout())
+            found = examine(subject, batch, count * copies, self._batch_layout(), seed)
             self.findings.merge(found)
             self._examine(subject)
             self.findings.merge(found)

@@ -284,8 +284,9 @@ def test_a_resumed_fit_under_a_seed_is_the_uninterrupted_one(tmp_path: Path) -> 
     half, _ = start(1)
     half.save_checkpoint(tmp_path / "half.ckpt")
     _, resumed = start(2, ckpt_path=tmp_path / "half.ckpt")
+    assert whole.state_dict().keys() == resumed.state_dict().keys()
     for one, other in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(one, other)
+        assert not isinstance(one, Tensor) or torch.equal(one, other)
 
 
 def test_the_ledger_tells_statistics_from_steps_and_keeps_both() -> None:

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from lightning_dp.batches import Concatenated, Items, Layout, Rows, Shared, find_layout, leaves_with_layout
 from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
@@ -44,6 +45,7 @@ class Findings:
         decisions: Lines where something may be decided by what records hold, and how.
         understood: Lines where a batch mean was understood as a mean over records.
         unseen: What could not be examined, in sentences.
+        doubts: Why, for an engine that sees one record at a time, the loss may be another than that of a batch.
         logged: Names of metrics that the step logs and that depend on records.
         counts: State that a step changes, whatever the records: counters.
         forms: How layers are called.
@@ -52,6 +54,7 @@ class Findings:
     decisions: dict[str, str] = field(default_factory=dict)
     understood: dict[str, str] = field(default_factory=dict)
     unseen: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
     logged: set[str] = field(default_factory=set)
     counts: list[str] = field(default_factory=list)
     forms: CallForms = field(default_factory=CallForms)
@@ -73,24 +76,27 @@ class Findings:
         self.forms.merge(other.forms)
 
 
-def examine(subject: Subject, batch: Any = None, rows: int = 0, layout: Layout | None = None) -> Findings:
+def examine(
+    subject: Subject, batch: Any = None, rows: int = 0, layout: Layout | None = None, seed: int = 1
+) -> Findings:
     """Runs a training step under the tracer.
 
     Args:
         subject: The step, and the records to run it on.
         batch: A batch that was drawn and transferred, to run it on instead, of so many ``rows``.
         layout: That batch's.
+        seed: Of the random numbers that the step draws: with others, it may skip other layers (LayerDrop).
 
     Raises:
         UnsupportedModelError: Records influence one another, or what depends on them is kept; with the line.
     """
     with random_state_kept():
-        return _Examination(subject, batch, rows, layout).run()
+        return _Examination(subject, batch, rows, layout, seed).run()
 
 
 class _Examination:
-    def __init__(self, subject: Subject, batch: Any, rows: int, layout: Layout | None) -> None:
-        self._subject, self._found = subject, Findings()
+    def __init__(self, subject: Subject, batch: Any, rows: int, layout: Layout | None, seed: int) -> None:
+        self._subject, self._found, self._seed = subject, Findings(), seed
         self._problems: list[str] = []
         #: Layers of whose calls this is wrong.
         self._layer_problems: dict[str, list[str]] = {}
@@ -111,7 +117,7 @@ class _Examination:
         self._own(batch, self._layout)
         watch = subject.watch(self._rows, tracer)
         hooks = self._hooks(module)
-        seed_everything(1)
+        seed_everything(self._seed)
         try:
             with subject.stand_in(module), tracer, Reads(tracer), watch:
                 if not drawn:
@@ -136,7 +142,7 @@ class _Examination:
         self._found.unseen += [
             f"attribute '{name}' cannot be copied: what the step does to it was not looked at" for name in shadow.shared
         ]
-        self._found.decisions = {
+        self._found.decisions |= {
             line: what for line, what in tracer.decisions.items() if "torchmetrics" not in line
         } | {line: f"{what}: whether places in the batch matter" for line, what in tracer.places.items()}
         if self._problems:
@@ -229,12 +235,33 @@ class _Examination:
             if rule_for(layer) is None:
                 leaves, _ = tree_flatten((args, dict(kwargs)))
                 form.per_example = tuple(self._is_per_example(leaf) for leaf in leaves)
+                if isinstance(output, Tensor) and not output.dim():
+                    form.reduction = self._reduction_of(layer, args, kwargs, form.per_example, output)
             if not public and isinstance(state, State):
                 problem = self._form_problem(state, input.shape, dim)
                 if problem:
                     self._layer_problems.setdefault(problem, []).append(f"'{name}' ({type(layer).__name__})")
 
         return hook
+
+    def _reduction_of(
+        self, layer: nn.Module, args: Any, kwargs: Any, per_example: Sequence[bool], output: Tensor
+    ) -> str | None:
+        """Whether a layer's one number is the mean or the sum of those of single examples."""
+        leaves, structure = tree_flatten((args, dict(kwargs)))
+        alone = []
+        with _disable_current_modes(), torch.no_grad():
+            for row in range(self._rows):
+                taken = [leaf[row : row + 1] if own else leaf for leaf, own in zip(leaves, per_example, strict=True)]
+                own_args, own_kwargs = tree_unflatten(taken, structure)
+                try:
+                    alone.append(type(layer).forward(layer, *own_args, **own_kwargs))
+                except Exception:  # a layer that takes no single example
+                    return None
+            for name, found in (("mean", torch.stack(alone).mean()), ("sum", torch.stack(alone).sum())):
+                if torch.isclose(found, output, rtol=1e-4, atol=1e-6):
+                    return name
+        return None
 
     def _is_per_example(self, leaf: Any) -> bool:
         if not isinstance(leaf, Tensor) or not leaf.dim():
@@ -283,7 +310,12 @@ class _Examination:
                 self._found.unseen.append("the loss depends on nothing in the batch that could be followed")
             return
         if state.is_mixed:
-            self._problems.append(f"The loss is not a sum over records: {state.why}. {_remedy(state.why)}")
+            problem = f"The loss is not a sum over records: {state.why}. {_remedy(state.why)}"
+            if self._subject.needs_layers:
+                self._problems.append(problem)
+            else:  # one record at a time, they cannot reach one another; but is it the same loss?
+                self._found.doubts.append(problem)
+                self._found.decisions.setdefault(state.why, "numbers of several records meet")
         elif loss.dim() and (loss.dim() > 1 or len(loss) != self._rows or not state.is_owned):
             self._problems.append(
                 f"training_step returned a loss of shape {tuple(loss.shape)}: return one number, or one per example."
@@ -329,7 +361,10 @@ class _Examination:
             )
         numbers = _numbers(after)
         self._found.counts = [
-            name for name, value in numbers.items() if name in before and not _equal(before[name], value)
+            name
+            for name, value in numbers.items()
+            if isinstance(value, Tensor | int | float) and type(before.get(name)) is type(value)
+            if not _equal(before[name], value)
         ]
 
     def _look_at_other_records(self, before: dict[str, Any]) -> None:
@@ -337,8 +372,9 @@ class _Examination:
         subject = self._subject
         shadows, logs = [], []
         half = max(1, len(subject.records) // 2)
-        others = [*subject.records[half:], *subject.records[half:], *subject.records][: len(subject.records)]
-        for records in (subject.records, others):
+        count = len(subject.records)
+        for part in (subject.records[:half], subject.records[half:] or subject.records):
+            records = [part[i % len(part)] for i in range(count)]
             whole = Shadow(subject.module)
             shadow = whole.module
             seed_everything(1)
@@ -439,7 +475,10 @@ def _remedy(why: str) -> str:
     if "place" in why:
         return "Treat every record alike, wherever in the batch it is."
     if is_library(why):
-        return "A library did that: choose another loss or layer of it, or freeze the layer (requires_grad_(False))."
+        return (
+            "A library did that: compute the loss in training_step from the model's outputs (logits), per record first; "
+            "or choose another loss or layer of it, or freeze the layer (requires_grad_(False))."
+        )
     return (
         "Make training_step treat every record by itself: normalise, average and choose within a record first, then "
         "take the mean over records. A loss over pairs within the batch needs the pairs to be made in the data set."

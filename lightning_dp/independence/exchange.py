@@ -216,6 +216,7 @@ class _Exchange:
         self, base: _Seen, records: list[list[Any]], kept: list[int], places: list[int], kind: str, seed: int = 0
     ) -> None:
         """Compares what is seen of the ``kept`` records with what is seen at their ``places`` among others."""
+        seed = seed if base.drew else 0  # another random state, where that makes a difference
         reference = base if seed == 0 else self._run(self._subject.records, seed=seed)
         # Every record draws what it drew before, wherever it is now.
         streams = list(range(len(records)))
@@ -305,6 +306,7 @@ class _Exchange:
         return _Seen(
             calls,
             {name: gradient.squared_norms().sqrt() for name, gradient in gradients.items()},
+            aligned.drew,
             aligned.unaligned,
             subject.copies,
         )
@@ -320,7 +322,12 @@ def _check_sums(subject: Subject) -> list[str]:
     record at a time, with which another loss than the user's would be trained otherwise."""
     records = subject.records[:6]
     whole, unaligned = _whole_gradient(subject, records, 0)
-    alone = [_whole_gradient(subject, [record], index)[0] for index, record in enumerate(records)]
+    try:
+        alone = [_whole_gradient(subject, [record], index)[0] for index, record in enumerate(records)]
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"engine='per_example' passes one record at a time, and training_step fails on a batch of one: {error}"
+        ) from None
     if unaligned:
         return ["random numbers that depend on the whole batch were drawn: single records were not compared with it"]
     factor = 1 / len(records) if subject.loss_reduction == "mean" else 1.0
@@ -368,7 +375,8 @@ class _Seen:
     calls: dict[str, list[Call]]
     #: Per-example norms of the gradients of every parameter.
     norms: dict[str, Tensor]
-    #: Whether random numbers were drawn that cannot be told apart by rows.
+    #: Whether random numbers were drawn, and whether some cannot be told apart by rows.
+    drew: bool
     unaligned: bool
     #: Rows of the calls that belong to each example.
     copies: int

@@ -27,8 +27,8 @@ _ARGUMENTS = {
 }
 
 #: How the targets of one call lie: left alone (one record's own); along dimension 0, one record after another; along
-#: dimension 0, time before records.
-ALONE, RECORDS_FIRST, TIME_FIRST = "alone", "records first", "time first"
+#: dimension 0, time before records; along dimension 0, those that records chose (``logits[mask]``).
+ALONE, RECORDS_FIRST, TIME_FIRST, CHOSEN = "alone", "records first", "time first", "chosen"
 
 
 class PerRecordMeans(TorchFunctionMode):
@@ -95,6 +95,8 @@ class PerRecordMeans(TorchFunctionMode):
         owner = owners.compress(owner)
         placed = owners.blocks(owner)
         ragged = any(s is not None and s.ragged for s in (known, of_target))
+        if ragged and bool((owner >= PUBLIC).all()) and owners.varying(owner) in ([0], []) and len(owner.unique()) > 1:
+            return CHOSEN
         if placed is None or ragged or len(target) % self._rows or placed[1].numel() != len(target) or placed[0] != 0:
             return ALONE
         flat, count = placed[1], len(target)
@@ -111,6 +113,11 @@ class PerRecordMeans(TorchFunctionMode):
         losses = func(**{**given, "reduction": "none"})
         if weight is not None:
             losses = losses / weight.mean()
+        if form == CHOSEN:
+            if self._tracer is not None:
+                what = "the targets that records chose are added up, and divided by the number of records"
+                self.changed[here()] = f"{func.__name__} is a mean over records: {what}"
+            return losses.sum() / self._rows
         several = len(target) != self._rows or target.dim() > 1
         if several:
             counted = (target != ignored).to(losses.dtype)

@@ -278,7 +278,9 @@ def pointwise(call: Call) -> list[State]:
         state = call.result(owner, output, what=what)
         if bool((owner == SUM).any()):
             terms = [_terms(call, s) for s in states if not s.is_public]
-            state = replace(state, terms=torch.stack(terms).sum(0))
+            met = state.why or next((s.why for s in states if s.why), "")
+            met = met or call.tracer.mixed(0, f"numbers of several records meet in {call.name}").why
+            state = replace(state, terms=torch.stack(terms).sum(0), why=met)
         results.append(_placed(call, operands, output, state))
     return results
 
@@ -500,10 +502,7 @@ def _indexed(call: Call, tensor: Tensor, index: Tensor, dim: int, gathered: Tens
     [output] = call.outputs
     state, of_index = call.state(tensor), call.state(index)
     if not of_index.is_public and state.owner.shape[dim] > 1:
-        order = index.flatten()
-        everything = len(order) == tensor.shape[dim] and bool(
-            (order.sort()[0] == torch.arange(len(order), device=order.device)).all()
-        )
+        everything = _is_order(index.flatten(), tensor.shape[dim])
         own = bool(((index_owner == gathered) | (gathered < 0)).all()) and of_index.ragged
         if everything and not of_index.is_owned:
             call.tracer.decide("rows are put into another order, by what records hold")
@@ -614,7 +613,10 @@ def index(call: Call) -> list[State]:
 
 
 def _is_order(index: Tensor, size: int) -> bool:
-    return len(index) == size and bool((index.sort()[0] == torch.arange(size, device=index.device)).all())
+    """Whether an index takes every row, each as often as the others."""
+    if index.is_floating_point() or not len(index) or len(index) % size:
+        return False
+    return bool((torch.bincount(index.cpu(), minlength=size) == len(index) // size).all())
 
 
 @rule("index_put", "_index_put_impl", "_unsafe_index_put")
@@ -896,8 +898,9 @@ def _key(call: Call) -> Any:
         if isinstance(leaf, Tensor):
             state = call.tracer.state(leaf)
             owner = None if state is None else (tuple(state.owner.shape), state.owner.numpy().tobytes())
-            if owner is None and not leaf.is_floating_point() and leaf.numel() > 1:
-                owner = ((), leaf.cpu().numpy().tobytes()) if leaf.numel() < 4096 else None
+            whole = not leaf.is_floating_point() and not leaf.is_complex()
+            if owner is None and whole and 1 < leaf.numel() < 4096:  # an index, say: its values matter
+                owner = ((), leaf.detach().cpu().numpy().tobytes())
             parts.append((tuple(leaf.shape), leaf.dtype, owner))
         else:
             parts.append(repr(leaf))
@@ -943,14 +946,15 @@ class _Probe:
                 return answers
         # What never changes belongs to nobody where some of the operands' rows do not either; else nobody can tell.
         partly = any(o is not None and bool((o < 0).any()) for o in self._owners)
-        told = [partly and o.is_floating_point() for o in self._call.outputs]
+        told = [partly and (o.is_floating_point() or o.is_complex()) for o in self._call.outputs]
         return [
             None if a is None or (bool((a == PUBLIC).any()) and not ok) else a
             for a, ok in zip(answers, told, strict=True)
         ]
 
     def _is_public_float(self, leaf: Any) -> bool:
-        return isinstance(leaf, Tensor) and self._call.tracer.state(leaf) is None and leaf.is_floating_point()
+        known = not isinstance(leaf, Tensor) or self._call.tracer.state(leaf) is not None
+        return not known and (leaf.is_floating_point() or leaf.is_complex())
 
     def _random(self, like: Tensor) -> Tensor:
         """Other values of the same kind."""
@@ -961,15 +965,16 @@ class _Probe:
             values = like.flatten()
             chosen = torch.randint(0, max(1, values.numel()), shape, generator=self._generator)
             return values[chosen.to(like.device)] if values.numel() else like
-        noise = torch.randn(shape, generator=self._generator, dtype=torch.float32).to(like.device, like.dtype)
-        finite = like[like.isfinite()]
-        return noise * (1 + (finite.abs().mean() if finite.numel() else 0))
+        kind = torch.complex64 if like.is_complex() else torch.float32
+        noise = torch.randn(shape, generator=self._generator, dtype=kind).to(like.device, like.dtype)
+        ordinary = like[_is_ordinary(like)]
+        return noise * (1 + (ordinary.abs().mean() if ordinary.numel() else 0))
 
     def _other(self, leaf: Tensor) -> Tensor:
         """A public operand, moved: one that is zero would hide what the operation does."""
         leaf = leaf.detach()
         moved = leaf + 0.3 * self._random(leaf)
-        return torch.where(leaf.isfinite(), moved, leaf)
+        return torch.where(_is_ordinary(leaf), moved, leaf)
 
     def _replaced(self, leaf: Any, owner: Tensor | None, members: list[int] | None) -> Any:
         if owner is None:
@@ -977,7 +982,7 @@ class _Probe:
         leaf = leaf.detach()
         random = self._random(leaf)
         if members is None:
-            if leaf.is_floating_point():
+            if leaf.is_floating_point() or leaf.is_complex():
                 return leaf + 0.3 * random.where(random.isfinite(), torch.zeros_like(random))
             return leaf.clone()
         chosen = torch.isin(owner, torch.tensor(members, dtype=owner.dtype)).to(leaf.device)
@@ -1029,6 +1034,11 @@ class _Probe:
             return None
         ids = torch.tensor(self._records, dtype=owners.DTYPE)
         return torch.where(known, ids[index], PUBLIC).to(owners.DTYPE)
+
+
+def _is_ordinary(tensor: Tensor) -> Tensor:
+    """Numbers that are not infinite, nor stand for that (masks of attention)."""
+    return tensor.isfinite() & (tensor.abs() < 1e6)
 
 
 def _differs(one: Tensor, other: Tensor) -> Tensor:

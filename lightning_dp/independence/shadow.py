@@ -225,6 +225,8 @@ class AlignedRandomness(TorchDispatchMode):
         super().__init__()
         self._rows, self._seed, self._calls = rows, seed, 0
         self._streams = list(range(rows)) if streams is None else list(streams)
+        #: Whether numbers were drawn at all, dropout aside.
+        self.drew = False
         #: Whether numbers were drawn that could not be told apart by rows.
         self.unaligned = False
 
@@ -238,6 +240,7 @@ class AlignedRandomness(TorchDispatchMode):
         if "scaled_dot_product" in name:
             return self._without_dropout(func, args, kwargs)
         self._calls += 1
+        self.drew = True
         number = self._calls
         leaves, _ = tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]

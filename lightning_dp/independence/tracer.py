@@ -186,7 +186,7 @@ def _key(tensor: Tensor) -> int:
 class Reads(TorchFunctionMode):
     """Notes the ways in which a tensor's values become Python's or NumPy's without an operation."""
 
-    _NAMES = frozenset(("tolist", "numpy", "__array__", "__index__", "__dlpack__", "data_ptr", "untyped_storage"))
+    _NAMES = frozenset(("tolist", "numpy", "__array__", "__index__", "__dlpack__"))
 
     def __init__(self, tracer: RowTracer) -> None:
         super().__init__()

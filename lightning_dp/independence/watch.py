@@ -15,7 +15,7 @@ from typing import Any
 from lightning_dp.forms import FormChanged
 from lightning_dp.independence.losses import PerRecordMeans
 from lightning_dp.independence.source import here
-from lightning_dp.shared_outputs import understood
+from lightning_dp.shared_outputs import follow, understood
 
 #: A function, where it was called, and the switches among its arguments.
 Place = tuple[Any, CodeType, int, tuple[bool, ...]]
@@ -66,7 +66,11 @@ class Watch(PerRecordMeans):
                 raise FormChanged(f"training_step runs code that it did not run when it was examined: {here()}.")
             self._known.add(place)
         spread = understood(func, args, kwargs or {})
-        return spread if spread is not None else super().__torch_function__(func, types, args, kwargs)
+        if spread is not None:
+            return spread
+        result = super().__torch_function__(func, types, args, kwargs)
+        follow(args, result)
+        return result
 
 
 #: What surrounds a training step of so many rows.

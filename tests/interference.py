@@ -1,0 +1,362 @@
+"""Kinds of interference between records, and ordinary code that looks like it: what the examination says of each.
+
+``tests/test_independence.py`` trains every kind, and holds the table of docs/independence.md to what came out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.data import Dataset
+from torchmetrics.classification import MulticlassAccuracy
+
+from tests.conftest import Net, dataset
+
+PROVEN, CHECKED, REFUSED, NOT_SEEN = "proven", "checked", "refused", "not seen"
+
+#: Kinds by name, in the order of the table.
+KINDS: dict[str, Kind] = {}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of code.
+
+    Attributes:
+        make: Makes the module.
+        expected: What is said of it.
+        says: Part of the refusal.
+        data: Of which the train set is made.
+        collate: The collate function.
+        options: Of the strategy.
+    """
+
+    make: Callable[[], Net]
+    expected: str
+    says: str = ""
+    data: Callable[[], Any] = dataset
+    collate: Callable[[Any], Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def kind(name: str, expected: str, says: str = "", **kwargs: Any) -> Callable[[Any], Any]:
+    def register(make: Any) -> Any:
+        KINDS[name] = Kind(make, expected, says, **kwargs)
+        return make
+
+    return register
+
+
+def step(name: str, expected: str, says: str = "", **kwargs: Any) -> Callable[[Any], Any]:
+    """Registers a loss ``f(module, inputs, labels)``."""
+
+    def register(function: Any) -> Any:
+        class Stepping(Net):
+            def training_step(self, batch: Any, batch_idx: int) -> Any:
+                return function(self, *batch)
+
+        KINDS[name] = Kind(Stepping, expected, says, **kwargs)
+        return function
+
+    return register
+
+
+# -- ordinary code -----------------------------------------------------------------------------------------------------
+
+
+@step("a mean-reduced loss", PROVEN)
+def ordinary(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(module.net(x), y)
+
+
+@step("one loss per record (`training_step` returns a vector)", PROVEN)
+def vector(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(module.net(x), y, reduction="none")
+
+
+@step("class weights, targets that are ignored (understood as a mean over records)", PROVEN)
+def weighted(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    targets = torch.where(x[:, 0] > 0, y, -100)
+    return F.cross_entropy(module.net(x), targets, weight=torch.tensor([1.0, 5.0, 20.0]))
+
+
+@step("dropout, noise, in-place activations, masks within a record", PROVEN)
+def noisy(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    x = F.dropout(x + torch.randn_like(x), 0.1)
+    hidden = torch.relu_(module.net[0](x))  # type: ignore[index]
+    hidden = torch.where(hidden > 1, hidden, 0.5 * hidden)
+    return F.cross_entropy(module.net[2](hidden), y)  # type: ignore[index]
+
+
+@step("a loop over records", PROVEN)
+def loop(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    logits = module.net(x)
+    return torch.stack([F.cross_entropy(logits[i], y[i]) for i in range(len(x))]).mean()
+
+
+@kind("training metrics (torchmetrics)", PROVEN)
+class Metrics(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy = MulticlassAccuracy(3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self.net(batch[0])
+        self.accuracy(logits.detach(), batch[1])
+        self.log("accuracy", self.accuracy, on_epoch=True)
+        return F.cross_entropy(logits, batch[1])
+
+
+@step("a number that is read (`.item()`, `if mask.any()`)", CHECKED)
+def read(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    loss = F.cross_entropy(module.net(x), y)
+    if (y == 1).any():
+        module.log("share", (y == 1).float().mean().item())
+    return loss
+
+
+@step("an autograd function with a backward pass of its own", CHECKED)
+def custom(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(_Same.apply(module.net(x)), y)
+
+
+class _Same(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0]
+
+
+def sequences(count: int = 40) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    return [(torch.randn(3 + i % 4, 6, generator=generator), torch.tensor(i % 3)) for i in range(count)]
+
+
+def padded(items: Any) -> Any:
+    x, y = zip(*items, strict=True)
+    return nn.utils.rnn.pad_sequence(list(x), batch_first=True), torch.tensor([len(s) for s in x]), torch.stack(y)
+
+
+@step("padding, masked", PROVEN, data=sequences, collate=padded)
+def masked(module: Net, x: Tensor, lengths: Tensor, y: Tensor) -> Tensor:
+    mask = torch.arange(x.shape[1])[None] < lengths[:, None]
+    return F.cross_entropy((module.net(x) * mask[..., None]).sum(1) / lengths[:, None], y)
+
+
+# -- interference ------------------------------------------------------------------------------------------------------
+
+
+@step("padding that leaks", REFUSED, "exchanging some examples", data=sequences, collate=padded)
+def unmasked(module: Net, x: Tensor, lengths: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(module.net(x).mean(1), y)
+
+
+@step("statistics of the batch", REFUSED, r"interference.py:\d+")
+def centred(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(module.net(x - x.mean(0)), y)
+
+
+@step("the largest value of the batch", REFUSED, "max over several records")
+def scaled(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(module.net(x / x.abs().max().clamp(min=1)), y)
+
+
+@step("a loss over pairs within the batch", REFUSED, "mm mixes records")
+def contrastive(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    features = module.net(x)
+    return F.cross_entropy(features @ features.T, torch.arange(len(x)))
+
+
+@step("mixup within the batch", REFUSED, "numbers of several records meet")
+def mixed(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(module.net(0.7 * x + 0.3 * x[torch.randperm(len(x))]), y)
+
+
+@step("a normaliser that counts (`sum / positives`)", REFUSED, "of a sum over records")
+def positives(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    losses = F.cross_entropy(module.net(x), y, reduction="none") * (y == 2)
+    return losses.sum() / (y == 2).sum().clamp(min=1)
+
+
+@step("a nonlinear function of the mean loss", REFUSED, "sqrt of a sum over records")
+def root(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    return F.mse_loss(module.net(x)[:, 0], y.float()).sqrt()
+
+
+@step("the hardest records of the batch only", REFUSED, "topk along the dimension of the batch")
+def hardest(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(module.net(x), y, reduction="none").topk(4).values.mean()
+
+
+@step("a layer on some records only (`h[mask]`)", REFUSED, "rows that were chosen by what records hold")
+def selected(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    hidden = module.net[0](x)  # type: ignore[index]
+    chosen = module.net[2](hidden[y == 1])  # type: ignore[index]
+    return F.cross_entropy(module.net[2](hidden), y) + chosen.pow(2).sum() / len(x)  # type: ignore[index]
+
+
+@step("a record's place in the batch", REFUSED, "place")
+def placed(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(module.net(x * torch.arange(len(x))[:, None]), y)
+
+
+@step("one place of the batch overwritten", REFUSED, "one place of the batch is overwritten")
+def overwritten(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    x = x.clone()
+    x[0] = 0
+    return F.cross_entropy(module.net(x), y)
+
+
+@step("half of the batch", REFUSED, "some places of the batch")
+def half(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(module.net(x), y, reduction="none")[: len(x) // 2].sum() / len(x)
+
+
+@kind(
+    "packed sequences, sorted by length",
+    REFUSED,
+    "in an order that their lengths decide|chosen by what",
+    data=sequences,
+    collate=padded,
+)
+class Packed(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, lengths, y = batch
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return F.cross_entropy(self.net(packed.data[: len(x)]), y)
+
+
+@kind("a running mean in a buffer", REFUSED, "kept in 'mean'")
+class Running(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.mean.lerp_(batch[0].mean(0), 0.1)
+        return super().training_step(batch, batch_idx)
+
+
+@kind("a running scale in a Python number", REFUSED, "'scale'")
+class Scale(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 1.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step((batch[0] / self.scale, batch[1]), batch_idx)
+        self.scale = 0.9 * self.scale + 0.1 * float(batch[0].abs().max())
+        return loss
+
+
+@kind("counts in an integer buffer", REFUSED, "kept in 'counts'")
+class Counts(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(3, dtype=torch.long))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.counts += torch.bincount(batch[1], minlength=3)
+        return super().training_step(batch, batch_idx)
+
+
+@kind("prototypes in a frozen parameter", REFUSED, "kept in 'prototypes'")
+class Prototypes(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.prototypes = nn.Parameter(torch.zeros(6), requires_grad=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        with torch.no_grad():
+            self.prototypes.lerp_(batch[0].mean(0), 0.1)
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.net.parameters(), lr=1.0)
+
+
+@kind("records kept in a list (experience replay)", REFUSED, r"kept in 'seen\[0\]'")
+class Replay(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen.extend(batch[0])
+        return super().training_step(batch, batch_idx)
+
+
+@kind("state that another hook of the module keeps", REFUSED, "kept in 'mean'")
+class Hook(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.mean.lerp_(batch[0].mean(0), 0.1)
+
+
+def _mixup(items: Any) -> Any:
+    x, y = (torch.stack(column) for column in zip(*items, strict=True))
+    return 0.7 * x + 0.3 * x.flip(0), y
+
+
+KINDS["mixing in the collate function"] = Kind(Net, REFUSED, "collate_fn", collate=_mixup)
+
+
+@kind("mixing in a transfer hook", REFUSED, "on_after_batch_transfer")
+class Transfer(Net):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0] - batch[0].mean(0), batch[1]
+
+
+@kind("a term that starts in a later epoch", REFUSED, "did not run when it was examined")
+class Later(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        if self.current_epoch >= 1:
+            loss = loss + F.cross_entropy(self.net(batch[0] - batch[0][-1:]), batch[1])
+        return loss
+
+
+@kind("an attribute that cannot be copied", "partly checked")
+class Locked(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        import threading
+
+        self.lock = threading.Lock()
+
+
+class _Neighbours(Dataset[Any]):
+    """Every item is the mean of two records: nobody sees that from outside."""
+
+    def __init__(self) -> None:
+        self.data = dataset()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = self.data[index]
+        return (x + self.data[(index + 1) % len(self.data)][0]) / 2, y
+
+
+KINDS["mixing inside the data set's `__getitem__`"] = Kind(Net, NOT_SEEN, data=_Neighbours)
+
+_KEPT: list[Tensor] = []
+
+
+@step("state outside of the module (a global variable)", NOT_SEEN)
+def outside(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    _KEPT[:] = [x.detach().mean(0)]
+    return F.cross_entropy(module.net(x), y)

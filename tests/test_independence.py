@@ -1,0 +1,80 @@
+"""Records do not influence one another, or training stops: every kind of interference, through the Trainer."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_dp import FlatClipping, GaussianNoise, PrivacyConfigurationError, PrivateStrategy, UnsupportedModelError
+from tests.conftest import fit, trainer
+from tests.interference import CHECKED, KINDS, NOT_SEEN, PROVEN, REFUSED, Kind
+
+PAGE = Path(__file__).parents[1] / "docs" / "independence.md"
+BEGIN, END = "<!-- kinds: begin -->", "<!-- kinds: end -->"
+
+
+def train(kind: Kind, **kwargs: Any) -> PrivateStrategy:
+    torch.manual_seed(0)
+    strategy = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0), **{**kind.options, **kwargs})
+    loader = DataLoader(kind.data(), batch_size=20, shuffle=True, collate_fn=kind.collate)
+    fit(trainer(strategy=strategy, max_epochs=2), kind.make(), loader)
+    return strategy
+
+
+def outcome(kind: Kind) -> str:
+    try:
+        strategy = train(kind)
+    except (UnsupportedModelError, PrivacyConfigurationError):
+        return REFUSED
+    assert strategy.findings is not None
+    return strategy.findings.verdict
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_interference_is_met_as_the_table_says(name: str) -> None:
+    kind = KINDS[name]
+    if kind.expected == REFUSED:
+        with pytest.raises((UnsupportedModelError, PrivacyConfigurationError), match=kind.says) as caught:
+            train(kind)
+        assert len(str(caught.value)) <= 2000
+        assert "self_check" not in str(caught.value)
+        assert caught.value.__cause__ is None
+    else:
+        found = outcome(kind)
+        assert found == (PROVEN if kind.expected == NOT_SEEN else kind.expected)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.expected == REFUSED])
+def test_one_record_at_a_time_is_no_way_around(name: str) -> None:
+    """What mixes records is another loss for an engine that sees one at a time: it is refused as well, unless it was
+    only the recording of layers that did not fit."""
+    kind = KINDS[name]
+    if name in ("a layer on some records only (`h[mask]`)", "mixup within the batch"):
+        found = train(kind, engine="per_example").findings
+        assert found is not None and found.verdict in (CHECKED, "partly checked")
+        return
+    with pytest.raises((UnsupportedModelError, PrivacyConfigurationError)):
+        train(kind, engine="per_example")
+
+
+def table() -> str:
+    columns = (PROVEN, CHECKED, "partly checked", REFUSED, NOT_SEEN)
+    lines = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for name, kind in KINDS.items():
+        lines.append(f"| {name} | {' | '.join('●' if kind.expected == column else '' for column in columns)} |")
+    return "\n".join(lines)
+
+
+def test_the_page_says_what_these_tests_found() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    before, rest = page.split(BEGIN)
+    after = rest.split(END)[1]
+    written = f"{before}{BEGIN}\n{table()}\n{END}{after}"
+    if os.environ.get("LIGHTNING_DP_WRITE_DOCS"):
+        PAGE.write_text(written, encoding="utf-8")
+    assert page == written
