@@ -44,6 +44,7 @@ _STATED_ELSEWHERE = frozenset(
         "num_records",
         "sampling_rate",
         "expected_batch_size",
+        "independence",
         "software",
     )
 )
@@ -142,11 +143,20 @@ def privacy_card(
             "lost_or_elsewhere": total - in_model,
             "by_mechanism": [{"event": _in_words(event), "steps": count} for event, count in mechanisms.items()],
         },
+        "independence": _independence(configuration),
         "statistics": [{"event": _in_words(event), "times": count} for event, count in statistics.items()],
         "not_covered": _not_covered(configuration, training_metrics, validation_metrics),
         "configuration": {key: value for key, value in configuration.items() if key not in _STATED_ELSEWHERE},
         "software": configuration["software"],
     }
+
+
+def _independence(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known about one record's influence on another's gradient."""
+    found = configuration.get("independence")
+    if configuration["self_check"] and found:
+        return dict(found)
+    return {"verdict": "not checked", "decisions": {}, "losses": {}, "not_checked": ["whether records are independent"]}
 
 
 def _finite_or_name(value: float) -> float | str:
@@ -259,7 +269,8 @@ def _not_covered(
             {
                 "what": "checks before training",
                 "why": "A few records passed through the model to check that it can be trained privately; that "
-                "training began reveals that the check succeeded.",
+                "training began reveals that the check succeeded. What a data set does within one item, and state "
+                "outside of the module, nobody looked at.",
             }
         )
     if not configuration["journal"]:
@@ -285,6 +296,7 @@ def render_card(card: Mapping[str, Any]) -> str:
         "",
         f"**{card['statement']}**",
         "",
+        *_independence_headline(card),
         f"Training {card['status']}.",
         "",
         "## ε",
@@ -333,6 +345,7 @@ def render_card(card: Mapping[str, Any]) -> str:
         *(f"| {entry['event']} | {entry['steps']} |" for entry in steps["by_mechanism"]),
         *_statistics(card["statistics"]),
         "",
+        *_independence_lines(card.get("independence", {})),
         "## What the guarantee does not cover",
         "",
     ]
@@ -348,13 +361,40 @@ def render_card(card: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+_VERDICTS = {
+    "proven": "Proven: every operation of the training step acts on records one by one, the loss is a sum over records, "
+    "and nothing of a record is kept.",
+    "checked": "Checked: what the training step does depends on what records hold at the lines below. It was proven for "
+    "the branch that was taken; a step that takes another is examined before it is charged.",
+    "partly checked": "Checked, except for what is named below.",
+    "not checked": "Not checked (self_check=False, or no step was taken). If records influence one another's gradients, ε "
+    "is false.",
+}
+
+
+def _independence_headline(card: Mapping[str, Any]) -> list[str]:
+    if card.get("independence", {}).get("verdict") != "not checked":
+        return []
+    return ["**It is not known whether records influence one another's gradients: if they do, ε is false.**", ""]
+
+
+def _independence_lines(found: Mapping[str, Any]) -> list[str]:
+    if not found:
+        return []
+    lines = ["## Independence of records", "", _VERDICTS[found["verdict"]], ""]
+    lines += [f"- {line}: {what}" for line, what in found["decisions"].items()]
+    lines += [f"- {line}: {what}" for line, what in found["losses"].items()]
+    lines += [f"- Not checked: {sentence}." for sentence in found["not_checked"]]
+    return lines if lines[-1] == "" else [*lines, ""]
+
+
 def _statistics(entries: Sequence[Mapping[str, Any]]) -> list[str]:
     if not entries:
         return []
     return [
         "",
-        "Statistics of all records (the second moments of principal components) were released with noise. They are no "
-        "steps of training, and are charged too:",
+        "Statistics of all records (a mean, or second moments) were released with noise. They are no steps of training, "
+        "and are charged too:",
         "",
         "| mechanism of a statistic | times |",
         "|---|---|",

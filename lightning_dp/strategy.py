@@ -848,14 +848,13 @@ class PrivateMixin(Strategy):
             findings = examine(few)
             if findings.counts and (self.engine == "per_example" or self.max_physical_batch_size):
                 self._refuse_counters(findings.counts)
-            held = findings.forms if subject.needs_layers else None
             try:
-                unseen += check_exchange(subject, held, compare_places=not sorts)
+                unseen += check_exchange(subject, findings, compare_places=not sorts)
             except UnsupportedModelError as error:
                 raise UnsupportedModelError(" ".join([*findings.doubts, str(error)])[:2000]) from None
-            if held is not None:
+            if subject.needs_layers:
                 state = self.private_step.clipping_state if self.private_step else {}
-                unseen += checks.check_contributions(subject, self.clipping, state, held)
+                unseen += checks.check_contributions(subject, self.clipping, state, findings.forms)
         except (UnsupportedModelError, PrivacyConfigurationError) as error:
             raise type(error)(str(error)) from None
         except CheckpointError as error:

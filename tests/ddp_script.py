@@ -60,7 +60,7 @@ def main() -> None:
         callbacks.append(PrivacyBudget(3.0, 1e-3))
         if arguments.fault:
             method: Any = START_METHODS[strategy]
-            strategy = PrivateDDPStrategy(noise=GaussianNoise(), timeout=timedelta(seconds=8), start_method=method)
+            strategy = PrivateDDPStrategy(noise=GaussianNoise(), timeout=timedelta(seconds=20), start_method=method)
     trainer = pl.Trainer(
         max_epochs=2,
         default_root_dir=arguments.folder,

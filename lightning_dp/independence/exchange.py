@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from torch import Tensor
 from lightning_dp.batches import Concatenated, Layout, Rows, find_layout, leaves_with_layout, parts_of
 from lightning_dp.engines import BookKeeping, PerExample, set_aside
 from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
-from lightning_dp.forms import CallForms
+from lightning_dp.forms import FormChanged
 from lightning_dp.gradients import PerExampleGradient, wide
+from lightning_dp.independence.examination import Findings, examine
 from lightning_dp.independence.shadow import AlignedRandomness, Shadow, random_state_kept, seed_everything
 from lightning_dp.independence.subject import Subject, loss_of, record_size, reduced, stand_in
 from lightning_dp.records import Call
@@ -160,12 +161,13 @@ def check_copies_stay_together(subject: Subject) -> None:
         )
 
 
-def check_exchange(subject: Subject, forms: CallForms | None, compare_places: bool = True) -> list[str]:
+def check_exchange(subject: Subject, findings: Findings, compare_places: bool = True) -> list[str]:
     """Runs the step on records of which some are exchanged, and compares what is seen of the others.
 
     Args:
         subject: The step and the records.
-        forms: How layers are called; ``None``: no layer is recorded, whole gradients are compared.
+        findings: What the tracer found. Where an exchanged record makes the step run other code, that is traced as well,
+            and added.
         compare_places: Whether collation keeps the order of records.
 
     Returns:
@@ -175,14 +177,18 @@ def check_exchange(subject: Subject, forms: CallForms | None, compare_places: bo
         UnsupportedModelError: With the layer's or parameter's name.
     """
     with random_state_kept():
-        if forms is None:
+        if not subject.needs_layers:  # no layer is recorded: whole gradients are compared
             return _check_sums(subject)
-        return _Exchange(subject, forms, compare_places).run()
+        return _Exchange(subject, findings, compare_places).run()
+
+
+#: How often a pass may turn out to run code that was not traced: LayerDrop skips other layers each time.
+_ATTEMPTS = 4
 
 
 class _Exchange:
-    def __init__(self, subject: Subject, forms: CallForms, compare_places: bool) -> None:
-        self._subject, self._forms, self._compare_places = subject, forms, compare_places
+    def __init__(self, subject: Subject, findings: Findings, compare_places: bool) -> None:
+        self._subject, self._findings, self._compare_places = subject, findings, compare_places
         self._unseen: list[str] = []
 
     def run(self) -> list[str]:
@@ -269,7 +275,16 @@ class _Exchange:
                 "that depends on the data."
             )
 
-    def _run(
+    def _run(self, records: Sequence[list[Any]], **kwargs: Any) -> _Seen:
+        """One pass; the step is traced first where these records make it run code that was not."""
+        for seed in range(_ATTEMPTS):
+            try:
+                return self._pass(records, **kwargs)
+            except FormChanged:
+                self._findings.merge(examine(replace(self._subject, records=list(records)), seed=seed))
+        return self._pass(records, **kwargs)
+
+    def _pass(
         self,
         records: Sequence[list[Any]],
         compare_with_autograd: bool = False,
@@ -279,7 +294,7 @@ class _Exchange:
         subject = self._subject
         shadow = Shadow(subject.module).module
         engine = BookKeeping(shadow)
-        engine.copies, engine.forms = subject.copies, self._forms
+        engine.copies, engine.forms = subject.copies, self._findings.forms
         recorder = engine.make_recorder(None)
         rows = len(records) * subject.copies
         aligned = AlignedRandomness(rows, seed, _rows_in(streams, subject.copies))
@@ -288,7 +303,7 @@ class _Exchange:
             seed_everything(seed)
             with aligned:
                 batch = subject.transfer(subject.collated(records, seed))
-                with recorder.forward(rows, keep_requires_grad=compare_with_autograd), subject.watch(rows):
+                with recorder.forward(rows, keep_requires_grad=compare_with_autograd), subject.watch(rows, hold=True):
                     with subject.context():
                         output = shadow.training_step(batch, *subject.arguments)
                 loss = reduced(loss_of(output), subject.loss_reduction)

@@ -68,10 +68,19 @@ class Subject:
             seed_everything(seed)
             return self.collate(items)
 
-    def watch(self, rows: int, tracer: RowTracer | None = None) -> Watch:
-        """What surrounds the step while it is examined."""
+    def watch(self, rows: int, tracer: RowTracer | None = None, hold: bool = False) -> Watch:
+        """What surrounds the step while it is examined.
+
+        Args:
+            rows: Of the batch.
+            tracer: Looks at the step: what it runs is understood from now on.
+            hold: The step must run nothing else than what was understood.
+        """
         known = self.understanding
-        return Watch(rows, known.losses, known.places, True, tracer=tracer, enabled=self.per_record_means)
+        if tracer is None and not hold:  # a pass in eval mode, say: what it runs is nobody's business
+            known = Understanding(list(known.losses), set(known.places))
+        learn = not hold
+        return Watch(rows, known.losses, known.places, learn, tracer=tracer, enabled=self.per_record_means)
 
 
 def fresh(item: Any) -> Any:

@@ -7,6 +7,7 @@ stops at the first that was not there when the step was examined.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from types import CodeType, FrameType
@@ -20,7 +21,19 @@ from lightning_dp.shared_outputs import follow, understood
 #: A function, where it was called, and the switches among its arguments.
 Place = tuple[Any, CodeType, int, tuple[bool, ...]]
 
-_WRAPPERS = ("torch/overrides.py", "torch/nn/functional.py", "torch/functional.py", "torch/_tensor.py")
+_OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_ZOO = os.path.join(_OWN, "zoo")
+
+_WRAPPERS = (
+    "torch/overrides.py",
+    "torch/autograd/function.py",
+    "torch/nn/functional.py",
+    "torch/functional.py",
+    "torch/_tensor.py",
+)
+
+#: Attention, which is one function to PyTorch, and the linear maps that it is made of to a recorder.
+_RECORDED = "torch/nn/modules/activation.py"
 
 
 def _caller() -> FrameType:
@@ -57,6 +70,10 @@ class Watch(PerRecordMeans):
         if func.__name__ == "__get__":  # shape, dtype, device
             return func(*args, **(kwargs or {}))
         frame = _caller()
+        path = frame.f_code.co_filename
+        own = path.startswith(_OWN) and not path.startswith(_ZOO)  # what records, and what examines
+        if own or path.endswith(_RECORDED):
+            return super().__torch_function__(func, types, args, kwargs)
         switches = [a for a in args if a is True or a is False]
         if kwargs:
             switches += [a for a in kwargs.values() if a is True or a is False]
