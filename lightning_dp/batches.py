@@ -185,7 +185,8 @@ def take_rows(batch: Any, layout: Layout, size: int, rows: slice | list[int]) ->
         return type(batch)(batch[i] for i in indices)
     if batch.shape[layout.dim] % size:
         raise ValueError(
-            f"The batch holds a tensor of shape {tuple(batch.shape)} for {size} examples: dimension {layout.dim} counted "
+            f"The batch holds a tensor of shape {tuple(batch.shape)} for {size} examples: dimension {layout.dim} "
+            "counted "
             "the examples when the layout of the batch was found."
         )
     each = batch.shape[layout.dim] // size

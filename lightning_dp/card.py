@@ -362,12 +362,15 @@ def render_card(card: Mapping[str, Any]) -> str:
 
 
 _VERDICTS = {
-    "proven": "Proven: every operation of the training step acts on records one by one, the loss is a sum over records, "
+    "proven": "Proven: every operation of the training step acts on records one by one, the loss is a sum over "
+    "records, "
     "and nothing of a record is kept.",
-    "checked": "Checked: what the training step does depends on what records hold at the lines below. It was proven for "
+    "checked": "Checked: what the training step does depends on what records hold at the lines below. It was proven "
+    "for "
     "the branch that was taken; a step that takes another is examined before it is charged.",
     "partly checked": "Checked, except for what is named below.",
-    "not checked": "Not checked (self_check=False, or no step was taken). If records influence one another's gradients, ε "
+    "not checked": "Not checked (self_check=False, or no step was taken). If records influence one another's "
+    "gradients, ε "
     "is false.",
 }
 
@@ -393,7 +396,8 @@ def _statistics(entries: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     return [
         "",
-        "Statistics of all records (a mean, or second moments) were released with noise. They are no steps of training, "
+        "Statistics of all records (a mean, or second moments) were released with noise. They are no steps of "
+        "training, "
         "and are charged too:",
         "",
         "| mechanism of a statistic | times |",

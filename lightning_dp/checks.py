@@ -1,7 +1,7 @@
 """What cannot be trained privately, and why: checks before the first step, each with the way out.
 
-`check_trainer`, `check_model` and `check_optimizers` look at the configuration; `check_contributions` runs a few examples
-through the bounding. Whether records are independent is examined in `lightning_dp.independence`.
+`check_trainer`, `check_model` and `check_optimizers` look at the configuration; `check_contributions` runs a few
+examples through the bounding. Whether records are independent is examined in `lightning_dp.independence`.
 """
 
 from __future__ import annotations
@@ -155,7 +155,8 @@ def _odd_parameters(module: nn.Module) -> list[str]:
     lazy = [name for name, p in module.named_parameters() if isinstance(p, nn.UninitializedParameter)]
     if lazy:
         problems.append(
-            f"parameters {lazy[:4]} of lazy layers have no shape yet: pass a batch (of zeros) through the module once in "
+            f"parameters {lazy[:4]} of lazy layers have no shape yet: pass a batch (of zeros) through the module "
+            "once in "
             "configure_model or before the fit"
         )
     named = {name: p for name, p in module.named_parameters() if name not in lazy}
@@ -322,7 +323,7 @@ def check_contributions(subject: Subject, clipping: Bounding, state: State, form
     def contribution(examples: list[int]) -> tuple[PrivateStep, dict[str, Tensor]]:
         nonlocal unaligned
         shadow = Shadow(subject.module).module.eval()
-        rule = clipping.bind(shadow)  # type: ignore[arg-type]
+        rule = clipping.bind(shadow)
         engine = rule.make_engine("bookkeeping", shadow)
         engine.copies, engine.forms = copies, forms
         step = PrivateStep(engine, rule, GaussianNoise(), PrivacyLedger(), Randomness())

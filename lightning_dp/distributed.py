@@ -231,7 +231,8 @@ class PrivateDDPStrategy(PrivateParallelMixin, DDPStrategy):
 
     Args:
         clipping, noise, denoiser, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal,
-            secure_rng, augmentation_multiplicity, per_record_means: As for `PrivateStrategy`. ``max_physical_batch_size`` is per device.
+            secure_rng, augmentation_multiplicity, per_record_means: As for `PrivateStrategy`.
+            ``max_physical_batch_size`` is per device.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
             timeout, start_method: As for Lightning's `DDPStrategy`; the Trainer fills most of them in.
 

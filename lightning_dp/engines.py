@@ -213,12 +213,15 @@ def _why_not_again(error: str) -> str:
     """What a layer does that keeps it from being run once more, and the way out."""
     if "random" in error:
         return (
-            "it draws random numbers, by itself or by a child (dropout, DropPath). Hold its own parameters in a module of "
-            "their own, whose forward applies them, so that what draws has none (MultiheadAttention: add_bias_kv=False)."
+            "it draws random numbers, by itself or by a child (dropout, DropPath). Hold its own parameters in a "
+            "module of "
+            "their own, whose forward applies them, so that what draws has none (MultiheadAttention: "
+            "add_bias_kv=False)."
         )
     if "inplace" in error or "in-place" in error or "in place" in error:
         return (
-            "it writes in place into a tensor that it has made itself (out[:, t] = h). Collect the parts in a list, and "
+            "it writes in place into a tensor that it has made itself (out[:, t] = h). Collect the parts in a list, "
+            "and "
             "put them together by torch.stack or torch.cat."
         )
     if ".item()" in error or "data-dependent" in error:

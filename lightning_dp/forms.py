@@ -28,7 +28,8 @@ class LayerForm:
             numbers, with a leading dimension of 1) rather than one entry per example.
         constants: The inputs that all examples share, by the number of the call.
         per_example: Which of the tensors among all arguments have one entry per example, of layers that are run again.
-        reduction: Of a layer that returns one number for the whole batch (a loss that holds parameters): whether that is
+        reduction: Of a layer that returns one number for the whole batch (a loss that holds parameters): whether that
+        is
             the ``"mean"`` or the ``"sum"`` over examples; ``None``: it returns one entry per example.
     """
 

@@ -565,7 +565,8 @@ def warn_of_another_training(contents: JournalContents, num_records: int, config
             differing.append(f"{key} = {then} (now {now})")
     if differing:
         rank_zero_warn(
-            f"lightning_dp: the privacy journal {contents.path} was begun by a training with {', '.join(differing)}. Its "
+            f"lightning_dp: the privacy journal {contents.path} was begun by a training with {', '.join(differing)}. "
+            "Its "
             f"steps are charged to this one too. To account for this one alone: {_OWN_DIRECTORY}."
         )
 

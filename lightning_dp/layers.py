@@ -396,8 +396,9 @@ def recompute(
     """Gradients of a layer without a rule: its forward, once more, for every example by itself (``torch.func.vmap``).
 
     Tensors among the arguments that have one entry per example are taken apart: those that ``per_example`` names, or,
-    where nobody has found that out, those whose leading dimension is the batch. All others are shared. The layer must be a function of its arguments: one that draws random numbers raises a ``RuntimeError``.
-    Source: Horace He & Richard Zou 2021, functorch.
+    where nobody has found that out, those whose leading dimension is the batch. All others are shared. The layer must
+    be a function of its arguments: one that draws random numbers raises a ``RuntimeError``. Source: Horace He &
+    Richard Zou 2021, functorch.
     """
     batch = len(grad_output)
     leaves, structure = tree_flatten((args, dict(kwargs)))

@@ -275,7 +275,8 @@ def _refuse_repeated_records(dataset: Any, num_records: int) -> None:
         keys = numbers[:num_records, 0] * max(1, *map(len, bases), 1) + numbers[:num_records, 1]
         if len(np.unique(keys)) != num_records:
             raise ValueError(
-                f"The train data set is a {type(dataset).__name__} that names some records several times: such a record "
+                f"The train data set is a {type(dataset).__name__} that names some records several times: such a "
+                "record "
                 "would count several times in every bound. Name each record once; to weight records, weight their "
                 "losses."
             )

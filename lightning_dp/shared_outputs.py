@@ -1,8 +1,9 @@
 """Outputs of layers whose input all examples share: every example has its own copy, and user code sees one.
 
-``self.query(torch.arange(n)[None])`` has a leading dimension of 1, and people write ``.repeat(B, 1, 1)`` after it. So that
-every example's gradient can be told apart, the recorder returns one copy per example instead. The functions that spread
-one copy over the batch are understood here, within the forward pass: on such an output they have nothing left to do.
+``self.query(torch.arange(n)[None])`` has a leading dimension of 1, and people write ``.repeat(B, 1, 1)`` after it. So
+that every example's gradient can be told apart, the recorder returns one copy per example instead. The functions that
+spread one copy over the batch are understood here, within the forward pass: on such an output they have nothing left
+to do.
 """
 
 from __future__ import annotations

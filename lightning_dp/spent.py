@@ -1,8 +1,8 @@
 """What the weights of a module have cost already: it stays with the module, whoever trains it next.
 
-A second Trainer that goes on with the same module starts with an empty ledger, and the weights are not empty: a notebook
-cell that is run three times has spent three times. What was spent is kept here, weakly, by module, and goes into the
-ledger of the next training on the same records. A Lightning checkpoint brings its ledger with it, also to
+A second Trainer that goes on with the same module starts with an empty ledger, and the weights are not empty: a
+notebook cell that is run three times has spent three times. What was spent is kept here, weakly, by module, and goes
+into the ledger of the next training on the same records. A Lightning checkpoint brings its ledger with it, also to
 ``load_from_checkpoint``.
 """
 
@@ -60,8 +60,9 @@ class DataMark:
         """Whether some record is in both, as far as anybody can tell; when nobody can, it is."""
         if self.shares_objects_with(other):
             return True
-        if len(self.bases) == len(other.bases) == 1 and self.bases[0] is not None and other.bases[0] is not None:
-            if self.bases[0]() is other.bases[0]() is not None:
+        if len(self.bases) == len(other.bases) == 1:
+            one, two = (mark.bases[0] for mark in (self, other))
+            if one is not None and two is not None and one() is two() is not None:
                 return False  # other parts of the same data set
         if not self.contents or not other.contents:
             return True

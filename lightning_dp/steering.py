@@ -15,7 +15,8 @@ from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.spent import DataMark
 
 _WAYS_OUT = (
-    "Monitor a metric of validation records that are not trained on, or what has noise (privacy/epsilon); a schedule by "
+    "Monitor a metric of validation records that are not trained on, or what has noise (privacy/epsilon); a schedule "
+    "by "
     "steps or epochs needs no metric."
 )
 
@@ -45,7 +46,8 @@ def check_monitors(trainer: pl.Trainer, logged: set[str]) -> None:
     for who, monitor in monitors(trainer):
         if monitor in names:
             raise PrivacyConfigurationError(
-                f"{who} monitors '{monitor}', which training_step logs: it is computed from the train set without noise, "
+                f"{who} monitors '{monitor}', which training_step logs: it is computed from the train set without "
+                "noise, "
                 f"and what it decides would reach the model uncounted. {_WAYS_OUT}"
             )
 
@@ -96,7 +98,8 @@ def warn(trainer: pl.Trainer) -> None:
     clip = trainer.gradient_clip_val
     if clip:
         rank_zero_info(
-            f"lightning_dp: gradient_clip_val={clip:g} rescales the noisy gradient, which is private already: it changes "
+            f"lightning_dp: gradient_clip_val={clip:g} rescales the noisy gradient, which is private already: it "
+            "changes "
             "how far a step goes, and nothing about ε. What one record adds is bounded by the clipping rule."
         )
 

@@ -221,7 +221,8 @@ class PrivateMixin(Strategy):
             self._understanding = Understanding()
             if not self.self_check:
                 rank_zero_warn(
-                    "lightning_dp: self_check=False: nobody looks whether records influence one another's gradients. If "
+                    "lightning_dp: self_check=False: nobody looks whether records influence one another's gradients. "
+                    "If "
                     "they do, ε is false. The privacy card says so."
                 )
             self._run_directory = run_directory(trainer)  # before a search for learning rates puts the loggers away
@@ -489,7 +490,8 @@ class PrivateMixin(Strategy):
         self.ledger.include(new)
         if more := len(self.ledger) - known:
             rank_zero_warn(
-                f"lightning_dp: this module's weights have cost privacy on these records before: {more} private steps or "
+                f"lightning_dp: this module's weights have cost privacy on these records before: {more} private "
+                "steps or "
                 "statistics that another training took. They are charged to this training too, and its noise is chosen "
                 "for what is left. To begin anew, make a new module; to go on, give the budget a larger ε."
             )
@@ -635,7 +637,8 @@ class PrivateMixin(Strategy):
         if self._batch_examples is not None:
             raise PrivacyConfigurationError(
                 "A batch was drawn that no training step was taken on: on_train_batch_start returned -1, which skips "
-                "the rest of the epoch. Whether a step happens must not depend on the data. Use limit_train_batches, or "
+                "the rest of the epoch. Whether a step happens must not depend on the data. Use limit_train_batches, "
+                "or "
                 "trainer.should_stop on what has noise."
             )
 
@@ -877,12 +880,14 @@ class PrivateMixin(Strategy):
         names = ", ".join(map(repr, counts[:4]))
         if self.engine == "per_example":
             raise UnsupportedModelError(
-                f"training_step changes {names} whenever it is called, and engine='per_example' calls it once for every "
+                f"training_step changes {names} whenever it is called, and engine='per_example' calls it once for "
+                "every "
                 "record: after a few steps it would tell exactly how many were drawn. Count steps by self.global_step "
                 "instead."
             )
         rank_zero_warn(
-            f"lightning_dp: training_step changes {names} whenever it is called, which is once per micro-batch: how often "
+            f"lightning_dp: training_step changes {names} whenever it is called, which is once per micro-batch: how "
+            "often "
             "depends on the size of the sample. Count steps by self.global_step instead."
         )
 

@@ -1,4 +1,5 @@
-"""Models that people train, with their default dropout and padding collators: none is refused, whatever the train set."""
+"""Models that people train, with their default dropout and padding collators: none is refused, whatever the train
+set."""
 
 from __future__ import annotations
 

@@ -108,8 +108,8 @@ def test_what_mixes_records_is_found_to_with_its_line(name: str) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from([*ROW_WISE, *MIXING]), min_size=1, max_size=5), st.integers(2, 7))
 def test_random_programs(names: list[str], records: int) -> None:
-    """Sound: whatever is said to be a record's own does not change when other records do. Complete: a program that never
-    mixes records is said to be."""
+    """Sound: whatever is said to be a record's own does not change when other records do. Complete: a program that
+    never mixes records is said to be."""
     torch.manual_seed(0)
     programs = {**ROW_WISE, **MIXING}
 

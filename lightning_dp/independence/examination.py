@@ -355,7 +355,8 @@ class _Examination:
             names = ", ".join(f"'{name}'" for name in kept[:_SHOWN])
             more = f" and {len(kept) - _SHOWN} more" if len(kept) > _SHOWN else ""
             self._problems.append(
-                f"What depends on records is kept in {names}{more}, without noise, beyond the step: it would reach later "
+                f"What depends on records is kept in {names}{more}, without noise, beyond the step: it would reach "
+                "later "
                 "steps or a checkpoint. Keep nothing of the batch; to follow a metric, use self.log or torchmetrics; "
                 "statistics of the data come from PrivateCentering or PrivateProjection."
             )
@@ -393,7 +394,8 @@ class _Examination:
         ]
         if differing:
             raise UnsupportedModelError(
-                f"{', '.join(map(repr, differing[:_SHOWN]))}: training_step, or a hook, keeps there what depends on the "
+                f"{', '.join(map(repr, differing[:_SHOWN]))}: training_step, or a hook, keeps there what depends on "
+                "the "
                 "records of the batch, without noise, and a later step may use it. Keep nothing of the batch; to "
                 "follow a metric, use self.log or torchmetrics."
             )
@@ -465,7 +467,8 @@ def _remedy(why: str) -> str:
     """What to do about a loss that is no sum over records."""
     if "class weights" in why:
         return (
-            "Leave per_record_means on, with which class weights are divided by their public mean; and rather weigh the "
+            "Leave per_record_means on, with which class weights are divided by their public mean; and rather weigh "
+            "the "
             "frequent class down than the rare one up, whose gradients clipping would cut again."
         )
     if "targets of the batch that are not" in why:
@@ -476,7 +479,8 @@ def _remedy(why: str) -> str:
         return "Treat every record alike, wherever in the batch it is."
     if is_library(why):
         return (
-            "A library did that: compute the loss in training_step from the model's outputs (logits), per record first; "
+            "A library did that: compute the loss in training_step from the model's outputs (logits), per record "
+            "first; "
             "or choose another loss or layer of it, or freeze the layer (requires_grad_(False))."
         )
     return (

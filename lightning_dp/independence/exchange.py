@@ -166,7 +166,8 @@ def check_exchange(subject: Subject, findings: Findings, compare_places: bool = 
 
     Args:
         subject: The step and the records.
-        findings: What the tracer found. Where an exchanged record makes the step run other code, that is traced as well,
+        findings: What the tracer found. Where an exchanged record makes the step run other code, that is traced as
+        well,
             and added.
         compare_places: Whether collation keeps the order of records.
 
@@ -303,9 +304,9 @@ class _Exchange:
             seed_everything(seed)
             with aligned:
                 batch = subject.transfer(subject.collated(records, seed))
-                with recorder.forward(rows, keep_requires_grad=compare_with_autograd), subject.watch(rows, hold=True):
-                    with subject.context():
-                        output = shadow.training_step(batch, *subject.arguments)
+                recording = recorder.forward(rows, keep_requires_grad=compare_with_autograd)
+                with recording, subject.watch(rows, hold=True), subject.context():
+                    output = shadow.training_step(batch, *subject.arguments)
                 loss = reduced(loss_of(output), subject.loss_reduction)
                 for parameter in engine.parameters.values():
                     parameter.grad = None  # the step may have run backward passes of its own
@@ -470,9 +471,8 @@ def _difference(
         if one is None or other is None or one.shape[1:] != other.shape[1:]:
             return True
         a, b = one[rows.to(one.device)], other[others.to(other.device)]
-        if a.is_floating_point() and not bool(a.isfinite().all() & b.isfinite().all()):
-            if not bool((a.isfinite() == b.isfinite()).all()):
-                return False
+        if a.is_floating_point() and not torch.equal(a.isfinite(), b.isfinite()):
+            return False
         return _close(b, a * factor if factor != 1 else a, low_precision=low)
 
     def pairs(name: str) -> list[tuple[Call, Call]]:

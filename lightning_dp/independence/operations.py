@@ -12,7 +12,6 @@ To add a rule: write a function ``(call) -> list of states`` and register it for
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -164,10 +163,11 @@ def follow(tracer: RowTracer, func: Any, args: tuple[Any, ...], kwargs: dict[str
         if torch.Tag.nondeterministic_seeded in func.tags:
             for output in written or [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]:
                 tracer.write(output, State(constant(RANDOM, output.dim())))
-        elif tracer.opaque and name in ("lift_fresh", "_to_copy") and isinstance(result, Tensor):
+        elif tracer.opaque and name in ("lift_fresh", "_to_copy") and isinstance(result, Tensor) and result.dim():
             # Made of Python's data, which may be what the batch holds besides tensors.
-            if result.dim() and len(result) and len(result) % tracer.examples == 0:
-                tracer.own(result, owners.rows(len(result), result.dim(), tracer.examples))
+            count = len(result)
+            if count and count % tracer.examples == 0:
+                tracer.own(result, owners.rows(count, result.dim(), tracer.examples))
         return result
     # What an operation overwrites is needed to work out, and to probe, what it does.
     before = {id(t): t.detach().clone() for t in written if tracer.state(t) is not None or base not in _OVERWRITES}
@@ -216,8 +216,7 @@ def _checked_write(call: Call, old: State | None, new: State) -> State:
         return new
     of = set(old.records())
     if of and len(of) < call.tracer.examples and call.name in (*_OVERWRITES, "copy"):
-        what = "one place of the batch is overwritten, whichever record is there"
-        return call.tracer.mixed(new.owner.dim(), what)
+        return call.tracer.mixed(new.owner.dim(), _ONE_PLACE)
     return new
 
 
@@ -252,11 +251,13 @@ def _apply(call: Call) -> list[State]:
 def pointwise(call: Call) -> list[State]:
     """Entry i of the result depends on entry i of every operand, as broadcast."""
     linear, scaling = call.name in _LINEAR, call.name in _SCALING
-    tensors = [t for t in call.tensors()]
+    tensors = call.tensors()
     results: list[State] = []
     for output in call.outputs:
         dims = output.dim()
         operands = [t for t in tensors if t.dim() <= dims and _broadcasts(t.shape, output.shape)]
+        if any(call.tracer.state(t) is not None for t in tensors if not _broadcasts(t.shape, output.shape)):
+            return call.mixed(f"{call.name} with an operand of another shape")
         if call.name == "copy":
             operands = [t for t in tensors[1:] if _broadcasts(t.shape, output.shape)]
         owner = constant(PUBLIC, dims)
@@ -621,68 +622,69 @@ def _is_order(index: Tensor, size: int) -> bool:
 
 @rule("index_put", "_index_put_impl", "_unsafe_index_put")
 def index_put(call: Call) -> list[State]:
+    """``tensor[indices] = values``: where a record says where to write, it owns all that it could have written to."""
     tensor, indices, values = call.args[:3]
     [output] = call.outputs
-    accumulate = bool(call.argument("accumulate", False))
-    expanded, index_owner = _advanced(call, tensor, indices)
+    state, dims = call.state(tensor), tensor.dim()
     owner = call.owner(tensor).clone()
-    masks = [i for i in indices if i is not None and i.dtype in (torch.bool, torch.uint8)]
-    for mask in masks:
-        state = call.state(mask)
-        if state.is_public:
-            continue
-        if indices[0] is not mask:
-            return call.mixed("a mask on other dimensions than the first")
-        # Where nothing is written depends on the mask as well.
-        along = call.owner(mask).reshape(list(mask.shape) + [1] * (tensor.dim() - mask.dim()))
-        owner = join(owner, along).expand(tensor.shape).contiguous()
-        call.tracer.decide("rows are written where a mask says so")
-    place = aten.index(owner, expanded)
+    expanded, index_owner = _advanced(call, tensor, indices)
     new = join(call.owner(values) if values.dim() else call.state(values).owner, index_owner)
+    anywhere: list[int] = []
     dim = -1
     for item in indices:
         if item is None:
             dim += 1
             continue
-        mask = item.dtype in (torch.bool, torch.uint8)
-        dim += item.dim() if mask else 1
-        if (
-            mask
-            or call.state(item).is_public
-            or (call.state(tensor).owner.shape[dim] == 1 and not call.state(tensor).is_public)
-        ):
+        if _is_mask(item):
+            if not call.state(item).is_public:
+                if indices[0] is not item:
+                    return call.mixed("a mask on other dimensions than the first")
+                # Where nothing is written depends on the mask as well.
+                along = call.owner(item).reshape(list(item.shape) + [1] * (dims - item.dim()))
+                owner = join(owner, along).expand(tensor.shape).contiguous()
+                call.tracer.decide("rows are written where a mask says so")
+            dim += item.dim()
             continue
-        if not call.state(item).ragged:
+        dim += 1
+        if call.state(item).is_public:
+            continue
+        if call.state(item).ragged:  # from `nonzero`: the place of its own mask
+            call.tracer.decide("rows are written where records say")
+        elif state.owner.shape[dim] == 1:
+            anywhere.append(dim)
+        else:
             return [call.tracer.mixed(output.dim(), "rows of the batch are written where records say")]
-        owner = join(owner, constant(PUBLIC, owner.dim()))
-        call.tracer.decide("rows are written where records say")
+    before = owner.clone()
+    place = aten.index(owner, expanded)
     new = torch.broadcast_to(new, place.shape)
-    if accumulate:
+    if bool(call.argument("accumulate", False)):
         new = join(place, new, linear=True)
-        if len(
-            torch.unique(
-                torch.stack(torch.broadcast_tensors(*[i for i in expanded if i is not None])).flatten(1), dim=1
-            ).T
-        ) < math.prod(torch.broadcast_tensors(*[i for i in expanded if i is not None])[0].shape):
+        given = torch.stack(torch.broadcast_tensors(*[i for i in expanded if i is not None])).flatten(1)
+        if given.unique(dim=1).shape[1] < given.shape[1]:
             return call.mixed("several numbers are added up in one place")
     elif bool(((place >= 0) & (new >= 0) & (place != new)).any()):
         return [call.tracer.mixed(output.dim(), "a record's rows are overwritten with another's")]
-    elif bool(((place >= 0) & (new < 0)).any()) and not masks:
-        overwritten = set(place[(place >= 0) & (new < 0)].unique().tolist())
-        if len(overwritten) < call.tracer.examples:
-            what = "one place of the batch is overwritten, whichever record is there"
-            return [call.tracer.mixed(output.dim(), what)]
-    owner.index_put_(
-        tuple(torch.arange(s) if i is None else i for i, s in zip(expanded, tensor.shape))
-        if all(i is not None for i in expanded)
-        else _full_index(expanded, tensor),
-        new,
-    )
-    return [call.result(owner, output, ragged=call.state(tensor).ragged)]
+    chosen: Any = tuple(slice(None) if i is None else i for i in expanded)
+    owner.index_put_(chosen, new)
+    if not any(_is_mask(i) for i in indices if i is not None) and _takes_places(call, before, owner):
+        return [call.tracer.mixed(output.dim(), _ONE_PLACE)]
+    for dim in anywhere:
+        owner = owners.reduce(owner, [dim], linear=False, keepdim=True).expand(tensor.shape)
+    what = "records write where others could have written"
+    return [call.result(owner, output, ragged=state.ragged, what=what)]
 
 
-def _full_index(expanded: Sequence[Tensor | None], tensor: Tensor) -> tuple[Any, ...]:
-    return tuple(slice(None) if i is None else i for i in expanded)
+_ONE_PLACE = "one place of the batch is overwritten, whichever record is there"
+
+
+def _takes_places(call: Call, before: Tensor, after: Tensor) -> bool:
+    """Whether something public overwrites what some records own, and not what others do."""
+    lost = before[(before >= 0) & (after < 0)].unique()
+    return 0 < len(lost) < call.tracer.examples
+
+
+def _is_mask(index: Tensor) -> bool:
+    return index.dtype in (torch.bool, torch.uint8)
 
 
 @rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill")
@@ -709,11 +711,16 @@ def scatter(call: Call) -> list[State]:
             owner = join(owner, part)
         return [call.result(owner, output, what=f"{call.name} of several records into one place")]
     if of_index.is_public and call.name in ("scatter", "index_copy"):
-        leaves = [call.owner(tensor).clone(), dim, index.cpu()]
-        written = call.owner(source) if isinstance(source, Tensor) and source.dim() else PUBLIC
-        function = torch.Tensor.scatter_ if call.name == "scatter" else torch.Tensor.index_copy_
-        function(*leaves, written)
-        return [call.result(leaves[0], output)]
+        before = call.owner(tensor)
+        if not isinstance(source, Tensor) or not source.dim():
+            owner = before.clone().scatter_(dim, index.cpu(), PUBLIC)
+        elif call.name == "scatter":
+            owner = before.clone().scatter_(dim, index.cpu(), call.owner(source).contiguous())
+        else:
+            owner = before.clone().index_copy_(dim, index.cpu(), call.owner(source).contiguous())
+        if _takes_places(call, before, owner):
+            return [call.tracer.mixed(output.dim(), _ONE_PLACE)]
+        return [call.result(owner, output)]
     return [call.tracer.mixed(output.dim(), f"{call.name} of several records")]
 
 
@@ -730,7 +737,7 @@ def nonzero(call: Call) -> list[State]:
 
 @rule("masked_select")
 def masked_select(call: Call) -> list[State]:
-    tensor, mask = torch.broadcast_tensors(*call.args[:2])
+    _, mask = torch.broadcast_tensors(*call.args[:2])
     own, of_mask = torch.broadcast_tensors(call.owner(call.args[0]), call.owner(call.args[1]))
     if not call.state(call.args[1]).is_public:
         call.tracer.decide("rows are chosen by a mask")
@@ -746,11 +753,19 @@ def masked_select(call: Call) -> list[State]:
     "bincount",
     "histc",
     "repeat_interleave",
-    "searchsorted",
 )
 def by_value(call: Call) -> list[State]:
     call.tracer.decide(f"{call.name}: a shape depends on what records hold")
     return call.mixed(call.name)
+
+
+@rule("searchsorted", "bucketize")
+def bucketized(call: Call) -> list[State]:
+    """Where numbers lie among boundaries, which must be public."""
+    values, boundaries = call.args[:2] if call.name == "bucketize" else call.args[1::-1]
+    if not isinstance(values, Tensor) or not call.state(boundaries).is_public:
+        return call.mixed(f"{call.name} among numbers of records")
+    return [call.result(call.state(values).owner, call.outputs[0])]
 
 
 @rule("_pack_padded_sequence")
@@ -810,7 +825,7 @@ def ctc_loss(call: Call) -> list[State]:
 def nll_loss(call: Call) -> list[State]:
     """Mean over targets: divided by their weights, or their number, it is a sum only where both are public."""
     logits, target, weight, reduction, ignored = call.args[:5]
-    output, total_weight = call.outputs
+    output, _ = call.outputs
     per_target = State(constant(PUBLIC, target.dim()))
     own = owners.reduce(call.state(logits).owner, [min(1, logits.dim() - 1)], linear=False, keepdim=False)
     owner = join(own, call.state(target).owner)
@@ -899,7 +914,9 @@ def _key(call: Call) -> Any:
             state = call.tracer.state(leaf)
             owner = None if state is None else (tuple(state.owner.shape), state.owner.numpy().tobytes())
             whole = not leaf.is_floating_point() and not leaf.is_complex()
-            if owner is None and whole and 1 < leaf.numel() < 4096:  # an index, say: its values matter
+            if owner is None and whole and leaf.numel() > 1:  # an index, say: its values matter
+                if leaf.numel() > 4096:
+                    return None
                 owner = ((), leaf.detach().cpu().numpy().tobytes())
             parts.append((tuple(leaf.shape), leaf.dtype, owner))
         else:
@@ -1000,12 +1017,12 @@ class _Probe:
         finally:
             torch.set_rng_state(state)
         if self._call.func._schema.is_mutable:
-            return [t for t in _written(self._call.func, args, kwargs)]
+            return _written(self._call.func, args, kwargs)
         found = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
         return found if len(found) == len(self._call.outputs) else None
 
     def _read(self, changed: Tensor) -> Tensor | None:
-        """Owners from what changed, ``(2 · bits, *shape)``: along one dimension where that explains all, or by entry."""
+        """Owners from what changed, ``(2 · bits, *shape)``: along one dimension if that explains all, or by entry."""
         shape = changed.shape[1:]
         best: Tensor | None = None
         for dim in range(len(shape)):

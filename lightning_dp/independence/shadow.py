@@ -6,6 +6,7 @@ import copy
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -102,7 +103,7 @@ def _light(optimizer: Optimizer) -> Optimizer:
     """An optimizer of the same settings that has no state and no say."""
     light = copy.copy(getattr(optimizer, "optimizer", optimizer))
     light.param_groups = [dict(group) for group in light.param_groups]
-    light.state = {}  # type: ignore[assignment]
+    light.state = {}
     return light
 
 
@@ -162,6 +163,7 @@ def is_metric(module: nn.Module) -> bool:
 
 
 def random_state() -> RandomState:
+    """The state of every stream that user code may draw from."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     return (
         torch.get_rng_state(),
@@ -172,12 +174,14 @@ def random_state() -> RandomState:
 
 
 def same_random_state(one: RandomState, other: RandomState) -> bool:
+    """Whether nothing was drawn between two states."""
     same_torch = all(torch.equal(a, b) for a, b in zip([one[0], *one[1]], [other[0], *other[1]], strict=True))
     same_numpy = all(np.array_equal(a, b) for a, b in zip(one[2], other[2], strict=True))
     return same_torch and same_numpy and one[3] == other[3]
 
 
 def set_random_state(state: RandomState) -> None:
+    """Goes back to a state."""
     torch.set_rng_state(state[0])
     for device, cuda_state in enumerate(state[1]):
         torch.cuda.set_rng_state(cuda_state, device)
@@ -262,9 +266,9 @@ class AlignedRandomness(TorchDispatchMode):
             if tensors:
                 own_args, own_kwargs = tree_map(taken, (args, kwargs))
             else:
-                own_args = tuple([each, *a[1:]] if a is sizes else a for a in args)
+                own_args = tuple([each, *list(a)[1:]] if a is sizes else a for a in args)
                 own_kwargs = kwargs
-            parts.append(self._seeded(number, self._streams[row], lambda a=own_args, k=own_kwargs: func(*a, **k)))
+            parts.append(self._seeded(number, self._streams[row], partial(func, *own_args, **own_kwargs)))
         if func._schema.is_mutable:
             return args[0]
         return torch.cat(parts) if isinstance(parts[0], Tensor) else tuple(map(torch.cat, zip(*parts, strict=True)))

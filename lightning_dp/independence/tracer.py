@@ -26,7 +26,7 @@ Geometry = tuple[tuple[int, ...], tuple[int, ...], int, int]
 
 
 def _geometry(tensor: Tensor) -> Geometry:
-    return tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset(), tensor.element_size()
+    return tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()), tensor.element_size()
 
 
 @dataclass(eq=False)
