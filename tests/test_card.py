@@ -121,6 +121,32 @@ def test_a_seed_and_a_missing_journal_are_confessed(tmp_path: Path) -> None:
     assert "journal=False" in parts["steps lost in crashes"]
 
 
+def test_the_card_says_what_is_known_of_independence(tmp_path: Path) -> None:
+    card = trained(tmp_path / "a")
+    assert card["independence"] == {"verdict": "proven", "decisions": {}, "losses": {}, "not_checked": []}
+    page = (tmp_path / "a" / "privacy_card.md").read_text()
+    assert "## Independence of records\n\nProven: every operation" in page and "It is not known whether" not in page
+
+    class Reading(Logging):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            self.log("shown", loss.item())
+            return loss
+
+    found = trained(tmp_path / "b", Reading())["independence"]
+    assert found["verdict"] == "checked"
+    [line] = found["decisions"]
+    assert "test_card.py:" in line and line in (tmp_path / "b" / "privacy_card.md").read_text()
+
+
+def test_a_card_of_what_nobody_checked_says_so_beside_its_headline(tmp_path: Path) -> None:
+    card = trained(tmp_path, callbacks=[one_callback(self_check=False)])
+    assert card["independence"]["verdict"] == "not checked"
+    page = (tmp_path / "privacy_card.md").read_text().splitlines()
+    headline = next(number for number, line in enumerate(page) if card["statement"] in line)
+    assert "if they do, ε is false" in page[headline + 2]
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_interrupted_fit_has_a_card_too(tmp_path: Path, error: type[BaseException]) -> None:
     class Crash(Callback):

@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 from torch.utils.data import (
     BatchSampler,
+    ConcatDataset,
     DataLoader,
     IterableDataset,
     RandomSampler,
@@ -17,6 +18,7 @@ from torch.utils.data import (
     SubsetRandomSampler,
     TensorDataset,
     WeightedRandomSampler,
+    random_split,
 )
 
 from lightning_dp.randomness import Randomness
@@ -239,3 +241,60 @@ def test_a_sampler_without_shards_draws_the_whole_sample() -> None:
     for once, thrice in zip(alone, copied, strict=True):
         assert thrice == [index for index in once for _ in range(3)]
         assert copied.sizes.popleft() == (len(once), len(once))
+
+
+def twice(data: Any) -> Subset[Any]:
+    return Subset(data, [*range(len(data)), *range(len(data))])
+
+
+@pytest.mark.parametrize(
+    "repeated",
+    [
+        twice,
+        lambda data: ConcatDataset([data, data]),
+        lambda data: ConcatDataset([Subset(data, range(5)), Subset(data, range(4, 9))]),
+        lambda data: Subset(twice(data), range(15)),
+        lambda data: random_split(twice(data), [1.0])[0],
+    ],
+)
+def test_a_record_that_is_named_twice_is_found_wherever_it_hides(repeated: Any) -> None:
+    data = TensorDataset(torch.arange(10.0)[:, None])
+    with pytest.raises(ValueError, match="names some records several times"):
+        records_and_batch_size(DataLoader(repeated(data), batch_size=2))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda data: Subset(data, range(0, 10, 2)),
+        lambda data: ConcatDataset([Subset(data, range(5)), Subset(data, range(5, 10))]),
+        lambda data: random_split(data, [0.5, 0.5])[0],
+        lambda data: ConcatDataset([data, TensorDataset(torch.arange(10.0)[:, None])]),
+    ],
+)
+def test_parts_that_name_every_record_once_are_fine(parts: Any) -> None:
+    data = TensorDataset(torch.arange(10.0)[:, None])
+    count, _ = records_and_batch_size(DataLoader(parts(data), batch_size=2))
+    assert count == len(parts(data))
+
+
+def test_a_data_set_of_ones_own_that_repeats_is_warned_about() -> None:
+    class Repeated(TensorDataset):
+        def __len__(self) -> int:
+            return 5 * super().__len__()
+
+        def __getitem__(self, index: int) -> Any:
+            return super().__getitem__(index % super().__len__())
+
+    with pytest.warns(UserWarning, match="are copies of others"):
+        records_and_batch_size(DataLoader(Repeated(torch.randn(40, 20)), batch_size=8))
+
+
+@pytest.mark.parametrize(
+    "sampler", [SequentialSampler(range(4)), RandomSampler(range(4))], ids=["in order", "shuffled"]
+)
+def test_a_sampler_of_the_first_records_means_those(sampler: Any) -> None:
+    loader = DataLoader(TensorDataset(torch.arange(10.0)[:, None]), batch_size=2, sampler=sampler)
+    assert records_and_batch_size(loader) == (4, 2)
+    with pytest.raises(ValueError, match="names 11 records, and its data set has 10"):
+        records_and_batch_size(DataLoader(loader.dataset, sampler=SequentialSampler(range(11))))

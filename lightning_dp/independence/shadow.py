@@ -266,7 +266,7 @@ class AlignedRandomness(TorchDispatchMode):
             if tensors:
                 own_args, own_kwargs = tree_map(taken, (args, kwargs))
             else:
-                own_args = tuple([each, *list(a)[1:]] if a is sizes else a for a in args)
+                own_args = tuple([each, *a[1:]] if a is sizes and a is not None else a for a in args)
                 own_kwargs = kwargs
             parts.append(self._seeded(number, self._streams[row], partial(func, *own_args, **own_kwargs)))
         if func._schema.is_mutable:
