@@ -15,6 +15,7 @@ from lightning_dp import commands, plots
 from lightning_dp.audit import audit_command
 from lightning_dp.callbacks import DifferentialPrivacy, PrivacyMonitor, trainer_callbacks
 from lightning_dp.card import card_command
+from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
 from lightning_dp.recipes import RecipeParser, recipes_command
 from lightning_dp.strategy import PrivateMixin
 
@@ -89,15 +90,20 @@ def main(args: list[str] | None = None) -> None:
     if arguments and arguments[0] in COMMANDS:
         COMMANDS[arguments[0]][1](arguments[1:])
         return
-    PrivateCLI(
-        pl.LightningModule,
-        pl.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        args=args,
-        parser_class=RecipeParser,
-        parser_kwargs={"prog": "lightning-dp", "description": _description()},
-    )
+    try:
+        PrivateCLI(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=args,
+            parser_class=RecipeParser,
+            parser_kwargs={"prog": "lightning-dp", "description": _description()},
+        )
+    except (UnsupportedModelError, PrivacyConfigurationError) as error:
+        if args is not None:  # called from Python
+            raise
+        sys.exit(f"lightning-dp: {error}")  # a refusal says all there is to say: no traceback
 
 
 if __name__ == "__main__":

@@ -278,7 +278,8 @@ def _refuse_batch_norm(module: nn.modules.batchnorm._BatchNorm) -> str | None:
     return (
         "batch normalisation mixes the examples of a batch, so no example's influence can be bounded; use GroupNorm, "
         "or let Opacus exchange it in your module's __init__: "
-        "`self.net = opacus.validators.ModuleValidator.fix(self.net)`"
+        "`self.net = opacus.validators.ModuleValidator.fix(self.net)`. A pretrained one may stay as it is when it is "
+        "frozen there: `layer.eval().requires_grad_(False)`"
     )
 
 

@@ -141,3 +141,10 @@ def test_a_missing_data_folder_is_named(tiny_data: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("LIGHTNING_DP_DATA", str(tiny_data))
     with pytest.raises(FileNotFoundError, match="no folder 'mnist'"):
         main(["fit", "--config", str(ROOT / "recipes" / "mnist" / "dp_sgd.yaml")])
+
+
+def test_a_refusal_is_a_sentence_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = str(Path(__file__).parents[1] / "recipes" / "digits" / "dp_sgd.yaml")
+    monkeypatch.setattr("sys.argv", ["lightning-dp", "fit", "--config", recipe, "--trainer.overfit_batches", "2"])
+    with pytest.raises(SystemExit, match="^lightning-dp: overfit_batches repeats the same batches"):
+        main()
