@@ -299,6 +299,16 @@ def warn_about_delta(delta: float, num_records: int) -> None:
 _BOUNDED_EXAMPLES = 2
 
 
+def _on_one_record(error: Exception) -> UnsupportedModelError:
+    if isinstance(error, UnsupportedModelError):
+        return error
+    return UnsupportedModelError(
+        f"training_step fails on a batch of one or two records, as a Poisson draw may be: {str(error)[:300]} "
+        "(squeeze() "
+        "takes a batch of one away as well: use squeeze(-1).)"
+    )
+
+
 def check_contributions(subject: Subject, clipping: Bounding, state: State, forms: CallForms) -> list[str]:
     """Runs a few examples through the bounding itself, in a shadow of the model, one by one and together.
 
@@ -355,7 +365,9 @@ def check_contributions(subject: Subject, clipping: Bounding, state: State, form
         except RuntimeError as error:
             if "backward can only be called in training mode" in str(error):  # cuDNN's recurrent layers
                 return ["the bounding of single records: a recurrent kernel has no backward pass in eval mode"]
-            raise
+            raise _on_one_record(error) from None
+        except (ValueError, IndexError) as error:
+            raise _on_one_record(error) from None
     low = any(p.dtype in (torch.bfloat16, torch.float16) for p in step.engine.parameters.values())
     tolerance = 5e-2 if low else 1e-3
     for group, bound in bounds.items():

@@ -72,8 +72,9 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.num_records = num_records
         self.sampling_rate = sampling_rate
         self.shard, self.num_shards, self.copies = shard, num_shards, copies
-        #: Of every draw that no batch was taken for yet: the size of this rank's share, and of the whole sample.
-        self.sizes: deque[tuple[int, int]] = deque()
+        #: Of every draw that no batch was taken for yet: the size of this rank's share, and of the whole sample, and
+        #: the share.
+        self.sizes: deque[tuple[int, int, list[int]]] = deque()
         self._randomness = randomness
         self._first_step = first_step
 
@@ -88,7 +89,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
             generator = self._randomness.numpy("sampling", step)
             sample = draw_poisson_sample(self.num_records, self.sampling_rate, generator)
             share = sample[self.shard :: self.num_shards].tolist()
-            sizes.append((len(share), len(sample)))
+            sizes.append((len(share), len(sample), share))
             yield share if self.copies == 1 else [index for index in share for _ in range(self.copies)]
 
 
@@ -116,15 +117,17 @@ class PoissonIterator(Iterator[Any]):
 
     def __init__(self, batches: Iterator[Any], sampler: PoissonBatchSampler) -> None:
         self._batches, self._sampler = batches, sampler
-        self._sizes: deque[tuple[int, int]] | None = None
+        self._sizes: deque[tuple[int, int, list[int]]] | None = None
         #: Number of examples that were drawn for the batch that was returned last, and over all ranks.
         self.last_size = self.last_total = 0
+        #: The records of this rank that were drawn for it.
+        self.last_records: list[int] = []
 
     def __next__(self) -> Any:
         batch = next(self._batches)
         if self._sizes is None:  # the sampler has begun drawing for this iterator
             self._sizes = self._sampler.sizes
-        self.last_size, self.last_total = self._sizes.popleft()
+        self.last_size, self.last_total, self.last_records = self._sizes.popleft()
         if batch is None:
             raise TypeError(
                 "The collate function returned None. Whether a step happens must not depend on the data: return a "

@@ -6,6 +6,7 @@ One Lightning batch is one logical batch is one private step, so that `global_st
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import warnings
@@ -831,10 +832,20 @@ class PrivateMixin(Strategy):
             stand_in=self._standing_in,
             loss_reduction=self.loss_reduction,
             copies=copies,
+            largest_batch=self._largest_batch(),
             needs_layers=self.engine == "bookkeeping",
             per_record_means=self.per_record_means,
             understanding=self._understanding,
         )
+
+    def _largest_batch(self) -> int:
+        """The most records that one forward pass is likely to have: four standard deviations above the mean."""
+        expected = self.expected_batch_size
+        drawn = expected + 4 * math.sqrt(expected * (1 - self.sampling_rate))
+        share = math.ceil(min(drawn, self.num_records) / self._trainer().world_size)
+        if self.max_physical_batch_size:
+            share = min(share, self.max_physical_batch_size // self.augmentation_multiplicity)
+        return min(share, (self.private_step and self.private_step.engine.max_examples) or share)
 
     def _examine(self, subject: Subject) -> Findings:
         """Everything that can be known before a step is taken; keeps it.
@@ -881,14 +892,13 @@ class PrivateMixin(Strategy):
         if self.engine == "per_example":
             raise UnsupportedModelError(
                 f"training_step changes {names} whenever it is called, and engine='per_example' calls it once for "
-                "every "
-                "record: after a few steps it would tell exactly how many were drawn. Count steps by self.global_step "
+                "every record: after a few steps it would tell exactly how many were drawn. Count steps by "
+                "self.global_step "
                 "instead."
             )
-        rank_zero_warn(
-            f"lightning_dp: training_step changes {names} whenever it is called, which is once per micro-batch: how "
-            "often "
-            "depends on the size of the sample. Count steps by self.global_step instead."
+        raise UnsupportedModelError(
+            f"training_step changes {names} whenever it is called, and max_physical_batch_size calls it once per "
+            "micro-batch: how often depends on the size of the sample. Count steps by self.global_step instead."
         )
 
     def _examine_drawn(self, batch: Any, count: int, args: tuple[Any, ...], reason: FormChanged, seed: int) -> None:
@@ -905,6 +915,15 @@ class PrivateMixin(Strategy):
         try:
             found = examine(subject, batch, count * copies, self._batch_layout(), seed)
             self.findings.merge(found)
+            # What made the step take another way is among these records.
+            drawn = self._iterator().last_records
+            if len(drawn) > 1 and self._train_loader is not None:
+                loader = self._train_loader
+                with random_state_kept():
+                    chosen = choose_records(
+                        lambda index: loader.load_record(drawn[index], copies), len(drawn), len(subject.records)
+                    )
+                self._examine(replace(subject, records=chosen))
             self._examine(subject)
             self.findings.merge(found)
         except (UnsupportedModelError, PrivacyConfigurationError) as error:

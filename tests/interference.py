@@ -16,7 +16,13 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import Dataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from tests.conftest import Net, dataset
+from tests.conftest import Net
+from tests.conftest import dataset as small
+
+
+def dataset() -> Any:
+    return small(80)
+
 
 PROVEN, CHECKED, REFUSED, NOT_SEEN = "proven", "checked", "refused", "not seen"
 
@@ -326,6 +332,67 @@ class Later(Net):
         if self.current_epoch >= 1:
             loss = loss + F.cross_entropy(self.net(batch[0] - batch[0][-1:]), batch[1])
         return loss
+
+
+@step("a factor by what one of the records holds", REFUSED, "exchanging some examples|smaller batch|in a batch of")
+def factor(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    loss = F.cross_entropy(module.net(x), y)
+    return 0.1 * loss if (x[:, 0] > 2).any() else loss
+
+
+@step("a divisor that is counted in Python", REFUSED, "exchanging some examples|smaller batch|in a batch of")
+def counted(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    losses = F.cross_entropy(module.net(x), y, reduction="none") * (y == 2)
+    return losses.sum() / max(1, int((y == 2).sum()))
+
+
+@step("the first rows only, where there are many", REFUSED, "in a batch of|some places")
+def first_rows(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(module.net(x), y, reduction="none")[:20].mean()
+
+
+@kind("state of the class", REFUSED, "history")
+class OfTheClass(Net):
+    history: list[float] = [1.0]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.history.append(float(batch[0].abs().max()))
+        return super().training_step(batch, batch_idx)
+
+
+@kind("state that a hook of the backward pass keeps", REFUSED, "'last'")
+class OfTheBackwardPass(Net):
+    last = 0.0
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        self.last = float(loss)
+
+
+@kind("a learning rate that is set by the loss", REFUSED, "changes the optimizer, its schedule")
+class Rate(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.optimizers().param_groups[0]["lr"] = float(loss)
+        return loss
+
+
+@kind("outputs that are kept until a hook clears them", PROVEN)
+class Cleared(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.kept = loss
+        return {"loss": loss, "shown": loss.detach()}
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *args: Any) -> None:
+        assert args[0]["shown"].dim() == 0
+        self.kept = None
+
+
+@step("losses of chunks, weighted by their lengths", CHECKED)
+def chunked(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    parts = zip(module.net(x).split(8), y.split(8), strict=True)
+    return sum(F.cross_entropy(a, b) * len(b) for a, b in parts) / len(y)
 
 
 @kind("an attribute that cannot be copied", "partly checked")

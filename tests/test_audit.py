@@ -356,7 +356,7 @@ class Shuffled(PoissonBatchSampler):
         order = self._randomness.numpy("sampling", self._first_step()).permutation(self.num_records)
         for start in range(0, self.num_records, size):
             batch = order[start : start + size].tolist()
-            self.sizes.append((len(batch), len(batch)))
+            self.sizes.append((len(batch), len(batch), list(batch)))
             yield batch
 
 

@@ -21,7 +21,7 @@ BEGIN, END = "<!-- kinds: begin -->", "<!-- kinds: end -->"
 def train(kind: Kind, **kwargs: Any) -> PrivateStrategy:
     torch.manual_seed(0)
     strategy = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0), **{**kind.options, **kwargs})
-    loader = DataLoader(kind.data(), batch_size=20, shuffle=True, collate_fn=kind.collate)
+    loader = DataLoader(kind.data(), batch_size=40, shuffle=True, collate_fn=kind.collate)
     fit(trainer(strategy=strategy, max_epochs=2), kind.make(), loader)
     return strategy
 
@@ -49,14 +49,22 @@ def test_every_kind_of_interference_is_met_as_the_table_says(name: str) -> None:
         assert found == (PROVEN if kind.expected == NOT_SEEN else kind.expected)
 
 
+#: What is a function of one record where there is one: ε is true, and nobody can tell it from what was meant.
+RIGHT_ALONE = (
+    "a layer on some records only (`h[mask]`)",
+    "mixup within the batch",
+    "a factor by what one of the records holds",
+    "the first rows only, where there are many",
+)
+
+
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.expected == REFUSED])
 def test_one_record_at_a_time_is_no_way_around(name: str) -> None:
     """What mixes records is another loss for an engine that sees one at a time: it is refused as well, unless it was
     only the recording of layers that did not fit."""
     kind = KINDS[name]
-    if name in ("a layer on some records only (`h[mask]`)", "mixup within the batch"):
-        found = train(kind, engine="per_example").findings
-        assert found is not None and found.verdict in (CHECKED, "partly checked")
+    if name in RIGHT_ALONE:
+        assert len(train(kind, engine="per_example").ledger) == 4
         return
     with pytest.raises((UnsupportedModelError, PrivacyConfigurationError)):
         train(kind, engine="per_example")

@@ -10,6 +10,7 @@ examined, and the exchange tests look at what other records do.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,8 +29,8 @@ from lightning_dp.forms import CallForms, LayerForm
 from lightning_dp.independence import owners
 from lightning_dp.independence.owners import State
 from lightning_dp.independence.shadow import Shadow, kept_by, random_state_kept, seed_everything
-from lightning_dp.independence.source import is_library
-from lightning_dp.independence.subject import Subject, loss_of
+from lightning_dp.independence.source import here, is_library
+from lightning_dp.independence.subject import Subject, loss_of, reduced
 from lightning_dp.independence.tracer import Reads, RowTracer
 from lightning_dp.layers import OPAQUE, rule_for, trained_layers
 
@@ -100,6 +101,7 @@ class _Examination:
         self._problems: list[str] = []
         #: Layers of whose calls this is wrong.
         self._layer_problems: dict[str, list[str]] = {}
+        self._layer_lines: dict[str, str] = {}
         self._batch, self._layout = batch, layout
         self._rows = rows or len(subject.records) * subject.copies
         self._records = self._rows // subject.copies
@@ -127,7 +129,11 @@ class _Examination:
                     output = module.training_step(batch, *subject.arguments)
                 loss = loss_of(output)
                 state = tracer.state(loss)
-                self._hook(module, "on_train_batch_end", {"loss": loss.detach()}, batch, *subject.arguments)
+                self._hook(module, "on_before_backward", loss)
+                with _disable_current_modes():
+                    self._backward(module, loss)
+                self._hook(module, "on_after_backward")
+                self._hook(module, "on_train_batch_end", _detached(output), batch, *subject.arguments)
         finally:
             for handle in hooks:
                 handle.remove()
@@ -241,6 +247,7 @@ class _Examination:
                 problem = self._form_problem(state, input.shape, dim)
                 if problem:
                     self._layer_problems.setdefault(problem, []).append(f"'{name}' ({type(layer).__name__})")
+                    self._layer_lines.setdefault(problem, here())
 
         return hook
 
@@ -339,7 +346,7 @@ class _Examination:
                 continue
             named = list(dict.fromkeys(layers))
             shown = ", ".join(named[:_SHOWN]) + (f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else "")
-            self._problems.append(f"Layers {shown}: {problem}.")
+            self._problems.append(f"Layers {shown}, called at {self._layer_lines[problem]}: {problem}.")
 
     # -- state -----------------------------------------------------------------------------------------------------
 
@@ -371,7 +378,7 @@ class _Examination:
     def _look_at_other_records(self, before: dict[str, Any]) -> None:
         """Runs the step on the records in another mixture, and looks whether it keeps something else then."""
         subject = self._subject
-        shadows, logs = [], []
+        shadows, logs, settings = [], [], []
         half = max(1, len(subject.records) // 2)
         count = len(subject.records)
         for part in (subject.records[:half], subject.records[half:] or subject.records):
@@ -383,11 +390,20 @@ class _Examination:
                 batch = subject.transfer(subject.collated(records))
                 self._hook(shadow, "on_train_batch_start", batch, *subject.arguments)
                 with subject.context():
-                    loss = loss_of(shadow.training_step(batch, *subject.arguments))
-                self._hook(shadow, "on_train_batch_end", {"loss": loss.detach()}, batch, *subject.arguments)
+                    output = shadow.training_step(batch, *subject.arguments)
+                self._hook(shadow, "on_before_backward", loss_of(output))
+                self._backward(shadow, loss_of(output))
+                self._hook(shadow, "on_after_backward")
+                self._hook(shadow, "on_train_batch_end", _detached(output), batch, *subject.arguments)
             shadows.append(kept_by(shadow))
             logs.append(whole.logged)
+            settings.append(whole.settings())
         self._found.logged |= {name for name, value in logs[0].items() if not _equal(value, logs[1].get(name))}
+        if settings[0] != settings[1]:
+            raise UnsupportedModelError(
+                "training_step, or a hook, changes the optimizer, its schedule or the Trainer (should_stop) by what "
+                "depends on records, without noise. Let schedules go by steps or epochs, or by what has noise."
+            )
         one, other = shadows
         differing = [n for n in one if n not in other or not _equal(one[n], other[n])] + [
             n for n in other if n not in one
@@ -400,16 +416,30 @@ class _Examination:
                 "follow a metric, use self.log or torchmetrics."
             )
 
+    def _backward(self, module: pl.LightningModule, loss: Tensor) -> None:
+        """The backward pass, for hooks of tensors that keep something."""
+        if loss.requires_grad:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                module.backward(reduced(loss, self._subject.loss_reduction))
+
     def _hook(self, module: pl.LightningModule, name: str, *args: Any) -> None:
         """Runs a hook of the module's own, if it has one."""
-        method = getattr(type(module), name)
-        if method is not getattr(pl.LightningModule, name):
-            result = getattr(module, name)(*args[: method.__code__.co_argcount - 1])
+        if getattr(type(module), name) is not getattr(pl.LightningModule, name):
+            taken = {"on_train_batch_start": 2, "on_train_batch_end": 3}.get(name, len(args))
+            result = getattr(module, name)(*args[:taken])
             if result == -1:
                 raise PrivacyConfigurationError(
                     f"{name} returned -1, which skips the rest of the epoch. Whether a step happens must not depend on "
                     "the data: use limit_train_batches, or stop by trainer.should_stop on what has noise."
                 )
+
+
+def _detached(output: Any) -> Any:
+    """What a step returned, as Lightning gives it to hooks."""
+    if not isinstance(output, dict):
+        return {"loss": loss_of(output).detach()}
+    return {**output, "loss": loss_of(output).detach()}
 
 
 def _all_tensors(tree: Any) -> list[Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -28,7 +29,7 @@ _ARGUMENTS = {
 
 #: How the targets of one call lie: left alone (one record's own); along dimension 0, one record after another; along
 #: dimension 0, time before records; along dimension 0, those that records chose (``logits[mask]``).
-ALONE, RECORDS_FIRST, TIME_FIRST, CHOSEN = "alone", "records first", "time first", "chosen"
+ALONE, RECORDS_FIRST, TIME_FIRST, RECORDS_SECOND, CHOSEN = "alone", "records first", "time first", "second", "chosen"
 
 
 class PerRecordMeans(TorchFunctionMode):
@@ -68,16 +69,18 @@ class PerRecordMeans(TorchFunctionMode):
     def _form(self, given: dict[str, Any]) -> str:
         index, self._calls = self._calls, self._calls + 1
         if self._tracer is not None:
-            form = self._found(given)
-            if index < len(self._forms):
-                self._forms[index] = form
-            else:
-                self._forms.append(form)
-            return form
+            found = self._found(given)
+            self._forms[index : index + 1] = [found]
+            return found
+        form: str | None = None
         if index < len(self._forms):
-            return self._forms[index]
-        if self._forms and len(set(self._forms)) == 1:  # as many as a loop has turns
-            return self._forms[0]
+            form = self._forms[index]
+        elif self._forms and len(set(self._forms)) == 1:  # as many as a loop has turns
+            form = self._forms[0]
+        shape = given["target"].shape
+        counted = None if form is None else shape[1] if form == RECORDS_SECOND and len(shape) > 1 else shape[0]
+        if form in (ALONE, CHOSEN) or (counted is not None and counted % self._rows == 0):
+            return str(form)
         raise FormChanged(f"A loss was not computed when the model was examined, and is now (at {here()}).")
 
     def _found(self, given: dict[str, Any]) -> str:
@@ -97,7 +100,12 @@ class PerRecordMeans(TorchFunctionMode):
         ragged = any(s is not None and s.ragged for s in (known, of_target))
         if ragged and bool((owner >= PUBLIC).all()) and owners.varying(owner) in ([0], []) and len(owner.unique()) > 1:
             return CHOSEN
-        if placed is None or ragged or len(target) % self._rows or placed[1].numel() != len(target) or placed[0] != 0:
+        if placed is None or ragged:
+            return ALONE
+        if placed[0] == 1 and placed[1].numel() == target.shape[1] == self._rows:
+            along = placed[1].flatten()
+            return RECORDS_SECOND if bool((along == torch.arange(self._rows)).all()) else ALONE
+        if len(target) % self._rows or placed[1].numel() != len(target) or placed[0] != 0:
             return ALONE
         flat, count = placed[1], len(target)
         along = flat.flatten()
@@ -129,6 +137,8 @@ class PerRecordMeans(TorchFunctionMode):
 
     def _by_row(self, tensor: Tensor, form: str) -> Tensor:
         """``(B, positions, ...)``."""
+        if form == RECORDS_SECOND:
+            return tensor.transpose(0, 1)
         if form == TIME_FIRST:
             return tensor.unflatten(0, (-1, self._rows)).transpose(0, 1)
         return tensor.unflatten(0, (self._rows, -1))

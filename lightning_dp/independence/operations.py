@@ -252,6 +252,8 @@ def pointwise(call: Call) -> list[State]:
     """Entry i of the result depends on entry i of every operand, as broadcast."""
     linear, scaling = call.name in _LINEAR, call.name in _SCALING
     tensors = call.tensors()
+    if call.name == "lerp":  # with a number as its weight
+        linear = len(tensors) == 2
     results: list[State] = []
     for output in call.outputs:
         dims = output.dim()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -35,6 +36,7 @@ class Shadow:
     def __init__(self, module: pl.LightningModule) -> None:
         self.shared: list[str] = []
         self.logged: dict[str, Any] = {}
+        self.optimizers: list[Optimizer] = []
         memo: dict[int, Any] = {}
         for tensor in _tensors_of(module):
             # Copies of parameters share memory until somebody writes to one.
@@ -47,6 +49,21 @@ class Shadow:
                     hook.active = False
         for name, stub in self._stubs(module, memo, self.logged).items():
             object.__setattr__(self.module, name, stub)
+
+    def settings(self) -> list[Any]:
+        """What the copies of optimizers and schedulers were set to, and whether training is to stop."""
+        found: list[Any] = [bool(getattr(self.module.trainer, "should_stop", False))]
+        for optimizer in self.optimizers:
+            found += [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        return found
+
+    def _light(self, optimizer: Optimizer) -> Optimizer:
+        """An optimizer of the same settings that has no state and no say."""
+        light = copy.copy(getattr(optimizer, "optimizer", optimizer))
+        light.param_groups = [dict(group) for group in light.param_groups]
+        light.state = {}
+        self.optimizers.append(light)
+        return light
 
     def _copy(self, module: pl.LightningModule, memo: dict[int, Any]) -> pl.LightningModule:
         try:
@@ -63,8 +80,7 @@ class Shadow:
                         self.shared.append(f"{prefix}.{name}" if prefix else name)
             return copy.deepcopy(module, memo)
 
-    @staticmethod
-    def _stubs(module: pl.LightningModule, memo: dict[int, Any], logged: dict[str, Any]) -> dict[str, Any]:
+    def _stubs(self, module: pl.LightningModule, memo: dict[int, Any], logged: dict[str, Any]) -> dict[str, Any]:
         def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
             logged[name] = value
 
@@ -79,13 +95,13 @@ class Shadow:
                 for scheduler in found if isinstance(found, list) else [found]:
                     optimizer = getattr(scheduler, "optimizer", None)
                     if isinstance(optimizer, Optimizer):
-                        memo[id(optimizer)] = _light(optimizer)
+                        memo[id(optimizer)] = self._light(optimizer)
                 made.append(copy.deepcopy(found, memo))
             return made[0]
 
         def optimizers(use_pl_optimizer: bool = True) -> Any:
             found = pl.LightningModule.optimizers(module, use_pl_optimizer=False)
-            light = [_light(o) for o in (found if isinstance(found, list) else [found])]
+            light = [self._light(o) for o in (found if isinstance(found, list) else [found])]
             return light if isinstance(found, list) else light[0]
 
         return {"log": log, "log_dict": log_dict, "lr_schedulers": schedulers, "optimizers": optimizers}
@@ -97,14 +113,6 @@ def _copied(tensor: Tensor) -> Tensor:
         copied.__dict__.update(tensor.__dict__)
         return copied
     return tensor.detach().clone().requires_grad_(tensor.requires_grad and tensor.is_leaf)
-
-
-def _light(optimizer: Optimizer) -> Optimizer:
-    """An optimizer of the same settings that has no state and no say."""
-    light = copy.copy(getattr(optimizer, "optimizer", optimizer))
-    light.param_groups = [dict(group) for group in light.param_groups]
-    light.state = {}
-    return light
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
@@ -151,7 +159,17 @@ def kept_by(module: nn.Module) -> dict[str, Any]:
         for name, value in list(vars(child).items()):
             if name not in _FRAMEWORK:
                 found.update(leaves_of(value, path + name))
+        for cls in type(child).__mro__:  # what all of a class share
+            if str(cls.__module__).partition(".")[0] in _LIBRARIES or cls is object:
+                continue
+            for name, value in list(vars(cls).items()):
+                if not name.startswith("__") and isinstance(value, list | dict | set | int | float | Tensor | deque):
+                    found.update(leaves_of(value, f"{cls.__name__}.{name}"))
     return found
+
+
+#: Packages whose classes keep nothing of a batch.
+_LIBRARIES = frozenset(("torch", "lightning", "pytorch_lightning", "transformers", "peft", "opacus", "torchmetrics"))
 
 
 def is_metric(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ class Subject:
         arguments: What ``training_step`` takes after the batch.
         context: The precision context of a training step.
         stand_in: Lets hooks reach a copy of the module instead of the module.
+        largest_batch: The most records that a forward pass is likely to have.
         needs_layers: Whether an engine records layers, whose inputs must have one entry per example.
         per_record_means: Whether batch means are understood as means over records.
         understanding: What is held in every step.
@@ -57,6 +59,7 @@ class Subject:
     stand_in: Callable[[pl.LightningModule], AbstractContextManager[Any]]
     loss_reduction: str
     copies: int
+    largest_batch: int
     needs_layers: bool
     per_record_means: bool
     understanding: Understanding
@@ -112,8 +115,8 @@ def reduced(loss: Tensor, reduction: str) -> Tensor:
     return loss.mean() if reduction == "mean" else loss.sum()
 
 
-#: Records that are looked at, to choose from them.
-_LOOKED_AT = 96
+#: Records that are looked at, to choose from them: so many at least, and at most as many as the time allows.
+_LOOKED_AT, _LOOKED_AT_MOST, _SECONDS = 96, 4096, 0.2
 
 
 def choose_records(load: Callable[[int], list[Any]], count: int, wanted: int, seed: int = 0) -> list[list[Any]]:
@@ -124,8 +127,13 @@ def choose_records(load: Callable[[int], list[Any]], count: int, wanted: int, se
         count: N, the number of records.
         wanted: How many to choose.
     """
-    order = np.random.default_rng(seed).permutation(count)[: max(_LOOKED_AT, wanted)]
-    loaded = [load(int(index)) for index in order]
+    order = np.random.default_rng(seed).permutation(count)[:_LOOKED_AT_MOST]
+    end = time.monotonic() + _SECONDS
+    loaded: list[list[Any]] = []
+    for index in order:
+        if len(loaded) >= max(_LOOKED_AT, wanted) and time.monotonic() > end:
+            break
+        loaded.append(load(int(index)))
     signs = [_signature(record[0]) for record in loaded]
     chosen: list[int] = []
 
@@ -152,6 +160,10 @@ def record_size(record: list[Any]) -> int:
     return _signature(record[0])[1]
 
 
+#: Whole numbers up to which a tensor is taken for labels.
+_FEW = 32
+
+
 def _signature(record: Any) -> tuple[set[Any], int, float]:
     """Small whole numbers in a record, how much it holds, and how large its numbers are."""
     labels: set[Any] = set()
@@ -165,8 +177,8 @@ def _signature(record: Any) -> tuple[set[Any], int, float]:
             tensor = torch.as_tensor(leaf)
             size += tensor.numel()
             if not tensor.is_floating_point():
-                if tensor.numel() == 1:
-                    labels.add((place, int(tensor)))
+                if tensor.numel() <= _FEW:
+                    labels |= {(place, value) for value in tensor.flatten().tolist()}
             elif tensor.numel():
                 finite = tensor[tensor.isfinite()]
                 labels.add((place, bool(tensor.isnan().any())))
