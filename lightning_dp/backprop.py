@@ -36,7 +36,7 @@ from lightning_dp.engines import SummingEngine, set_aside
 from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.gradients import is_asynchronous, rounds_products
 from lightning_dp.layers import registered_for, trainable, trained_layers
-from lightning_dp.records import getattr_path, same_memory, with_batch
+from lightning_dp.records import getattr_path, same_memory, unwatched, with_batch
 from lightning_dp.shared_outputs import note_expanded
 
 _ALLOCATIONS = ("equal", "proportional")
@@ -442,6 +442,10 @@ class ClippedBackward(SummingEngine):
         limit = self.limits[name]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            with unwatched():
+                return measured(module, args, kwargs)
+
+        def measured(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             input = first_argument(args, kwargs)
             if not isinstance(input, Tensor):
                 raise UnsupportedModelError(
@@ -489,6 +493,10 @@ class ClippedBackward(SummingEngine):
         limit = self.limits[name]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            with unwatched():
+                return scaled(module, args, kwargs, output)
+
+        def scaled(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             use = self._open.pop(name, None)
             bias = getattr(module, "bias", None)
             self._put_back(name)

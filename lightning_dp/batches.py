@@ -106,13 +106,21 @@ class Shared:
 
 
 @dataclass(frozen=True)
+class Opaque:
+    """An object of a kind that nobody can look into."""
+
+
+@dataclass(frozen=True)
 class Parts:
     """A container, and the layouts of its parts."""
 
     parts: Mapping[Any, Any]
 
 
-Layout = Rows | Items | Concatenated | Shared | Parts
+Layout = Rows | Items | Concatenated | Shared | Opaque | Parts
+
+#: What is no container, and holds no examples.
+_PLAIN = str | bytes | int | float | bool | complex
 
 
 def parts_of(batch: Any) -> dict[Any, Any] | None:
@@ -149,7 +157,7 @@ def find_layout(small: Any, size: int, large: Any, larger: int) -> Layout:
         return Concatenated()
     one, other = parts_of(small), parts_of(large)
     if one is None or other is None:
-        return Shared()
+        return Shared() if small is None or isinstance(small, _PLAIN) else Opaque()
     if len(one) == size and len(other) == larger and isinstance(small, list | tuple):
         return Items()
     if one.keys() != other.keys():
@@ -167,6 +175,11 @@ def take_rows(batch: Any, layout: Layout, size: int, rows: slice | list[int]) ->
     """
     if isinstance(layout, Shared):
         return batch
+    if isinstance(layout, Opaque):
+        raise TypeError(
+            f"The batch holds a {type(batch).__name__}, which cannot be sliced by example. Return tensors, lists, "
+            "tuples, mappings or dataclasses from the collate function, or override `PrivateStrategy.take_examples`."
+        )
     if isinstance(layout, Parts):
         own = parts_of(batch)
         if own is None or own.keys() != layout.parts.keys():
@@ -195,6 +208,13 @@ def take_rows(batch: Any, layout: Layout, size: int, rows: slice | list[int]) ->
         return batch.narrow(layout.dim, start * each, (stop - start) * each)
     index = batch.new_tensor([i * each + k for i in indices for k in range(each)], dtype=_INDEX)
     return batch.index_select(layout.dim, index)
+
+
+def holds_examples(layout: Layout) -> bool:
+    """Whether some part of a batch has an entry for every example."""
+    if isinstance(layout, Parts):
+        return any(map(holds_examples, layout.parts.values()))
+    return isinstance(layout, Rows | Items | Concatenated)
 
 
 def leaves_with_layout(batch: Any, layout: Layout) -> Iterator[tuple[Any, Layout, int | None]]:

@@ -365,9 +365,10 @@ _VERDICTS = {
     "proven": "Proven: every operation of the training step acts on records one by one, the loss is a sum over "
     "records, "
     "and nothing of a record is kept.",
-    "checked": "Checked: what the training step does depends on what records hold at the lines below. It was proven "
-    "for "
-    "the branch that was taken; a step that takes another is examined before it is charged.",
+    "checked": "Checked: at the lines below, the training step reads what records hold. For the values that were "
+    "read and "
+    "the branches that were taken it is proven; a step that runs other code is examined before it is charged. What the "
+    "numbers that are read there do to other records' gradients was looked at for some records, and is not proven.",
     "partly checked": "Checked, except for what is named below.",
     "not checked": "Not checked (self_check=False, or no step was taken). If records influence one another's "
     "gradients, ε "
@@ -520,8 +521,8 @@ class PrivacyCard(Callback):
             self._write(trainer, "finished")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if not self._started:
-            return
+        if not self._started or not len(_private_strategy(trainer).ledger):
+            return  # no step was taken: there is nothing to state
         try:
             self._look_at_metrics(trainer)
             self._write(trainer, f"interrupted by {type(exception).__name__}")

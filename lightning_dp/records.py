@@ -73,12 +73,20 @@ class _Constants:
         own = [p for p in parameters if id(p) in self._depth]
 
         def enter(module: nn.Module, args: Any) -> None:
+            with unwatched():
+                constant()
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            with unwatched():
+                trained()
+
+        def constant() -> None:
             for parameter in own:
                 self._depth[id(parameter)] += 1
                 self._inside[id(parameter)] = parameter
                 parameter.requires_grad_(False)
 
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
+        def trained() -> None:
             for parameter in own:
                 self._depth[id(parameter)] -= 1
                 if not self._depth[id(parameter)]:
@@ -255,6 +263,10 @@ class Recorder:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if not torch.is_grad_enabled():
                 return None
+            with unwatched():
+                return recorded(module, args, kwargs, output)
+
+        def recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             rest: list[Any] | None = None
             if name in self._with_arguments and isinstance(output, tuple) and output:
                 output, *rest = output
@@ -297,6 +309,10 @@ class Recorder:
             return (output, *rest)
 
         return hook
+
+
+#: The library's own work on a layer's call is none of the step's code: modes that look at functions do not see it.
+unwatched = torch._C.DisableTorchFunction
 
 
 def getattr_path(module: nn.Module, path: str) -> Any:

@@ -296,7 +296,7 @@ def _refuse_repeated_records(dataset: Any, num_records: int) -> None:
 
 
 #: Records that are compared with one another, and the bytes up to which equal ones are nothing special.
-_COMPARED, _SMALL_RECORD = 96, 32
+_COMPARED, _SMALL_RECORD = 48, 32
 
 
 def records_and_batch_size(loader: object) -> tuple[int, int]:

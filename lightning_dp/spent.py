@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ from lightning_dp.sampling import record_bytes, sources
 #: The key of the ledger in a Lightning checkpoint.
 CHECKPOINT_KEY = "lightning_dp"
 
-#: Records at the beginning of a data set whose content is looked at, to recognise it.
-_LOOKED_AT = 16
+#: Records whose content is looked at, to recognise a data set: so many, and more while there is time.
+_LOOKED_AT, _SECONDS = 32, 0.2
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,14 +37,24 @@ class DataMark:
     bases: tuple[weakref.ref[Any] | None, ...]
     numbers: np.ndarray
     contents: frozenset[str]
+    #: Whether the content of every record was looked at.
+    is_whole: bool = False
 
     @classmethod
     def of(cls, dataset: Any, count: int, look: bool = True) -> DataMark:
         """The mark of the first ``count`` records of a data set; without ``look``, no record is loaded."""
         objects, numbers = sources(dataset)
-        found = (record_bytes(dataset, index) for index in range(min(count, _LOOKED_AT if look else 0)))
-        contents = frozenset(hashlib.sha256(data).hexdigest() for data in found if data is not None)
-        return cls(tuple(_weak(base) for base in objects), numbers[:count], contents)
+        contents: set[str] = set()
+        end, looked = time.monotonic() + _SECONDS, 0
+        for index in np.random.default_rng(0).permutation(count).tolist() if look else ():
+            if looked >= _LOOKED_AT and time.monotonic() > end:
+                break
+            looked += 1
+            data = record_bytes(dataset, index)
+            if data is not None:
+                contents.add(hashlib.sha256(data).hexdigest())
+        whole = looked == count and bool(contents)
+        return cls(tuple(_weak(base) for base in objects), numbers[:count], frozenset(contents), whole)
 
     def shares_objects_with(self, other: DataMark) -> bool:
         """Whether both take some record from the same object, at the same index."""
@@ -57,14 +68,18 @@ class DataMark:
         return False
 
     def shares_records_with(self, other: DataMark) -> bool:
-        """Whether some record is in both, as far as anybody can tell; when nobody can, it is."""
+        """Whether some record is in both; when nobody can tell, it is.
+
+        It is not where both are other parts of the same object, or where none of the records looked at in one is among
+        all those of the other.
+        """
         if self.shares_objects_with(other):
             return True
         if len(self.bases) == len(other.bases) == 1:
             one, two = (mark.bases[0] for mark in (self, other))
             if one is not None and two is not None and one() is two() is not None:
-                return False  # other parts of the same data set
-        if not self.contents or not other.contents:
+                return False
+        if not self.contents or not other.contents or not (self.is_whole or other.is_whole):
             return True
         return bool(self.contents & other.contents)
 

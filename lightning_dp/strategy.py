@@ -39,6 +39,7 @@ from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
 from lightning_dp.forms import FormChanged
 from lightning_dp.independence.examination import Findings, examine
 from lightning_dp.independence.exchange import check_collation, check_copies_stay_together, check_exchange
+from lightning_dp.independence.losses import PerRecordMeans
 from lightning_dp.independence.shadow import random_state_kept
 from lightning_dp.independence.shadow import seed_everything as seed_records
 from lightning_dp.independence.subject import Subject, Understanding, choose_records, fresh, loss_of, reduced
@@ -713,8 +714,8 @@ class PrivateMixin(Strategy):
 
     def _watch(self, rows: int) -> AbstractContextManager[Any]:
         """Holds a step of so many rows to what was examined."""
-        if self.findings is None:
-            return nullcontext()
+        if self.findings is None:  # nobody has looked at the step
+            return PerRecordMeans(rows, None, enabled=self.per_record_means)
         known = self._understanding
         return Watch(rows, known.losses, known.places, enabled=self.per_record_means)
 
@@ -1176,9 +1177,14 @@ def make_private(strategy: Strategy, **configuration: Any) -> PrivateMixin:
             f"Private training does not know how {type(strategy).__name__} computes and exchanges gradients. Use one "
             "device (Trainer(devices=1)), or strategy='ddp'."
         )
-    strategy.__class__ = type(f"Private{type(strategy).__name__}", (mixin, type(strategy)), {})
+    before: Any = type(strategy)
+    strategy.__class__ = type(f"Private{before.__name__}", (mixin, before), {})
     assert isinstance(strategy, PrivateMixin)
-    strategy.configure_privacy(**configuration)
+    try:
+        strategy.configure_privacy(**configuration)
+    except BaseException:  # what is only half private would fail again when it is torn down
+        strategy.__class__ = before
+        raise
     strategy.made_private = True
     return strategy
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import Dataset
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from tests.conftest import Net
@@ -393,6 +395,55 @@ class Cleared(Net):
 def chunked(module: Net, x: Tensor, y: Tensor) -> Tensor:
     parts = zip(module.net(x).split(8), y.split(8), strict=True)
     return sum(F.cross_entropy(a, b) * len(b) for a, b in parts) / len(y)
+
+
+@kind("a metric that scales the loss", REFUSED, "the state of a metric")
+class ByMetric(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = MeanMetric()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx) * (1 + self.mean.compute())
+        self.mean.update(loss.detach())
+        return loss
+
+
+def _with_count(items: Any) -> Any:
+    x, y = (torch.stack(column) for column in zip(*items, strict=True))
+    return x, y, (y == 2).sum() + 1
+
+
+@step("a count that collation makes", REFUSED, "collate_fn computes from the whole batch", collate=_with_count)
+def with_count(module: Net, x: Tensor, y: Tensor, count: Tensor) -> Tensor:
+    return F.cross_entropy(module.net(x), y, reduction="sum") / count
+
+
+class Packet:
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+
+
+def _in_packets(items: Any) -> Any:
+    return Packet(*(torch.stack(column) for column in zip(*items, strict=True)))
+
+
+@kind("a batch that nobody can look into", REFUSED, "one entry belongs to one record", collate=_in_packets)
+class Packets(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step((batch.x, batch.y), batch_idx)
+
+
+@kind("a clock in a hook", PROVEN)
+class Clock(Net):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.started = time.perf_counter()
+
+
+@step("unfolded images", PROVEN)
+def unfolded(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    patches = F.unfold(x.view(-1, 1, 2, 3), 2, padding=1).mean(2)
+    return F.cross_entropy(module.net(torch.cat([patches, x[:, :2]], 1)), y)
 
 
 @kind("an attribute that cannot be copied", "partly checked")

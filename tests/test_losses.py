@@ -11,21 +11,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_dp import UnsupportedModelError
 from lightning_dp.forms import FormChanged
 from lightning_dp.independence import owners
-from lightning_dp.independence.losses import PerRecordMeans
+from lightning_dp.independence.losses import Forms, PerRecordMeans
 from lightning_dp.independence.tracer import RowTracer
 
 
-def understood(loss: Any, logits: Tensor, targets: Tensor, records: int, forms: list[str] | None = None) -> Tensor:
+def understood(
+    loss: Any, logits: Tensor, targets: Tensor, records: int, forms: Forms | None = None, again: bool = False
+) -> Tensor:
     """The loss as it is understood, while it is examined or, with ``forms``, afterwards."""
-    if forms:
+    if forms and not again:
         with PerRecordMeans(records, forms):
             return loss(logits, targets)
     tracer = RowTracer(records)
     for tensor in (logits, targets):
         tracer.own(tensor, owners.rows(len(tensor), tensor.dim(), records))
-    found = [] if forms is None else forms
+    found: Forms = {} if forms is None else forms
     with tracer, PerRecordMeans(records, found, tracer):
         return loss(logits, targets)
 
@@ -66,7 +69,7 @@ def test_it_is_the_mean_over_records_of_their_own_means(
             scores, labels = scores.transpose(0, 1), labels.transpose(0, 1)
         return F.nll_loss(scores.reshape(-1, 3).log_softmax(1), labels.reshape(-1), weight=weight)
 
-    forms: list[str] = []
+    forms: Forms = {}
     expected = by_record(logits, targets, weight)
     torch.testing.assert_close(understood(loss, logits, targets, records, forms), expected)
     torch.testing.assert_close(understood(loss, logits, targets, records, forms), expected)
@@ -74,7 +77,7 @@ def test_it_is_the_mean_over_records_of_their_own_means(
 
 def test_one_record_moves_the_sum_by_its_own_term_only() -> None:
     logits, targets = torch.randn(4, 3, 5), torch.randint(5, (4, 3))
-    forms: list[str] = []
+    forms: Forms = {}
 
     def total(scores: Tensor, labels: Tensor) -> Tensor:
         def loss(s: Tensor, y: Tensor) -> Tensor:
@@ -106,7 +109,45 @@ def test_other_reductions_are_left_alone() -> None:
         torch.testing.assert_close(found, F.cross_entropy(logits, targets, reduction=reduction))
 
 
+def test_an_arrangement_that_changes_from_step_to_step_is_refused() -> None:
+    forms: Forms = {}
+    logits, targets = torch.randn(4, 3, 5), torch.randint(5, (4, 3))
+
+    def loss(scores: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(scores.reshape(-1, 5), labels.reshape(-1))
+
+    def time_first(scores: Tensor, labels: Tensor) -> Tensor:
+        return loss(scores.transpose(0, 1), labels.T)
+
+    understood(loss, logits, targets, 4, forms)
+    assert list(forms.values()) == [["records first"]]
+    with pytest.raises(UnsupportedModelError, match="in lines of their own"):
+        understood(time_first, logits, targets, 4, forms, again=True)
+
+
+@pytest.mark.parametrize("forms", [None, {}])
+def test_what_is_left_alone_is_refused_where_it_depends_on_the_batch(forms: Any) -> None:
+    """Without per_record_means, or where nobody has examined the step."""
+    logits, targets = torch.randn(4, 3), torch.randint(3, (4,))
+
+    def loss(labels: Tensor, weight: Tensor | None = None) -> Tensor:
+        return F.cross_entropy(logits, labels, weight)
+
+    if forms is not None:
+        tracer = RowTracer(4)
+        tracer.own(targets, owners.rows(4, 1, 4))
+        with tracer, PerRecordMeans(4, forms, tracer, enabled=False):
+            loss(targets)
+    with PerRecordMeans(4, forms, enabled=False):
+        plain = loss(targets)
+    torch.testing.assert_close(plain, F.cross_entropy(logits, targets))
+    ignoring = torch.tensor([0, 1, -100, 2])
+    for labels, weight in ((ignoring, None), (targets, torch.ones(3))):
+        with PerRecordMeans(4, forms, enabled=False), pytest.raises(UnsupportedModelError, match="of several records"):
+            loss(labels, weight)
+
+
 def test_a_loss_that_nobody_examined_stops_the_step() -> None:
     logits, targets = torch.randn(4, 3), torch.randint(3, (4,))
-    with PerRecordMeans(4, []), pytest.raises(FormChanged, match="A loss was not computed when"):
+    with PerRecordMeans(4, {}), pytest.raises(FormChanged, match="A loss was not computed when"):
         F.cross_entropy(logits, targets)

@@ -59,6 +59,14 @@ def test_a_data_set_that_has_grown_is_still_the_same() -> None:
         assert len(train(module, DataLoader(data, batch_size=8)).ledger) == steps
 
 
+def test_the_same_records_split_anew_are_still_the_same() -> None:
+    module, (inputs, labels) = Net(), dataset(80).tensors
+    for seed, steps in ((0, 8), (1, 16)):
+        data = torch.utils.data.TensorDataset(inputs.clone(), labels.clone())
+        part, _ = torch.utils.data.random_split(data, [64, 16], torch.Generator().manual_seed(seed))
+        assert len(train(module, DataLoader(part, batch_size=8)).ledger) == steps
+
+
 def test_a_checkpoint_brings_its_account(tmp_path: Path) -> None:
     strategy = PrivateStrategy(FlatClipping(1.0), GaussianNoise(2.0))
     run = trainer(strategy=strategy)

@@ -23,16 +23,30 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from lightning_dp.batches import Concatenated, Items, Layout, Rows, Shared, find_layout, leaves_with_layout
+from lightning_dp.batches import (
+    Concatenated,
+    Items,
+    Layout,
+    Opaque,
+    Rows,
+    Shared,
+    find_layout,
+    holds_examples,
+    leaves_with_layout,
+)
 from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
 from lightning_dp.forms import CallForms, LayerForm
 from lightning_dp.independence import owners
 from lightning_dp.independence.owners import State
-from lightning_dp.independence.shadow import Shadow, kept_by, random_state_kept, seed_everything
+from lightning_dp.independence.shadow import Shadow, is_metric, kept_by, random_state_kept, seed_everything
 from lightning_dp.independence.source import here, is_library
 from lightning_dp.independence.subject import Subject, loss_of, reduced
-from lightning_dp.independence.tracer import Reads, RowTracer
+from lightning_dp.independence.tracer import Reads, RowTracer, tensors_in
 from lightning_dp.layers import OPAQUE, rule_for, trained_layers
+
+#: What mixes records before the step begins: it reaches one record at a time as well.
+_OF_METRIC = "the state of a metric, which earlier records have left"
+_OF_COLLATION = "what collate_fn computes from the whole batch"
 
 #: Lines of a message about one kind of problem.
 _SHOWN = 4
@@ -112,6 +126,11 @@ class _Examination:
         shadow = Shadow(subject.module)
         module = shadow.module
         before = _numbers(kept_by(module))
+        for child in module.modules():
+            if is_metric(child):  # what earlier steps have left there is without noise
+                for tensor in tensors_in(list(vars(child).values())):
+                    why = _OF_METRIC
+                    self._tracer.set(tensor, State(owners.constant(owners.MIXED, tensor.dim()), why=why))
         drawn = self._batch is not None
         batch = self._batch if drawn else subject.collated(subject.records)
         if self._layout is None:
@@ -170,10 +189,20 @@ class _Examination:
     def _own(self, batch: Any, layout: Layout) -> None:
         """Tells the tracer which numbers of the batch are whose."""
         opaque = []
-        for leaf, where, example in leaves_with_layout(batch, layout):
+        if not holds_examples(layout):
+            self._refuse_opaque(batch)
+        other = self._of_others() if self._batch is None else None
+        elsewhere = list(leaves_with_layout(other, layout)) if other is not None else []
+        for place, (leaf, where, example) in enumerate(leaves_with_layout(batch, layout)):
             if isinstance(where, Shared):
+                same = place >= len(elsewhere) or _equal(leaf, elsewhere[place][0])
+                if not same and isinstance(leaf, Tensor):
+                    why = _OF_COLLATION
+                    self._tracer.set(leaf, State(owners.constant(owners.MIXED, leaf.dim()), why=why))
+                elif not same:
+                    self._found.decisions["collate_fn"] = f"a {type(leaf).__name__} that depends on the whole batch"
                 continue
-            if not isinstance(leaf, Tensor):
+            if isinstance(where, Opaque) or not isinstance(leaf, Tensor):
                 opaque.append(type(leaf).__name__)
             elif isinstance(where, Items) and example is not None:
                 record = example // self._subject.copies
@@ -188,6 +217,21 @@ class _Examination:
             self._found.unseen.append(
                 f"what the step does with {', '.join(kinds)} objects in the batch is not followed"
             )
+
+    def _of_others(self) -> Any:
+        """The batch of as many records in another mixture."""
+        records = self._subject.records
+        others = records[max(1, len(records) // 2) :]
+        return self._subject.collated([others[i % len(others)] for i in range(len(records))])
+
+    def _refuse_opaque(self, batch: Any) -> None:
+        """A batch in which no entry can be told to be one record's."""
+        raise UnsupportedModelError(
+            f"The batch ({type(batch).__name__}) holds nothing of which one entry belongs to one record: records "
+            "cannot "
+            "be told apart. Return tensors, lists, tuples, mappings or dataclasses from the collate function, with one "
+            "entry per record."
+        )
 
     def _own_concatenated(self, leaf: Tensor) -> None:
         """Records follow one another, with as many entries as each has: found by leaving some out."""
@@ -318,7 +362,8 @@ class _Examination:
             return
         if state.is_mixed:
             problem = f"The loss is not a sum over records: {state.why}. {_remedy(state.why)}"
-            if self._subject.needs_layers:
+            reaches_one = any(source in state.why for source in (_OF_METRIC, _OF_COLLATION))
+            if self._subject.needs_layers or reaches_one:
                 self._problems.append(problem)
             else:  # one record at a time, they cannot reach one another; but is it the same loss?
                 self._found.doubts.append(problem)
@@ -364,7 +409,8 @@ class _Examination:
             self._problems.append(
                 f"What depends on records is kept in {names}{more}, without noise, beyond the step: it would reach "
                 "later "
-                "steps or a checkpoint. Keep nothing of the batch; to follow a metric, use self.log or torchmetrics; "
+                "steps or a checkpoint. Keep nothing of the batch; to follow a metric, use self.log(…, "
+                "on_step=False, on_epoch=True) or torchmetrics; "
                 "statistics of the data come from PrivateCentering or PrivateProjection."
             )
         numbers = _numbers(after)
@@ -381,7 +427,8 @@ class _Examination:
         shadows, logs, settings = [], [], []
         half = max(1, len(subject.records) // 2)
         count = len(subject.records)
-        for part in (subject.records[:half], subject.records[half:] or subject.records):
+        parts = subject.records[:half], subject.records[half:] or subject.records
+        for part in (parts[0], *parts):  # what differs between equal runs (times) is not the records'
             records = [part[i % len(part)] for i in range(count)]
             whole = Shadow(subject.module)
             shadow = whole.module
@@ -398,16 +445,19 @@ class _Examination:
             shadows.append(kept_by(shadow))
             logs.append(whole.logged)
             settings.append(whole.settings())
-        self._found.logged |= {name for name, value in logs[0].items() if not _equal(value, logs[1].get(name))}
-        if settings[0] != settings[1]:
+        self._found.logged |= {name for name, value in logs[1].items() if not _equal(value, logs[2].get(name))}
+        if settings[1] != settings[2]:
             raise UnsupportedModelError(
                 "training_step, or a hook, changes the optimizer, its schedule or the Trainer (should_stop) by what "
                 "depends on records, without noise. Let schedules go by steps or epochs, or by what has noise."
             )
-        one, other = shadows
+        control, one, other = shadows
+        volatile = {name for name in one if name in control and not _equal(control[name], one[name])}
+        self._found.counts = [name for name in self._found.counts if name not in volatile]
         differing = [n for n in one if n not in other or not _equal(one[n], other[n])] + [
             n for n in other if n not in one
         ]
+        differing = [name for name in differing if name not in volatile]
         if differing:
             raise UnsupportedModelError(
                 f"{', '.join(map(repr, differing[:_SHOWN]))}: training_step, or a hook, keeps there what depends on "

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.forms import FormChanged
 from lightning_dp.independence import owners
 from lightning_dp.independence.owners import PUBLIC, constant, join
@@ -27,9 +28,14 @@ _ARGUMENTS = {
     F.nll_loss: ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction"),
 }
 
-#: How the targets of one call lie: left alone (one record's own); along dimension 0, one record after another; along
-#: dimension 0, time before records; along dimension 0, those that records chose (``logits[mask]``).
-ALONE, RECORDS_FIRST, TIME_FIRST, RECORDS_SECOND, CHOSEN = "alone", "records first", "time first", "second", "chosen"
+#: How the targets of one call lie: one record's own; one for each record along dimension 0, or several, one record
+#: after another, or time before records; along dimension 1; those that records chose (``logits[mask]``); of several
+#: records in no order that is known, which are left alone while they have no weights and none is ignored.
+ALONE, ONE_EACH, RECORDS_FIRST, TIME_FIRST = "alone", "one each", "records first", "time first"
+RECORDS_SECOND, CHOSEN, PLAIN = "records second", "chosen", "plain"
+
+#: By line, for every call of a step that comes from there.
+Forms = dict[str, list[str]]
 
 
 class PerRecordMeans(TorchFunctionMode):
@@ -40,21 +46,21 @@ class PerRecordMeans(TorchFunctionMode):
 
     Args:
         rows: Number of rows of the batch, one or more per record.
-        forms: How the targets of every call lie, in order; what a tracer finds is added.
+        forms: How the targets of every call lie, by line; what a tracer finds is added. ``None``: nobody has looked.
         tracer: Tells how targets lie. Without one, calls must have the forms that were found.
-        enabled: Without, losses are left alone, and only looked at.
+        enabled: Without, losses are left alone, and refused where that makes one record's depend on others.
     """
 
-    def __init__(self, rows: int, forms: list[str], tracer: RowTracer | None = None, enabled: bool = True) -> None:
+    def __init__(self, rows: int, forms: Forms | None, tracer: RowTracer | None = None, enabled: bool = True) -> None:
         super().__init__()
         self._rows, self._forms, self._tracer, self._enabled = rows, forms, tracer, enabled
-        self._calls = 0
+        self._calls: dict[str, int] = {}
         #: What was changed, by line.
         self.changed: dict[str, str] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in _ARGUMENTS or not self._enabled:
+        if func not in _ARGUMENTS:
             return func(*args, **kwargs)
         given = {**dict(zip(_ARGUMENTS[func], args, strict=False)), **kwargs}
         target = given["target"]
@@ -64,24 +70,52 @@ class PerRecordMeans(TorchFunctionMode):
         form = self._form(given)
         if form == ALONE:
             return func(*args, **kwargs)
+        if form == PLAIN:
+            self._check_plain(given)
+            return func(*args, **kwargs)
         return self._mean_over_records(func, given, form)
 
+    def _check_plain(self, given: dict[str, Any]) -> None:
+        """What is left alone must have no weights, and no target that is ignored, in any step."""
+        ignored = given.get("ignore_index", -100)
+        if self._tracer is None and (given.get("weight") is not None or bool((given["target"] == ignored).any())):
+            raise UnsupportedModelError(
+                f"The loss at {here()} is a mean of several records that is divided by class weights, or by the "
+                "number of targets that "
+                "are "
+                f"not {ignored}, of several records: what a record adds depends on the others. Average each record's "
+                "own "
+                "targets first, then over records; with the self-check and per_record_means on, that is done where a "
+                "record's targets lie together."
+            )
+
     def _form(self, given: dict[str, Any]) -> str:
-        index, self._calls = self._calls, self._calls + 1
+        target = given["target"]
+        if self._forms is None:
+            if self._rows == 1:
+                return RECORDS_FIRST
+            return ONE_EACH if self._enabled and target.dim() == 1 and len(target) == self._rows else PLAIN
+        line = here()
+        index = self._calls[line] = self._calls.get(line, -1) + 1
+        known = self._forms.get(line, [])
         if self._tracer is not None:
             found = self._found(given)
-            self._forms[index : index + 1] = [found]
+            known = self._forms.setdefault(line, known)
+            known[index : index + 1] = [_both(known[index], found, line) if index < len(known) else found]
             return found
-        form: str | None = None
-        if index < len(self._forms):
-            form = self._forms[index]
-        elif self._forms and len(set(self._forms)) == 1:  # as many as a loop has turns
-            form = self._forms[0]
-        shape = given["target"].shape
-        counted = None if form is None else shape[1] if form == RECORDS_SECOND and len(shape) > 1 else shape[0]
-        if form in (ALONE, CHOSEN) or (counted is not None and counted % self._rows == 0):
-            return str(form)
-        raise FormChanged(f"A loss was not computed when the model was examined, and is now (at {here()}).")
+        form = known[index] if index < len(known) else None
+        if form is None and known and len(set(known)) == 1:  # as many as a loop has turns
+            form = known[0]
+        shape = target.shape
+        fits = {
+            ONE_EACH: shape[0] == self._rows,
+            RECORDS_FIRST: shape[0] % self._rows == 0,
+            TIME_FIRST: shape[0] % self._rows == 0,
+            RECORDS_SECOND: len(shape) > 1 and shape[1] == self._rows,
+        }
+        if form is not None and fits.get(form, True):
+            return form
+        raise FormChanged(f"A loss was not computed when the model was examined, and is now (at {line}).")
 
     def _found(self, given: dict[str, Any]) -> str:
         """How the targets lie, from who owns them."""
@@ -96,24 +130,25 @@ class PerRecordMeans(TorchFunctionMode):
         if of_target is not None:
             owner = join(owner, of_target.owner)
         owner = owners.compress(owner)
+        if bool((owner < owners.RANDOM).any()) or len(owner[owner >= 0].unique()) < 2:
+            return ALONE
+        if not self._enabled:
+            return PLAIN
+        if any(s is not None and s.ragged for s in (known, of_target)):
+            return CHOSEN if owners.varying(owner) == [0] else PLAIN
         placed = owners.blocks(owner)
-        ragged = any(s is not None and s.ragged for s in (known, of_target))
-        if ragged and bool((owner >= PUBLIC).all()) and owners.varying(owner) in ([0], []) and len(owner.unique()) > 1:
-            return CHOSEN
-        if placed is None or ragged:
-            return ALONE
-        if placed[0] == 1 and placed[1].numel() == target.shape[1] == self._rows:
-            along = placed[1].flatten()
-            return RECORDS_SECOND if bool((along == torch.arange(self._rows)).all()) else ALONE
-        if len(target) % self._rows or placed[1].numel() != len(target) or placed[0] != 0:
-            return ALONE
-        flat, count = placed[1], len(target)
-        along = flat.flatten()
-        if bool((along == along.new_tensor(range(count))).all()):
-            return RECORDS_FIRST
-        if bool((flat == along.new_tensor(range(count)).view(-1, len(flat)).T).all()):
-            return TIME_FIRST
-        return ALONE
+        if placed is None or placed[0] > 1 or placed[1].numel() != target.shape[placed[0]]:
+            return PLAIN
+        dim, flat = placed
+        count = target.shape[dim]
+        along, order = flat.flatten(), torch.arange(count)
+        if count % self._rows:
+            return PLAIN
+        if dim == 1:
+            return RECORDS_SECOND if count == self._rows and torch.equal(along, order) else PLAIN
+        if torch.equal(along, order):
+            return ONE_EACH if count == self._rows else RECORDS_FIRST
+        return TIME_FIRST if torch.equal(flat, order.view(-1, len(flat)).T) else PLAIN
 
     def _mean_over_records(self, func: Any, given: dict[str, Any], form: str) -> Tensor:
         weight, target = given.get("weight"), given["target"]
@@ -151,3 +186,22 @@ class PerRecordMeans(TorchFunctionMode):
             what.append("a record's targets are averaged first, without those that are ignored")
         if what:
             self.changed[here()] = f"{func.__name__} is a mean over records: {'; '.join(what)}"
+
+
+def _both(one: str, other: str, line: str) -> str:
+    """The form that holds for two passes.
+
+    Raises:
+        UnsupportedModelError: There is none.
+    """
+    if one == other or (other == ONE_EACH and one in (RECORDS_FIRST, TIME_FIRST)):
+        return one
+    if one == ONE_EACH and other in (RECORDS_FIRST, TIME_FIRST):
+        return other
+    if PLAIN in (one, other):
+        return PLAIN
+    raise UnsupportedModelError(
+        f"The loss at {line} gets a record's targets in one arrangement in some steps ({one}), and in another in "
+        "others "
+        f"({other}): which are whose cannot be told. Compute the two losses in lines of their own."
+    )

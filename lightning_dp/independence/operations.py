@@ -120,7 +120,7 @@ _POINTWISE = frozenset(
     _names(
         "copy _to_copy floor_divide hardswish special_erf masked_fill rrelu_with_noise log_sigmoid_forward prelu lerp "
         "native_dropout dropout alpha_dropout feature_dropout bernoulli special_erfinv erfinv sgn conj _conj imag real "
-        "_copy_from tril triu clone _unsafe_view lift_fresh_copy _reshape_copy _fused_dropout masked_scale "
+        "_copy_from clone _unsafe_view lift_fresh_copy _reshape_copy _fused_dropout masked_scale "
         "_log_softmax_backward_like square __and__ __or__ __xor__ exponential normal uniform _prelu_kernel"
     )
 )
@@ -423,8 +423,8 @@ def extremum(call: Call) -> list[State]:
 
 @rule(
     *_names(
-        "cumsum cumprod _softmax _log_softmax sort argsort cummax cummin logcumsumexp topk flip roll renorm "
-        "_softmax_backward_data _log_softmax_backward_data _sparse_softmax unique_dim"
+        "cumsum cumprod _softmax _log_softmax sort argsort cummax cummin logcumsumexp topk flip roll "
+        "_softmax_backward_data _log_softmax_backward_data _sparse_softmax"
     )
 )
 def along_a_dimension(call: Call) -> list[State]:
@@ -443,6 +443,25 @@ def along_a_dimension(call: Call) -> list[State]:
     return [call.result(state.owner, o, what=call.name) for o in call.outputs]
 
 
+@rule("renorm")
+def renorm(call: Call) -> list[State]:
+    """Scales every slice along a dimension by its norm over all others."""
+    tensor, state = call.args[0], call.state(call.args[0])
+    dim = call.args[2] % tensor.dim()
+    if any(d != dim for d in owners.varying(state.owner)):
+        return call.mixed("renorm over several records")
+    return [call.result(state.owner, call.outputs[0])]
+
+
+@rule("tril", "triu")
+def triangle(call: Call) -> list[State]:
+    """Zeros by place: within a matrix of one record's own."""
+    state = call.state(call.args[0])
+    if any(d >= call.args[0].dim() - 2 for d in owners.varying(state.owner)):
+        return call.mixed(f"{call.name} treats places in the batch differently")
+    return [call.result(state.owner, call.outputs[0])]
+
+
 # -- data that moves ---------------------------------------------------------------------------------------------------
 
 
@@ -452,12 +471,17 @@ def _moved(call: Call, *also: Tensor) -> list[State]:
     first = next(t for t in call.tensors())
 
     def owners_of(leaf: Any) -> Any:
-        return call.owner(leaf).float().contiguous() if isinstance(leaf, Tensor) and leaf is first else leaf
+        # Padding with zeros belongs to nobody: owners are shifted, so that 0 is free.
+        return call.owner(leaf).float().add(_SHIFT) if isinstance(leaf, Tensor) and leaf is first else leaf
 
     args, kwargs = tree_unflatten([owners_of(leaf) for leaf in leaves], spec)
     moved = call.func(*args, **kwargs)
     outputs = [t for t in tree_flatten(moved)[0] if isinstance(t, Tensor)]
-    return [call.result(m.to(owners.DTYPE), o) for m, o in zip(outputs, call.outputs, strict=True)]
+    back = [torch.where(m == 0, PUBLIC, m - _SHIFT).to(owners.DTYPE) for m in outputs]
+    return [call.result(m, o) for m, o in zip(back, call.outputs, strict=True)]
+
+
+_SHIFT = 10
 
 
 @rule(*_names("repeat im2col pixel_shuffle pixel_unshuffle channel_shuffle unfold_copy reflection_pad1d"))
@@ -751,6 +775,7 @@ def masked_select(call: Call) -> list[State]:
     "masked_scatter",
     "unique",
     "_unique2",
+    "unique_dim",
     "unique_consecutive",
     "bincount",
     "histc",

@@ -18,6 +18,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 RandomState = tuple[Any, ...]
 
 #: Attributes of a module that are PyTorch's and Lightning's own.
@@ -70,14 +72,16 @@ class Shadow:
             return copy.deepcopy(module, dict(memo))
         except Exception:  # whatever an attribute raises: a lock, an open file, a handle
             for prefix, child in module.named_modules():
-                for name, value in vars(child).items():
+                hooks = {f"{kind}[{i}]": h for kind in _HOOKS for i, h in vars(child).get(kind, {}).items()}
+                for name, value in [*vars(child).items(), *hooks.items()]:
                     if name in _FRAMEWORK:
                         continue
                     try:
                         copy.deepcopy(value, dict(memo))
                     except Exception:
                         memo[id(value)] = value
-                        self.shared.append(f"{prefix}.{name}" if prefix else name)
+                        if name not in hooks:
+                            self.shared.append(f"{prefix}.{name}" if prefix else name)
             return copy.deepcopy(module, memo)
 
     def _stubs(self, module: pl.LightningModule, memo: dict[int, Any], logged: dict[str, Any]) -> dict[str, Any]:

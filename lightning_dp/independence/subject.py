@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_dp.errors import PrivacyConfigurationError
+from lightning_dp.independence.losses import Forms
 from lightning_dp.independence.shadow import random_state_kept, seed_everything
 from lightning_dp.independence.tracer import RowTracer
 from lightning_dp.independence.watch import Place, Watch
@@ -26,8 +27,8 @@ from lightning_dp.independence.watch import Place, Watch
 class Understanding:
     """What examinations have found out about a step, and every further step holds it to."""
 
-    #: How the targets of every loss lie, in order of the calls.
-    losses: list[str] = field(default_factory=list)
+    #: How the targets of every loss lie.
+    losses: Forms = field(default_factory=dict)
     #: Code that was examined.
     places: set[Place] = field(default_factory=set)
 
@@ -81,7 +82,8 @@ class Subject:
         """
         known = self.understanding
         if tracer is None and not hold:  # a pass in eval mode, say: what it runs is nobody's business
-            known = Understanding(list(known.losses), set(known.places))
+            losses = {line: list(found) for line, found in known.losses.items()}
+            known = Understanding(losses, set(known.places))
         learn = not hold
         return Watch(rows, known.losses, known.places, learn, tracer=tracer, enabled=self.per_record_means)
 
@@ -116,7 +118,7 @@ def reduced(loss: Tensor, reduction: str) -> Tensor:
 
 
 #: Records that are looked at, to choose from them: so many at least, and at most as many as the time allows.
-_LOOKED_AT, _LOOKED_AT_MOST, _SECONDS = 96, 4096, 0.2
+_LOOKED_AT, _LOOKED_AT_MOST, _SECONDS = 32, 4096, 0.2
 
 
 def choose_records(load: Callable[[int], list[Any]], count: int, wanted: int, seed: int = 0) -> list[list[Any]]:

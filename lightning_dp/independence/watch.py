@@ -14,7 +14,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 from lightning_dp.forms import FormChanged
-from lightning_dp.independence.losses import PerRecordMeans
+from lightning_dp.independence.losses import Forms, PerRecordMeans
 from lightning_dp.independence.source import here
 from lightning_dp.shared_outputs import follow, understood
 
@@ -62,7 +62,7 @@ class Watch(PerRecordMeans):
         learn: The step is being examined.
     """
 
-    def __init__(self, rows: int, forms: list[str], known: set[Place], learn: bool = False, **kwargs: Any) -> None:
+    def __init__(self, rows: int, forms: Forms, known: set[Place], learn: bool = False, **kwargs: Any) -> None:
         super().__init__(rows, forms, **kwargs)
         self._known, self._learn = known, learn
 
