@@ -19,6 +19,14 @@ class FormChanged(UnsupportedModelError):
     """A layer is called in a way in which it was not called when the model was examined."""
 
 
+def form_changed_in(error: BaseException) -> FormChanged | None:
+    """The `FormChanged` that an error is, or came of: in an autograd function, PyTorch makes a SystemError of it."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, FormChanged):
+        found = found.__cause__ or found.__context__
+    return found
+
+
 @dataclass(eq=False)
 class LayerForm:
     """How one layer is called.

@@ -36,7 +36,7 @@ from lightning_dp.clipping import Bounding, FlatClipping, State
 from lightning_dp.denoising import Denoiser, DenoiserState
 from lightning_dp.engines import ENGINES
 from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
-from lightning_dp.forms import FormChanged
+from lightning_dp.forms import FormChanged, form_changed_in
 from lightning_dp.independence.examination import Findings, examine
 from lightning_dp.independence.exchange import check_collation, check_copies_stay_together, check_exchange
 from lightning_dp.independence.losses import PerRecordMeans
@@ -662,8 +662,12 @@ class PrivateMixin(Strategy):
         for seed in range(_ATTEMPTS):
             try:
                 return self._logical_batch(step, batch, count, args, kwargs)
-            except FormChanged as error:  # nothing was charged, and nothing of this batch was released
-                self._examine_drawn(batch, count, args, error, seed)
+            except (FormChanged, SystemError) as error:
+                reason = form_changed_in(error)
+                if reason is None:
+                    raise
+                # Nothing was charged, and nothing of this batch was released.
+                self._examine_drawn(batch, count, args, reason, seed)
         return self._logical_batch(step, batch, count, args, kwargs)
 
     def _logical_batch(

@@ -95,6 +95,33 @@ def test_a_branch_that_was_not_examined_is_examined_when_it_is_taken() -> None:
     assert strategy.findings is not None and set(strategy.findings.forms.layers) == {"net.0", "net.2", "extra"}
 
 
+class _Scaled(torch.autograd.Function):
+    """Takes another way later on, where PyTorch hides what is raised."""
+
+    late = False
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        if _Scaled.late:
+            return torch.mul(x, 2.0)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0]
+
+
+def test_code_within_an_autograd_function_is_examined_as_well() -> None:
+    class Custom(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            _Scaled.late = self.global_step >= 2
+            return F.cross_entropy(_Scaled.apply(self.net(batch[0])), batch[1])
+
+    strategy = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0))
+    fit(trainer(strategy=strategy), Custom(), loader())
+    assert len(strategy.ledger) == 5
+
+
 class Positions(Net):
     def __init__(self) -> None:
         super().__init__(nn.Sequential(nn.Linear(6, 6)))

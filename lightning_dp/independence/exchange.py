@@ -22,7 +22,7 @@ from torch import Tensor
 from lightning_dp.batches import Concatenated, Layout, Rows, find_layout, leaves_with_layout, parts_of
 from lightning_dp.engines import BookKeeping, PerExample, set_aside
 from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
-from lightning_dp.forms import FormChanged
+from lightning_dp.forms import FormChanged, form_changed_in
 from lightning_dp.gradients import PerExampleGradient, wide
 from lightning_dp.independence.examination import Findings, examine
 from lightning_dp.independence.shadow import AlignedRandomness, Shadow, random_state_kept, seed_everything
@@ -299,7 +299,9 @@ class _Exchange:
         for seed in range(_ATTEMPTS):
             try:
                 return self._pass(records, **kwargs)
-            except FormChanged:
+            except (FormChanged, SystemError) as error:
+                if form_changed_in(error) is None:
+                    raise
                 self._findings.merge(examine(replace(self._subject, records=list(records)), seed=seed))
         return self._pass(records, **kwargs)
 
