@@ -240,7 +240,7 @@ def test_a_sampler_without_shards_draws_the_whole_sample() -> None:
     copied = PoissonBatchSampler(103, 0.2, Randomness(seed=4), lambda: 7, copies=3)
     for once, thrice in zip(alone, copied, strict=True):
         assert thrice == [index for index in once for _ in range(3)]
-        assert copied.sizes.popleft() == (len(once), len(once))
+        assert copied.sizes.popleft() == (len(once), len(once), once)
 
 
 def twice(data: Any) -> Subset[Any]:
