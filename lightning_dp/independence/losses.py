@@ -198,7 +198,7 @@ def _both(one: str, other: str, line: str) -> str:
         return one
     if one == ONE_EACH and other in (RECORDS_FIRST, TIME_FIRST):
         return other
-    if PLAIN in (one, other):
+    if PLAIN in (one, other) or ALONE in (one, other):
         return PLAIN
     raise UnsupportedModelError(
         f"The loss at {line} gets a record's targets in one arrangement in some steps ({one}), and in another in "
