@@ -37,8 +37,9 @@ from lightning_dp.denoising import Denoiser, DenoiserState
 from lightning_dp.engines import ENGINES
 from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
 from lightning_dp.forms import FormChanged, form_changed_in
+from lightning_dp.independence.collation import check_collation, check_copies_stay_together
 from lightning_dp.independence.examination import Findings, examine
-from lightning_dp.independence.exchange import check_collation, check_copies_stay_together, check_exchange
+from lightning_dp.independence.exchange import check_exchange
 from lightning_dp.independence.losses import PerRecordMeans
 from lightning_dp.independence.shadow import random_state_kept
 from lightning_dp.independence.shadow import seed_everything as seed_records

@@ -342,7 +342,42 @@ def factor(module: Net, x: Tensor, y: Tensor) -> Tensor:
     return 0.1 * loss if (x[:, 0] > 2).any() else loss
 
 
-@step("a divisor that is counted in Python", REFUSED, "exchanging some examples|smaller batch|in a batch of")
+@step("a divisor that is read (`.item()`)", REFUSED, r"is read at .*interference.py:\d+")
+def _(self: Net, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(self.net(x), y, reduction="sum") / (1 + (y == 1).sum().item())
+
+
+@step("a factor that is read, and that no record of the data changes", REFUSED, r"is read at .*interference.py:\d+")
+def _(self: Net, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(self.net(x), y) * (1 + float((x > 1e6).sum()))
+
+
+@step("a branch on a label that no record of the data has", REFUSED, "of a sum|exchanging some examples")
+def _(self: Net, x: Tensor, y: Tensor) -> Tensor:
+    loss = F.cross_entropy(self.net(x), y % 3)
+    return loss * 3 if (y == 7).any() else loss
+
+
+@step("a decision by the first record", REFUSED, "of one record is read at|into other places")
+def _(self: Net, x: Tensor, y: Tensor) -> Tensor:
+    loss = F.cross_entropy(self.net(x), y)
+    return loss * 2 if y[0].item() > 1 else loss
+
+
+@step("lists of all labels, each record's own used for itself", CHECKED)
+def _(self: Net, x: Tensor, y: Tensor) -> Tensor:
+    losses = F.cross_entropy(self.net(x), y, reduction="none")
+    return torch.stack([2 * loss if label else loss for loss, label in zip(losses, y.tolist(), strict=True)]).mean()
+
+
+@step("padding that is cut off at the longest of the batch", CHECKED, data=sequences, collate=padded)
+def _(self: Net, x: Tensor, lengths: Tensor, y: Tensor) -> Tensor:
+    longest = int(lengths.max())
+    mask = torch.arange(longest) < lengths[:, None]
+    return F.cross_entropy(self.net((x[:, :longest] * mask[..., None]).sum(1)), y)
+
+
+@step("a divisor that is counted in Python", REFUSED, "is read at")
 def counted(module: Net, x: Tensor, y: Tensor) -> Tensor:
     losses = F.cross_entropy(module.net(x), y, reduction="none") * (y == 2)
     return losses.sum() / max(1, int((y == 2).sum()))

@@ -54,8 +54,9 @@ RIGHT_ALONE = (
     "a layer on some records only (`h[mask]`)",
     "mixup within the batch",
     "the first rows only, where there are many",
+    "a branch on a label that no record of the data has",
+    "a factor that is read, and that no record of the data changes",
 )
-
 
 #: Seen, or not, by what the records hold that happen to be compared.
 BY_CHANCE = "a factor by what one of the records holds"

@@ -41,7 +41,7 @@ from lightning_dp.independence.owners import State
 from lightning_dp.independence.shadow import Shadow, is_metric, kept_by, random_state_kept, seed_everything
 from lightning_dp.independence.source import here, is_library
 from lightning_dp.independence.subject import Subject, loss_of, reduced
-from lightning_dp.independence.tracer import Reads, RowTracer, tensors_in
+from lightning_dp.independence.tracer import Read, Reads, RowTracer, tensors_in
 from lightning_dp.layers import OPAQUE, rule_for, trained_layers
 
 #: What mixes records before the step begins: it reaches one record at a time as well.
@@ -64,6 +64,10 @@ class Findings:
         logged: Names of metrics that the step logs and that depend on records.
         counts: State that a step changes, whatever the records: counters.
         forms: How layers are called.
+        records: How many records were looked at.
+        reads: Values that became Python's within ``training_step``, in order.
+        constants: Numbers that the batch's whole numbers are compared with, each with its leaf's place in the batch.
+        layout: Where the examples are in the batch that was looked at.
     """
 
     decisions: dict[str, str] = field(default_factory=dict)
@@ -74,6 +78,10 @@ class Findings:
     counts: list[str] = field(default_factory=list)
     forms: CallForms = field(default_factory=CallForms)
     operations: int = 0
+    records: int = 0
+    reads: list[Read] = field(default_factory=list)
+    constants: set[tuple[int, int]] = field(default_factory=set)
+    layout: Layout | None = None
 
     @property
     def verdict(self) -> str:
@@ -88,6 +96,7 @@ class Findings:
         self.understood |= other.understood
         self.unseen += [sentence for sentence in other.unseen if sentence not in self.unseen]
         self.logged |= other.logged
+        self.constants |= other.constants
         self.forms.merge(other.forms)
 
 
@@ -143,11 +152,13 @@ class _Examination:
             with subject.stand_in(module), tracer, Reads(tracer), watch:
                 if not drawn:
                     batch = subject.transfer(batch)
+                self._note_labels(batch)
                 self._hook(module, "on_train_batch_start", batch, *subject.arguments)
                 with subject.context():
                     output = module.training_step(batch, *subject.arguments)
                 loss = loss_of(output)
                 state = tracer.state(loss)
+                self._found.reads = list(tracer.reads)
                 self._hook(module, "on_before_backward", loss)
                 with _disable_current_modes():
                     self._backward(module, loss)
@@ -158,6 +169,8 @@ class _Examination:
                 handle.remove()
         self._found.understood = watch.changed
         self._found.operations = tracer.operations
+        self._found.records = self._records
+        self._found.constants, self._found.layout = tracer.constants, self._layout
         for name, value in shadow.logged.items():
             known = tracer.state(value) if isinstance(value, Tensor) else None
             if (known is not None and not known.is_public) or isinstance(value, nn.Module):
@@ -217,6 +230,17 @@ class _Examination:
             self._found.unseen.append(
                 f"what the step does with {', '.join(kinds)} objects in the batch is not followed"
             )
+
+    def _note_labels(self, batch: Any) -> None:
+        """Tells the tracer which tensors hold the records' own whole numbers."""
+        assert self._layout is not None
+        try:
+            leaves = list(leaves_with_layout(batch, self._layout))
+        except (KeyError, TypeError, AttributeError):  # a transfer hook made another batch of it
+            return
+        for place, (leaf, where, _) in enumerate(leaves):
+            if isinstance(where, Rows) and isinstance(leaf, Tensor) and leaf.numel() and is_whole(leaf):
+                self._tracer.labels[place] = leaf
 
     def _of_others(self) -> Any:
         """The batch of as many records in another mixture."""
@@ -510,6 +534,11 @@ def _numbers(kept: dict[str, Any]) -> dict[str, Any]:
         for name, value in kept.items()
         if not (isinstance(value, nn.Parameter) and value.requires_grad)
     }
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor holds whole numbers."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -138,6 +138,8 @@ _PUBLIC = frozenset(
 )
 _RANDOM_LIKE = frozenset(_names("rand_like randn_like randint_like randn rand randint randperm normal_functional"))
 
+_COMPARISONS = frozenset(_names("eq ne lt le gt ge"))
+
 #: Written to, whatever was there before.
 _OVERWRITES = frozenset(_names("fill zero normal uniform random exponential geometric cauchy log_normal"))
 
@@ -158,6 +160,8 @@ def follow(tracer: RowTracer, func: Any, args: tuple[Any, ...], kwargs: dict[str
     known = [tracer.state(t) for t in tensors]
     name = func._opname if hasattr(func, "_opname") else func.overloadpacket.__name__
     base = name.rstrip("_") if written and name.endswith("_") else name
+    if base == "_local_scalar_dense":
+        tracer.read(tensors[0])
     if not any(s is not None for s in known):
         result = func(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -169,6 +173,8 @@ def follow(tracer: RowTracer, func: Any, args: tuple[Any, ...], kwargs: dict[str
             if count and count % tracer.examples == 0:
                 tracer.own(result, owners.rows(count, result.dim(), tracer.examples))
         return result
+    if base in _COMPARISONS and len(tensors) == 1:
+        tracer.compared(base, tensors[0], args[1])
     # What an operation overwrites is needed to work out, and to probe, what it does.
     before = {id(t): t.detach().clone() for t in written if tracer.state(t) is not None or base not in _OVERWRITES}
     old = {id(t): tracer.state(t) for t in written}

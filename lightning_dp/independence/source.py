@@ -8,6 +8,7 @@ import sysconfig
 from types import FrameType
 
 _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_ZOO = os.path.join(_OWN, "zoo")
 _LIBRARIES = tuple({sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib", "platstdlib")})
 
 
@@ -30,6 +31,21 @@ def here() -> str:
             library = library or f"{package}: {_line(frame)}"
         frame = frame.f_back
     return library or "an operation outside of Python code"
+
+
+#: What every operation passes through.
+_PLUMBING = frozenset(("__torch_function__", "__torch_dispatch__", "follow", "read"))
+
+
+def is_own_work() -> bool:
+    """Whether the operation at hand is part of an examination, rather than of the step that is examined."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        own = frame.f_code.co_filename.startswith(_OWN) and not frame.f_code.co_filename.startswith(_ZOO)
+        if (own and frame.f_code.co_name not in _PLUMBING) or (not own and _package(frame) != "torch"):
+            return own
+        frame = frame.f_back
+    return False
 
 
 def is_library(line: str) -> bool:

@@ -189,7 +189,7 @@ def _signature(record: Any) -> tuple[set[Any], int, float]:
 
 
 def stand_in(record: list[Any], kind: str) -> list[Any]:
-    """A record with extreme numbers: ``"zeros"``, ``"large"`` or ``"nan"``."""
+    """A record with extreme numbers: ``"zeros"``, ``"large"``, ``"small"`` (huge, negative) or ``"nan"``."""
 
     def changed(leaf: Any) -> Any:
         if isinstance(leaf, np.ndarray) and np.issubdtype(leaf.dtype, np.floating):
@@ -198,6 +198,8 @@ def stand_in(record: list[Any], kind: str) -> list[Any]:
             return leaf
         if kind == "zeros":
             return torch.zeros_like(leaf)
+        if kind == "small":
+            return -1e4 * leaf.abs() - 1e3
         return leaf * 1e4 + 1e3 if kind == "large" else torch.full_like(leaf, math.nan)
 
     return [tree_map(changed, item) for item in record]

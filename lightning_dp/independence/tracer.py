@@ -8,7 +8,7 @@ a view reach everything that shares its memory. What each operation does to owne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,41 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_dp.independence import operations
-from lightning_dp.independence.owners import MIXED, PUBLIC, State, compress, constant
-from lightning_dp.independence.source import here
+from lightning_dp.independence.owners import MIXED, PUBLIC, RANDOM, State, compress, constant
+from lightning_dp.independence.source import here, is_own_work
+
+#: Functions by which a tensor's values become Python's or NumPy's without an operation.
+READS = frozenset(("tolist", "numpy", "__array__", "__dlpack__"))
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """Values that became Python's.
+
+    Attributes:
+        shape: Of the tensor that was read.
+        owner: Whose they are; ``None``: they are public.
+        line: Where.
+    """
+
+    shape: torch.Size
+    owner: Tensor | None = None
+    line: str = ""
+
+    def of(self, record: int) -> Tensor | None:
+        """Which of the values are one record's; ``None``: none is."""
+        return self._where(lambda owner: owner == record)
+
+    def of_several(self) -> Tensor | None:
+        """Which of the values depend on several records; ``None``: none does."""
+        return self._where(lambda owner: owner < RANDOM)
+
+    def _where(self, is_wanted: Callable[[Tensor], Tensor]) -> Tensor | None:
+        if self.owner is None:
+            return None
+        wanted = is_wanted(self.owner)
+        return wanted.expand(self.shape) if bool(wanted.any()) else None
+
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], int, int]
 
@@ -95,6 +128,11 @@ class RowTracer(TorchDispatchMode):
         self.decisions: dict[str, str] = {}
         #: Lines where nobody could tell whether a record's place in the batch matters.
         self.places: dict[str, str] = {}
+        #: Values that became Python's, in order, public ones as well.
+        self.reads: list[Read] = []
+        #: Whole numbers of the batch, by place among its leaves; and numbers that they were compared with.
+        self.labels: dict[int, Tensor] = {}
+        self.constants: set[tuple[int, int]] = set()
         #: Whether random numbers were drawn.
         self.drew = False
         self.operations = 0
@@ -154,6 +192,26 @@ class RowTracer(TorchDispatchMode):
         """Notes that something may be decided by what records hold."""
         self.decisions.setdefault(here(), what)
 
+    def read(self, tensor: Tensor) -> None:
+        """Notes that a tensor's values become Python's."""
+        if is_own_work():
+            return
+        state = self.state(tensor)
+        known = state is not None and not state.is_public
+        self.reads.append(Read(tensor.shape, state.owner if state and known else None, here() if known else ""))
+
+    def compared(self, name: str, tensor: Tensor, value: Any) -> None:
+        """Notes what number the batch's own whole numbers are compared with: a record may hold it."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or int(value) != value:
+            return
+        for place, label in self.labels.items():
+            same_memory = _key(label) == _key(tensor)
+            if not same_memory and (label.numel() != tensor.numel() or not _same_values(label, tensor)):
+                continue
+            least, most = int(label.min()), int(label.max())
+            near = {int(value)} if name in ("eq", "ne") else {int(value) - 1, int(value), int(value) + 1}
+            self.constants |= {(place, n) for n in near if name in ("eq", "ne") or least <= n <= most}
+
     def doubt_place(self, what: str) -> None:
         """Notes that nobody could tell whether places matter."""
         self.places.setdefault(here(), what)
@@ -183,10 +241,12 @@ def _key(tensor: Tensor) -> int:
     return -id(tensor) if _is_sparse(tensor) else int(tensor.untyped_storage()._cdata)
 
 
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    return bool((one.flatten() == other.detach().flatten().to(one.device)).all())
+
+
 class Reads(TorchFunctionMode):
     """Notes the ways in which a tensor's values become Python's or NumPy's without an operation."""
-
-    _NAMES = frozenset(("tolist", "numpy", "__array__", "__index__", "__dlpack__"))
 
     def __init__(self, tracer: RowTracer) -> None:
         super().__init__()
@@ -194,8 +254,10 @@ class Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in self._NAMES and args and self._tracer.state(args[0]) is not None:
-            self._tracer.decide(f"{name}()")
+        if name in READS and args:
+            self._tracer.read(args[0])
+            if self._tracer.state(args[0]) is not None:
+                self._tracer.decide(f"{name}()")
         return func(*args, **(kwargs or {}))
 
 
