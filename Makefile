@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
+# As many tests at a time as there are cores, one thread each.
+TOGETHER := --numprocesses auto --maxprocesses 8 --dist worksteal
 # The data sets of the recipes: unset, they come from the Hugging Face hub.
 export LIGHTNING_DP_DATA
 
@@ -17,10 +19,10 @@ demo: $(INSTALLED)  ## trains on scikit-learn's digits, in about a minute
 	$(BIN)/lightning-dp fit --config recipes/digits/dp_sgd.yaml
 
 test: $(INSTALLED)  ## the whole suite, without what is marked slow
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TOGETHER) -m "not slow"
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TOGETHER) -m slow
 
 test-device: $(INSTALLED)  ## what depends on the device, with LIGHTNING_DP_TEST_DEVICE=cuda on a GPU
 	$(BIN)/python -m pytest -m "not slow" tests/test_device.py tests/test_distributed.py tests/test_layers.py \

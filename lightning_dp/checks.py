@@ -298,6 +298,9 @@ def warn_about_delta(delta: float, num_records: int) -> None:
 #: Examples that pass through the bounding one by one.
 _BOUNDED_EXAMPLES = 2
 
+#: Pairs that are looked at; and the relative error that no rounding explains.
+_PAIRS, _NO_ROUNDING = 4, 0.05
+
 
 def _on_one_record(error: Exception) -> UnsupportedModelError:
     if isinstance(error, UnsupportedModelError):
@@ -357,37 +360,50 @@ def check_contributions(subject: Subject, clipping: Bounding, state: State, form
             step.release()
             return step, {n: p.grad.double() for n, p in engine.parameters.items() if p.grad is not None}
 
-    examples = list(range(min(len(subject.records), _BOUNDED_EXAMPLES)))
+    def pair(examples: list[int]) -> tuple[str, float]:
+        """The parameter for which contributions add up worst, and by how much of their size they do not."""
+        step, together = contribution(examples)
+        alone = [contribution([example])[1] for example in examples]
+        low = any(p.dtype in (torch.bfloat16, torch.float16) for p in step.engine.parameters.values())
+        for group, bound in bounds.items():
+            for found in alone:
+                norm = torch.stack([found[name].norm() for name in group if name in found]).norm().item()
+                if not norm <= bound * (1 + (5e-2 if low else 1e-3)):
+                    raise UnsupportedModelError(
+                        f"Parameters {list(group)}: one example contributes {norm:.3g}, and its bound is {bound:.3g}. "
+                        "This is a defect of the rule or of a layer's rule: report it, and use engine='per_example'."
+                    )
+        worst = "", 0.0
+        largest = max(found[name].norm().item() for found in alone for name in found)
+        for name, whole in together.items():
+            parts = torch.stack([found[name] for found in alone])
+            scale = max(parts.norm().item(), 1e-3 * largest) + 1e-12
+            error = (whole - parts.sum(0)).norm().item() / scale
+            worst = (name, error) if not error <= worst[1] else worst
+        return worst[0], worst[1] / 50 if low else worst[1]
+
     with random_state_kept():
         try:
-            step, together = contribution(examples)
-            alone = [contribution([example])[1] for example in examples]
-        except RuntimeError as error:
-            if "backward can only be called in training mode" in str(error):  # cuDNN's recurrent layers
+            # An activation that is zero but for rounding may count in a batch of two and not in one of one: another
+            # pair is looked at then. What is wrong with a rule is wrong for all of them.
+            for attempt in range(_PAIRS):
+                count = len(subject.records)
+                examples = sorted({(2 * attempt + i) % count for i in range(_BOUNDED_EXAMPLES)})
+                name, error = pair(examples)
+                if error <= 1e-3 or error > _NO_ROUNDING or unaligned:
+                    break
+        except RuntimeError as problem:
+            if "backward can only be called in training mode" in str(problem):  # cuDNN's recurrent layers
                 return ["the bounding of single records: a recurrent kernel has no backward pass in eval mode"]
-            raise _on_one_record(error) from None
-        except (ValueError, IndexError) as error:
-            raise _on_one_record(error) from None
-    low = any(p.dtype in (torch.bfloat16, torch.float16) for p in step.engine.parameters.values())
-    tolerance = 5e-2 if low else 1e-3
-    for group, bound in bounds.items():
-        for found in alone:
-            norm = torch.stack([found[name].norm() for name in group if name in found]).norm().item()
-            if not norm <= bound * (1 + tolerance):
-                raise UnsupportedModelError(
-                    f"Parameters {list(group)}: one example contributes {norm:.3g}, and its bound is {bound:.3g}. "
-                    "This is a defect of the rule or of a layer's rule: report it, and use engine='per_example'."
-                )
+            raise _on_one_record(problem) from None
+        except (ValueError, IndexError) as problem:
+            raise _on_one_record(problem) from None
     if unaligned:
         return ["whether single contributions add up: random numbers that depend on the whole batch were drawn"]
-    largest = max(found[name].norm().item() for found in alone for name in found)
-    for name, whole in together.items():
-        parts = torch.stack([found[name] for found in alone])
-        scale = max(parts.norm().item(), 1e-3 * largest)
-        if (whole - parts.sum(0)).norm().item() > tolerance * scale + 1e-12:
-            raise UnsupportedModelError(
-                f"Parameter '{name}': the bounded gradients of single examples do not add up to that of the batch: "
-                "an example's contribution depends on who else is there. Make training_step treat every example "
-                "by itself, or use engine='per_example'."
-            )
+    if not error <= 1e-3:
+        raise UnsupportedModelError(
+            f"Parameter '{name}': the bounded gradients of single examples do not add up to that of the batch: "
+            "an example's contribution depends on who else is there. Make training_step treat every example "
+            "by itself, or use engine='per_example'."
+        )
     return []

@@ -7,3 +7,10 @@ class PrivacyConfigurationError(ValueError):
 
 class UnsupportedModelError(ValueError):
     """The model does something whose per-example gradients cannot be bounded; the message names the layer."""
+
+
+#: What is said where layers run again within the backward pass.
+ACTIVATION_CHECKPOINTING = (
+    "The model uses activation checkpointing, which runs layers again within the backward pass, where they are not "
+    "recorded. Turn it off and use max_physical_batch_size to save memory, or use engine='per_example'."
+)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from lightning_dp.errors import UnsupportedModelError
+from lightning_dp.errors import ACTIVATION_CHECKPOINTING, UnsupportedModelError
 from lightning_dp.forms import CallForms
 from lightning_dp.independence.source import here
 from lightning_dp.layers import LinearMap, calls_linear, forward_with_linear, linear_map, trainable
@@ -178,11 +178,7 @@ class Recorder:
         try:
             yield
         except CheckpointError as error:
-            raise UnsupportedModelError(
-                "The model uses activation checkpointing, which runs layers again within the backward pass, where they "
-                "are not recorded. Turn it off and use max_physical_batch_size to save memory, or use "
-                "engine='per_example'."
-            ) from error
+            raise UnsupportedModelError(ACTIVATION_CHECKPOINTING) from error
         finally:
             self._listening = False
 

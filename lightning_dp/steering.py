@@ -42,14 +42,63 @@ def check_monitors(trainer: pl.Trainer, logged: set[str]) -> None:
     Raises:
         PrivacyConfigurationError: Something monitors one of them.
     """
-    names = {f"{name}{ending}" for name in logged for ending in ("", "_step", "_epoch")}
+    names = {shown for name in logged for shown in _shown_as(name)}
     for who, monitor in monitors(trainer):
         if monitor in names:
-            raise PrivacyConfigurationError(
-                f"{who} monitors '{monitor}', which training_step logs: it is computed from the train set without "
-                "noise, "
-                f"and what it decides would reach the model uncounted. {_WAYS_OUT}"
-            )
+            raise _steered(who, monitor, "training_step")
+
+
+class Logs:
+    """Stands before what Lightning collects of a fit's ``self.log``.
+
+    A metric of the train set that another hook than ``training_step`` logs, and that something monitors, is refused as
+    soon as it is logged. (What ``training_step`` logs has been examined; ``privacy/`` metrics come from the ledger.)
+    A step that is run again, since it ran code that had to be examined first, logs nothing twice: with
+    ``sync_dist=True``, other processes would wait for each other's second time.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._trainer = trainer
+        self._results: Any = trainer._results
+        self._made = self._known = 0
+        if self._results is not None:
+            self._results.log = self._log
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._made = self._known = 0
+
+    def again(self) -> None:
+        """The step is run again: what it has logged is known."""
+        self._known, self._made = max(self._known, self._made), 0
+
+    def close(self) -> None:
+        """Steps aside."""
+        if self._results is not None:
+            vars(self._results).pop("log", None)
+
+    def _log(self, fx: str, name: str, *args: Any, **kwargs: Any) -> None:
+        if fx == "training_step":
+            self._made += 1
+            if self._made <= self._known:
+                return
+        elif not name.startswith("privacy/"):
+            for who, monitor in monitors(self._trainer):
+                if monitor in _shown_as(name):
+                    raise _steered(who, monitor, fx)
+        type(self._results).log(self._results, fx, name, *args, **kwargs)
+
+
+def _shown_as(name: str) -> tuple[str, str, str]:
+    """The names that Lightning gives to a metric of this name."""
+    return name, f"{name}_step", f"{name}_epoch"
+
+
+def _steered(who: str, monitor: str, hook: str) -> PrivacyConfigurationError:
+    return PrivacyConfigurationError(
+        f"{who} monitors '{monitor}', which {hook} logs: it is computed from the train set without noise, and what it "
+        f"decides would reach the model uncounted. {_WAYS_OUT}"
+    )
 
 
 def check_validation(trainer: pl.Trainer, train: DataLoader[Any] | None) -> None:

@@ -35,7 +35,7 @@ from lightning_dp.batches import Layout, find_layout, take_rows
 from lightning_dp.clipping import Bounding, FlatClipping, State
 from lightning_dp.denoising import Denoiser, DenoiserState
 from lightning_dp.engines import ENGINES
-from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
+from lightning_dp.errors import ACTIVATION_CHECKPOINTING, PrivacyConfigurationError, UnsupportedModelError
 from lightning_dp.forms import FormChanged, form_changed_in
 from lightning_dp.independence.collation import check_collation, check_copies_stay_together
 from lightning_dp.independence.examination import Findings, examine
@@ -145,6 +145,7 @@ class PrivateMixin(Strategy):
         self._understanding = Understanding()
         self._subject: Subject | None = None
         self._layout: Layout | None = None
+        self._logs: steering.Logs | None = None
         #: Every private step taken so far, in this fit and those that it resumes.
         self.ledger = PrivacyLedger()
         #: The noise multiplier in force: that of ``noise``, or the one that a budget chose.
@@ -361,6 +362,7 @@ class PrivateMixin(Strategy):
             )
         steering.check_validation(self._trainer(), self._train_loader)
         steering.warn(self._trainer())
+        self._logs = steering.Logs(self._trainer())
         if self.budget is not None:
             self.budget.choose_noise(self._trainer(), self)
         self.noise_multiplier = self.share(self.noise_multiplier)
@@ -611,6 +613,9 @@ class PrivateMixin(Strategy):
         if self.journal is not None:
             self.journal.close()
         self.journal, self._resumed = None, None
+        if self._logs is not None:
+            self._logs.close()
+        self._logs = None
         for layer in self._released:  # no journal knows what a trial run released: nothing of it may be left
             layer.empty()
         self._released = []
@@ -660,6 +665,8 @@ class PrivateMixin(Strategy):
                 "release. Use an optimizer that takes one gradient per step."
             )
         self._batch_examples = None
+        assert self._logs is not None
+        self._logs.begin()
         for seed in range(_ATTEMPTS):
             try:
                 return self._logical_batch(step, batch, count, args, kwargs)
@@ -669,6 +676,7 @@ class PrivateMixin(Strategy):
                     raise
                 # Nothing was charged, and nothing of this batch was released.
                 self._examine_drawn(batch, count, args, reason, seed)
+                self._logs.again()
         return self._logical_batch(step, batch, count, args, kwargs)
 
     def _logical_batch(
@@ -878,11 +886,7 @@ class PrivateMixin(Strategy):
         except (UnsupportedModelError, PrivacyConfigurationError) as error:
             raise type(error)(str(error)) from None
         except CheckpointError as error:
-            raise UnsupportedModelError(
-                "The model uses activation checkpointing, which runs layers again within the backward pass, where they "
-                "are not recorded. Turn it off and use max_physical_batch_size to save memory, or use "
-                "engine='per_example'."
-            ) from error
+            raise UnsupportedModelError(ACTIVATION_CHECKPOINTING) from error
         findings.unseen += [sentence for sentence in unseen if sentence not in findings.unseen]
         if self.findings is None:
             self.findings = findings
@@ -932,6 +936,7 @@ class PrivateMixin(Strategy):
                 self._examine(replace(subject, records=chosen))
             self._examine(subject)
             self.findings.merge(found)
+            steering.check_monitors(self._trainer(), found.logged)
         except (UnsupportedModelError, PrivacyConfigurationError) as error:
             raise UnsupportedModelError(f"{reason} {error}"[:2000]) from None
 

@@ -76,6 +76,16 @@ class Logging(Net):
         return loss
 
 
+class Surprised(Logging):
+    """Runs code, in one process and one step, that nobody has examined before."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if self.global_step == 2 and self.global_rank == self.trainer.world_size - 1:
+            loss = loss * 2 - F.cross_entropy(self.net(batch[0]), batch[1])
+        return loss
+
+
 class OwnSplit(LightningDataModule):
     """Splits records otherwise in every process."""
 
@@ -125,6 +135,7 @@ CASES: dict[str, tuple[type[Net], dict[str, Any], dict[str, Any]]] = {
     "noisy_backprop": (Net, {"clipping": RULES["backprop"], "noise": GaussianNoise(1.0)}, {"max_steps": 4}),
     "noisy_adaptive": (Net, {"clipping": RULES["adaptive"], "noise": GaussianNoise(1.0)}, {"max_steps": 4}),
     "projected": (Projected, {"noise": GaussianNoise(1.0)}, {"max_steps": 4}),
+    "surprised": (Surprised, {"noise": GaussianNoise(0.0)}, {"max_steps": 4}),
     "noise_alone": (Still, {"clipping": FlatClipping(0.5), "noise": GaussianNoise(2.0)}, {"max_steps": 1}),
     "few_records": (
         Logging,

@@ -27,6 +27,7 @@ EVERYWHERE = [
     "noisy_backprop",
     "noisy_adaptive",
     "projected",
+    "surprised",
     "noise_alone",
 ]
 TWO = [

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, Subset
 
-from lightning_dp import FlatClipping, GaussianNoise, PrivacyConfigurationError, PrivateStrategy
+from lightning_dp import FlatClipping, GaussianNoise, PrivacyConfigurationError, PrivacyMonitor, PrivateStrategy
 from tests.conftest import Net, dataset, fit, loader, trainer
 
 
@@ -111,3 +111,33 @@ def test_clipping_by_the_trainer_is_explained(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(steering, "rank_zero_info", lines.append)
     train(Net(), gradient_clip_val=1.0)
     assert any("rescales the noisy gradient" in line for line in lines)
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_train_batch_end"])
+def test_what_other_hooks_log_of_the_train_set_decides_nothing(hook: str) -> None:
+    class Collected(Net):
+        pass
+
+    def log(self: Collected, *args: Any) -> None:
+        self.log("collected", 1.0)
+
+    setattr(Collected, hook, log)
+    with pytest.raises(PrivacyConfigurationError, match=f"EarlyStopping monitors 'collected', which {hook} logs"):
+        train(Collected(), callbacks=[EarlyStopping("collected")], max_epochs=3)
+    train(Collected(), callbacks=[EarlyStopping("privacy/epsilon"), PrivacyMonitor(1e-5)], max_epochs=2)
+
+
+def test_a_step_that_is_examined_again_logs_once() -> None:
+    class Later(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("one", 1.0, reduce_fx="sum", on_step=False, on_epoch=True)
+            loss = super().training_step(batch, batch_idx)
+            if self.global_step >= 2:
+                loss = loss + 0.1 * self.net(batch[0]).square().mean(1).mean()
+            self.log("two", 1.0, reduce_fx="sum", on_step=False, on_epoch=True)
+            return loss
+
+    strategy = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0))
+    run = trainer(strategy=strategy)
+    fit(run, Later(), loader())
+    assert run.callback_metrics["one"] == run.callback_metrics["two"] == len(strategy.ledger)

@@ -118,7 +118,7 @@ def reduced(loss: Tensor, reduction: str) -> Tensor:
 
 
 #: Records that are looked at, to choose from them: so many at least, and at most as many as the time allows.
-_LOOKED_AT, _LOOKED_AT_MOST, _SECONDS = 32, 4096, 0.2
+_LOOKED_AT, _LOOKED_AT_MOST, _SECONDS = 32, 2048, 0.1
 
 
 def choose_records(load: Callable[[int], list[Any]], count: int, wanted: int, seed: int = 0) -> list[list[Any]]:
@@ -170,21 +170,25 @@ def _signature(record: Any) -> tuple[set[Any], int, float]:
     """Small whole numbers in a record, how much it holds, and how large its numbers are."""
     labels: set[Any] = set()
     size, scale = 0, 0.0
-    for place, leaf in enumerate(tree_leaves(record)):
+    plain = type(record) in (tuple, list) and all(isinstance(part, Tensor | int | float) for part in record)
+    for place, leaf in enumerate(record if plain else tree_leaves(record)):
         if isinstance(leaf, str | bytes | list):
             size += len(leaf)
         elif isinstance(leaf, int | float) and not isinstance(leaf, bool):
             labels |= {(place, leaf)} if isinstance(leaf, int) else {(place, math.isnan(leaf))}
         elif isinstance(leaf, Tensor | np.ndarray):
             tensor = torch.as_tensor(leaf)
-            size += tensor.numel()
+            count = tensor.numel()
+            size += count
             if not tensor.is_floating_point():
-                if tensor.numel() <= _FEW:
-                    labels |= {(place, value) for value in tensor.flatten().tolist()}
-            elif tensor.numel():
-                finite = tensor[tensor.isfinite()]
-                labels.add((place, bool(tensor.isnan().any())))
-                scale = max(scale, float(finite.abs().max()) if finite.numel() else 0.0)
+                if count == 1:
+                    labels.add((place, tensor.item()))
+                elif count <= _FEW:
+                    labels.update((place, value) for value in tensor.flatten().tolist())
+            elif count:
+                largest = tensor.abs().max().item()
+                labels.add((place, math.isnan(largest)))
+                scale = max(scale, largest) if math.isfinite(largest) else scale
     return labels, size, scale
 
 

@@ -202,7 +202,7 @@ class RowTracer(TorchDispatchMode):
 
     def compared(self, name: str, tensor: Tensor, value: Any) -> None:
         """Notes what number the batch's own whole numbers are compared with: a record may hold it."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or int(value) != value:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
             return
         for place, label in self.labels.items():
             same_memory = _key(label) == _key(tensor)
