@@ -166,7 +166,7 @@ def epsilons(arguments: argparse.Namespace) -> None:
         cells = []
         for noise in noises:
             ledger = ldp.PrivacyLedger()
-            event = ShiftedNoiseDpEvent(noise, std / noise.std(), entries)
+            event = ShiftedNoiseDpEvent(noise.density(), std / noise.std(), entries)
             ledger.record(PoissonSampledDpEvent(rate, event), steps)
             cells.append(f"{ledger.epsilon(DELTA):.3f}")
         print(f"| {name} | {' | '.join(cells)} |")

@@ -34,7 +34,8 @@ from lightning_dp.accountants import (
     event_epsilon,
     rough_epsilon,
 )
-from lightning_dp.noise import NOISES, GaussianNoise, Magnitudes, ShiftedNoiseDpEvent
+from lightning_dp.moments import DENSITIES
+from lightning_dp.noise import Magnitudes, ShiftedNoiseDpEvent
 
 __all__ = [
     "ACCOUNTANTS",
@@ -193,12 +194,12 @@ def _encode(event: DpEvent) -> dict[str, Any]:
         return {"type": "poisson", "sampling_rate": event.sampling_probability, "event": _encode(event.event)}
     if isinstance(event, GaussianDpEvent):
         return {"type": "gaussian", "noise_multiplier": event.noise_multiplier}
-    if isinstance(event, ShiftedNoiseDpEvent) and type(event.noise) in NOISES.values():
+    if isinstance(event, ShiftedNoiseDpEvent) and type(event.noise) in DENSITIES.values():
         parameters = {field.name: getattr(event.noise, field.name) for field in fields(event.noise)}  # type: ignore[arg-type]
         return {
             "type": "shifted_noise",
-            "noise": next(name for name, kind in NOISES.items() if kind is type(event.noise)),
-            "parameters": {name: value for name, value in parameters.items() if value is not None},
+            "noise": next(name for name, kind in DENSITIES.items() if kind is type(event.noise)),
+            "parameters": parameters,
             "scale": event.scale,
             "counts": list(event.magnitudes.counts),
             "magnitudes": [list(entry) for entry in event.magnitudes.values],
@@ -214,15 +215,20 @@ def _decode(data: dict[str, Any]) -> DpEvent:
             return PoissonSampledDpEvent(float(data["sampling_rate"]), _decode(data["event"]))
         case "gaussian":
             return GaussianDpEvent(float(data["noise_multiplier"]))
-        case "shifted_noise" if data["noise"] in NOISES:
+        case "shifted_noise" if data["noise"] in DENSITIES:
             entries = tuple(tuple(map(float, entry)) for entry in data["magnitudes"])
             magnitudes = Magnitudes(tuple(map(int, data["counts"])), entries)
-            noise = NOISES[data["noise"]](**{name: float(value) for name, value in data["parameters"].items()})
+            noise = DENSITIES[data["noise"]](**{name: float(value) for name, value in data["parameters"].items()})
             return ShiftedNoiseDpEvent(noise, float(data["scale"]), magnitudes)
         case "non_private":
             return NonPrivateDpEvent()
         case other:
             raise ValueError(f"The ledger holds an event of unknown type {other!r}; was it written by a newer version?")
+
+
+def gaussian_event(noise_multiplier: float) -> DpEvent:
+    """Gaussian noise on a sum, without sampling. Without noise, an event of infinite ε."""
+    return GaussianDpEvent(noise_multiplier) if noise_multiplier else NonPrivateDpEvent()
 
 
 def subsampled_gaussian(noise_multiplier: float, sampling_rate: float) -> DpEvent:
@@ -244,7 +250,7 @@ class Phase:
     steps: int
     sampling_rate: float
     noise_multiplier: float = 1.0
-    mechanism: Callable[[float], DpEvent] = GaussianNoise().event
+    mechanism: Callable[[float], DpEvent] = gaussian_event
 
     def event(self) -> DpEvent:
         """What one step costs."""
@@ -306,7 +312,7 @@ def calibrate_noise(
     accountant: Accountant = "pld",
     adjacency: Adjacency = "add_or_remove",
     spent: PrivacyLedger | None = None,
-    mechanism: Callable[[float], DpEvent] = GaussianNoise().event,
+    mechanism: Callable[[float], DpEvent] = gaussian_event,
 ) -> float:
     """The noise multiplier with which ``steps`` steps, after those in ``spent``, cost ε, or up to 0.1 % less.
 

@@ -187,7 +187,7 @@ def _in_words(event: DpEvent) -> str:
     if isinstance(event, ShiftedNoiseDpEvent):
         vectors, levels = len(event.magnitudes.values), len(event.magnitudes.counts)
         return (
-            f"{type(event.noise).__name__} of scale {event.scale:.6g} on every coordinate; what one record adds is "
+            f"{type(event.noise).__name__.removesuffix('Density')}Noise of scale {event.scale:.6g} on every coordinate; what one record adds is "
             f"bounded by one of {vectors} public vectors of {levels} levels"
         )
     return str(event)

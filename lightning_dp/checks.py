@@ -90,7 +90,7 @@ def check_mechanism(clipping: Bounding, noise: Noise, denoiser: Denoiser | None)
             denoiser.check(noise)
         except ValueError as error:
             raise PrivacyConfigurationError(str(error)) from error
-    if not np.isfinite(noise.log_moments(1.0, 2)).all():
+    if not np.isfinite(noise.density().log_moments(1.0, 2)).all():
         raise PrivacyConfigurationError(
             f"{name}: the ratio of its density and the same density shifted has no finite moment of order 2, so that "
             "no Rényi divergence bounds what it reveals. Use GaussianNoise, LaplaceNoise or StudentTNoise."

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from scipy.special import gammaln, logsumexp
@@ -118,6 +120,47 @@ def laplace(shift: float, highest: int) -> np.ndarray:
     found = np.where(up < _SMALL, np.log1p(excess), large)
     found[:2] = 0.0
     return found[: highest + 1]
+
+
+class Density(Protocol):
+    """The distribution of the noise on one coordinate, at scale 1: symmetric, and falling away from 0."""
+
+    def log_moments(self, shift: float, highest: int) -> np.ndarray:
+        """``log E_{x~f}[(f(x - shift)/f(x))^k]`` for k = 0 … ``highest``; infinity where not finite."""
+
+
+@dataclass(frozen=True)
+class GaussianDensity:
+    """``N(0, 1)``."""
+
+    def log_moments(self, shift: float, highest: int) -> np.ndarray:
+        return gaussian(shift, highest)
+
+
+@dataclass(frozen=True)
+class LaplaceDensity:
+    """``f(x) ∝ exp(-|x|)``."""
+
+    def log_moments(self, shift: float, highest: int) -> np.ndarray:
+        return laplace(shift, highest)
+
+
+@dataclass(frozen=True)
+class StudentTDensity:
+    """Student's t with ``df`` degrees of freedom."""
+
+    df: float
+
+    def log_moments(self, shift: float, highest: int) -> np.ndarray:
+        return student_t(self.df, shift, highest)
+
+
+#: By the names under which a ledger stores them.
+DENSITIES: dict[str, type[Density]] = {
+    "gaussian": GaussianDensity,
+    "laplace": LaplaceDensity,
+    "student_t": StudentTDensity,
+}
 
 
 def log_sampled_moment(rate: float, log_moments: np.ndarray, order: int) -> float:

@@ -15,7 +15,7 @@ import torch
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
 from torch import Tensor
 
-from lightning_dp import moments
+from lightning_dp.moments import Density, GaussianDensity, LaplaceDensity, StudentTDensity
 
 #: Coordinates that are drawn from one generator on the CPU. Making a generator takes 0.15 ms, as long as drawing 40 000
 #: numbers. Several threads could draw blocks with the same result; in Python threads that was measured to be no faster,
@@ -73,12 +73,12 @@ class ShiftedNoiseDpEvent(DpEvent):
     """Independent noise on every coordinate of a sum that one record shifts by at most these magnitudes.
 
     Args:
-        noise: The distribution; its own scale plays no part.
+        noise: The distribution on a coordinate.
         scale: Of the noise, over the sensitivity.
         magnitudes: What one record adds, over the sensitivity.
     """
 
-    noise: Noise
+    noise: Density
     scale: float
     magnitudes: Magnitudes
 
@@ -123,8 +123,8 @@ class Noise(ABC):
         """Standard deviation at scale 1; infinity when there is none."""
 
     @abstractmethod
-    def log_moments(self, shift: float, highest: int) -> np.ndarray:
-        """``log E_{x~f}[(f(x - shift)/f(x))^k]`` for k = 0 … ``highest`` at scale 1; infinity where not finite."""
+    def density(self) -> Density:
+        """The distribution on one coordinate, at scale 1."""
 
     @abstractmethod
     def event(self, multiplier: float, magnitudes: Magnitudes | None = None) -> DpEvent:
@@ -156,7 +156,7 @@ class CoordinatewiseNoise(Noise):
                 f"{type(self).__name__}: what this noise hides depends on the size of every coordinate, and a bound on "
                 "the norm says nothing about those. Use clipping=GradientEncoding(…), or GaussianNoise."
             )
-        return ShiftedNoiseDpEvent(replace(self, scale=None), float(multiplier), magnitudes)  # type: ignore[type-var]
+        return ShiftedNoiseDpEvent(self.density(), float(multiplier), magnitudes)
 
 
 def _blocks(out: Tensor, generators: Generators) -> Iterator[tuple[Tensor, torch.Generator]]:
@@ -218,8 +218,8 @@ class GaussianNoise(Noise):
     def std(self) -> float:
         return 1.0
 
-    def log_moments(self, shift: float, highest: int) -> np.ndarray:
-        return moments.gaussian(shift, highest)
+    def density(self) -> Density:
+        return GaussianDensity()
 
     def event(self, multiplier: float, magnitudes: Magnitudes | None = None) -> DpEvent:
         return GaussianDpEvent(multiplier) if multiplier else NonPrivateDpEvent()
@@ -252,8 +252,8 @@ class LaplaceNoise(CoordinatewiseNoise):
     def std(self) -> float:
         return math.sqrt(2)
 
-    def log_moments(self, shift: float, highest: int) -> np.ndarray:
-        return moments.laplace(shift, highest)
+    def density(self) -> Density:
+        return LaplaceDensity()
 
 
 @dataclass(frozen=True)
@@ -294,8 +294,8 @@ class StudentTNoise(CoordinatewiseNoise):
     def std(self) -> float:
         return math.sqrt(self.df / (self.df - 2)) if self.df > 2 else math.inf
 
-    def log_moments(self, shift: float, highest: int) -> np.ndarray:
-        return moments.student_t(self.df, shift, highest)
+    def density(self) -> Density:
+        return StudentTDensity(self.df)
 
 
 def with_multiplier(noise: Noise, multiplier: float) -> Noise:
@@ -304,7 +304,7 @@ def with_multiplier(noise: Noise, multiplier: float) -> Noise:
     return replace(noise, **{name: multiplier})  # type: ignore[type-var]
 
 
-#: By the names under which a ledger stores them.
+#: All kinds, by name.
 NOISES: dict[str, type[Noise]] = {
     "gaussian": GaussianNoise,
     "laplace": LaplaceNoise,

@@ -471,7 +471,7 @@ def test_a_gaussian_counted_coordinate_by_coordinate_costs_what_it_costs_by_its_
     magnitudes = FlatCodebook().entries(1000)
     steps, z = (1000, 1.0) if q < 1 else (2, 8.0)
     found = PrivacyLedger()
-    found.record(PoissonSampledDpEvent(q, ShiftedNoiseDpEvent(GaussianNoise(), z, magnitudes)), steps)
+    found.record(PoissonSampledDpEvent(q, ShiftedNoiseDpEvent(GaussianNoise().density(), z, magnitudes)), steps)
     integers = RdpAccountant(accountants._INTEGER_ORDERS)
     integers.compose(PoissonSampledDpEvent(q, GaussianDpEvent(z)), steps)
     assert found.epsilon(1e-5) == pytest.approx(integers.get_epsilon(1e-5), rel=1e-6)

@@ -406,9 +406,14 @@ class StopAt(Callback):
         trainer.should_stop = trainer.global_step >= self.steps
 
 
-class Endless(StudentTNoise):
+class EndlessDensity:
     def log_moments(self, shift: float, highest: int) -> np.ndarray:
         return np.full(highest + 1, np.inf)
+
+
+class Endless(StudentTNoise):
+    def density(self) -> EndlessDensity:
+        return EndlessDensity()
 
 
 def test_noise_without_moments_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

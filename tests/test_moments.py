@@ -39,7 +39,7 @@ def log_density(noise: Noise) -> Callable[[mpmath.mpf], mpmath.mpf]:
 @pytest.mark.parametrize("noise", [StudentTNoise(9), StudentTNoise(1), StudentTNoise(2.5), LaplaceNoise()], ids=repr)
 @pytest.mark.parametrize("shift", SHIFTS)
 def test_moments_equal_an_integral_in_many_digits(noise: Noise, shift: float) -> None:
-    f, found = log_density(noise), noise.log_moments(shift, 64)
+    f, found = log_density(noise), noise.density().log_moments(shift, 64)
     with mpmath.workdps(40):
         v = mpmath.mpf(shift)
         for k in (2, 3, 16, 64):
@@ -62,7 +62,7 @@ def test_quadrature_of_a_gaussian_equals_its_closed_form(shift: float) -> None:
 
 @pytest.mark.parametrize("noise", [StudentTNoise(9), StudentTNoise(1.5), LaplaceNoise(), GaussianNoise()], ids=repr)
 def test_moments_grow_with_the_shift_and_start_at_one(noise: Noise) -> None:
-    table = np.stack([noise.log_moments(shift, 256) for shift in [0.0, *SHIFTS, 10.0]])
+    table = np.stack([noise.density().log_moments(shift, 256) for shift in [0.0, *SHIFTS, 10.0]])
     assert (table[0] == 0).all() and (table[:, :2] == 0).all()
     assert (np.diff(table, axis=0)[:, 2:] > 0).all()
 
@@ -103,7 +103,7 @@ def test_gaussian_noise_on_an_encoding_costs_what_a_gaussian_mechanism_costs(
     codebook: FlatCodebook, z: float, rate: float
 ) -> None:
     """Coordinate by coordinate, over 100 000 of them, and by the norm alone: dp-accounting's own."""
-    event = ShiftedNoiseDpEvent(GaussianNoise(), z, codebook.entries(100_000))
+    event = ShiftedNoiseDpEvent(GaussianNoise().density(), z, codebook.entries(100_000))
     orders = [2, 3, 8, 32, 64]
     expected = RdpAccountant(orders).compose(PoissonSampledDpEvent(rate, GaussianDpEvent(z)))._rdp
     found = [divergence(event, rate, order) for order in orders]
@@ -114,7 +114,7 @@ def test_the_worst_entry_counts() -> None:
     flat, spike = (0.1,) * 100, (1.0,) + (0.0,) * 99
     for noise in (StudentTNoise(9), LaplaceNoise()):
         costs = [
-            ShiftedNoiseDpEvent(noise, 1.0, Magnitudes((1,) * 100, entries)).log_moments(8)
+            ShiftedNoiseDpEvent(noise.density(), 1.0, Magnitudes((1,) * 100, entries)).log_moments(8)
             for entries in ((flat,), (spike,), (flat, spike))
         ]
         np.testing.assert_allclose(costs[2], np.maximum(costs[0], costs[1]))
@@ -161,7 +161,7 @@ def test_a_monte_carlo_estimate_of_the_moments_agrees_with_the_bound(noise: Coor
     estimate, error = terms.mean().item(), 5 * terms.std().item() / math.sqrt(len(terms))
 
     def bound(factor: float) -> float:
-        event = ShiftedNoiseDpEvent(noise, scale * factor, ENTRIES)
+        event = ShiftedNoiseDpEvent(noise.density(), scale * factor, ENTRIES)
         return math.exp((order - 1) * divergence(event, rate, order))
 
     assert abs(estimate - bound(1)) < error
@@ -184,7 +184,7 @@ def test_a_monte_carlo_estimate_of_the_privacy_loss_never_exceeds_the_bound(
     without = outputs(noise, scale, torch.zeros(len(shift)), count)
     sampled = torch.rand(count, 1, generator=torch.Generator().manual_seed(3)) < rate
     added, removed = loss(without + shift * sampled), -loss(without)
-    event = PoissonSampledDpEvent(rate, ShiftedNoiseDpEvent(noise, scale, ENTRIES))
+    event = PoissonSampledDpEvent(rate, ShiftedNoiseDpEvent(noise.density(), scale, ENTRIES))
     bound = event_delta(SelfComposedDpEvent(event, steps), epsilon)
     for losses in (added, removed):
         terms = -torch.expm1((epsilon - losses).clamp(max=0))
@@ -199,7 +199,7 @@ def test_replacing_a_record_costs_no_more_than_is_stated() -> None:
     x = outputs(noise, scale, torch.zeros(len(shift)), 200_000)
     one, other = (torch.log1p(rate * torch.expm1(log_ratio(noise, scale, x, s))) for s in (shift, -shift))
     estimate = math.log(torch.exp(order * one + (1 - order) * other).mean().item()) / (order - 1)
-    event = ShiftedNoiseDpEvent(noise, scale, ENTRIES)
+    event = ShiftedNoiseDpEvent(noise.density(), scale, ENTRIES)
 
     [stated] = _step_rdp(rate, event, "replace_one", (order,))
     assert divergence(event, rate, order) < estimate <= stated
@@ -207,7 +207,7 @@ def test_replacing_a_record_costs_no_more_than_is_stated() -> None:
 
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 def test_either_accountant_states_the_renyi_bound(accountant: str) -> None:
-    event = PoissonSampledDpEvent(0.01, ShiftedNoiseDpEvent(StudentTNoise(9), 1.0, FlatCodebook().entries(1000)))
+    event = PoissonSampledDpEvent(0.01, ShiftedNoiseDpEvent(StudentTNoise(9).density(), 1.0, FlatCodebook().entries(1000)))
     many = SelfComposedDpEvent(event, 1000)
     found = event_epsilon(many, 1e-5, accountant)  # type: ignore[arg-type]
     assert event_delta(many, found, accountant) == pytest.approx(1e-5, rel=1e-6)  # type: ignore[arg-type]

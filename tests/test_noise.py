@@ -149,8 +149,8 @@ def test_students_t_of_few_degrees_has_no_std() -> None:
 @pytest.mark.parametrize("noise", [LaplaceNoise(), StudentTNoise(9)], ids=repr)
 def test_noise_on_coordinates_is_charged_with_what_it_hides(noise: CoordinatewiseNoise) -> None:
     magnitudes = Magnitudes((2, 1), ((0.6, 0.5),))
-    assert noise.event(1.5, magnitudes) == ShiftedNoiseDpEvent(noise, 1.5, magnitudes)
-    assert type(noise)(scale=3.0).event(1.5, magnitudes).noise.scale is None
+    assert noise.event(1.5, magnitudes) == ShiftedNoiseDpEvent(noise.density(), 1.5, magnitudes)
+    assert type(noise)(scale=3.0).event(1.5, magnitudes).noise == noise.density()
     assert noise.event(0.0, magnitudes) == NonPrivateDpEvent()
     with pytest.raises(ValueError, match="Use clipping=GradientEncoding"):
         noise.event(1.5)
