@@ -28,7 +28,7 @@ from curve import Data, interval, run
 from dp_accounting import PoissonSampledDpEvent
 
 import lightning_dp as ldp
-from lightning_dp.noise import ShiftedNoiseDpEvent
+from lightning_dp.accounting.events import ShiftedNoiseDpEvent
 from lightning_dp.zoo import Classifier, DigitsDataModule, TanhCNN
 
 EPSILON, DELTA, BATCH_SIZE, MAX_NORM = 2.5, 1e-5, 256, 0.1

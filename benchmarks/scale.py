@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 import lightning_dp as ldp
 from lightning_dp import pipeline
 from lightning_dp.distributed import parameter_hash
-from lightning_dp.journal import PrivacyJournal
+from lightning_dp.journal.writer import PrivacyJournal
 from lightning_dp.randomness import Randomness
 from lightning_dp.sampling import PoissonBatchSampler
 from lightning_dp.zoo.data import TensorTable

@@ -32,7 +32,7 @@ from scipy import optimize, stats
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_dp.accounting import PrivacyLedger
+from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.callbacks import DifferentialPrivacy, PrivacyMonitor, trainer_callbacks
 from lightning_dp.clipping import Bounding
 from lightning_dp.independence.shadow import Shadow

@@ -18,7 +18,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_dp import dashboards
-from lightning_dp.accounting import Accountant, EpsilonMonitor, PrivacyLedger, affordable_steps, calibrate_noise
+from lightning_dp.accounting.calibration import affordable_steps, calibrate_noise
+from lightning_dp.accounting.events import Accountant
+from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.accounting.monitor import EpsilonMonitor
 from lightning_dp.card import PrivacyCard
 from lightning_dp.checks import warn_about_delta
 from lightning_dp.clipping import Bounding, FlatClipping
@@ -73,6 +76,9 @@ class PrivacyBudget(Callback):
     """
 
     def __init__(self, epsilon: float, delta: float, accountant: Accountant = "pld") -> None:
+        for name, value in (("epsilon", epsilon), ("delta", delta)):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"PrivacyBudget: {name} must be a number, got {value!r}.")
         if not epsilon > 0:
             raise ValueError(f"PrivacyBudget: epsilon must be positive, got {epsilon}.")
         _check_delta("PrivacyBudget", delta)
@@ -474,6 +480,8 @@ class DifferentialPrivacy(Callback):
         augmentation_multiplicity: int = 1,
         per_record_means: bool = True,
     ) -> None:
+        if not isinstance(noise, Noise):
+            raise TypeError(f"noise must be a noise such as GaussianNoise(1.1), got {noise!r}.")
         if epsilon is None and noise.multiplier is None:
             raise ValueError(
                 "DifferentialPrivacy: give epsilon (the noise is then chosen for it), or "

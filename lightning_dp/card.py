@@ -23,11 +23,11 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lightning_dp import dashboards
-from lightning_dp.accountants import has_loss_distribution
-from lightning_dp.accounting import ACCOUNTANTS, PrivacyLedger
-from lightning_dp.errors import PrivacyConfigurationError
-from lightning_dp.journal import JOURNAL_NAME, JournalContents, JournalError, run_directory
-from lightning_dp.noise import ShiftedNoiseDpEvent
+from lightning_dp.accounting.events import ACCOUNTANTS, ShiftedNoiseDpEvent, has_loss_distribution
+from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.errors import JournalError, PrivacyConfigurationError
+from lightning_dp.journal.contents import JOURNAL_NAME, JournalContents
+from lightning_dp.run_directory import run_directory
 from lightning_dp.strategy import PrivateMixin
 
 #: The card's files, within its directory.
@@ -187,8 +187,8 @@ def _in_words(event: DpEvent) -> str:
     if isinstance(event, ShiftedNoiseDpEvent):
         vectors, levels = len(event.magnitudes.values), len(event.magnitudes.counts)
         return (
-            f"{type(event.noise).__name__.removesuffix('Density')}Noise of scale {event.scale:.6g} on every coordinate; what one record adds is "
-            f"bounded by one of {vectors} public vectors of {levels} levels"
+            f"{type(event.noise).__name__.removesuffix('Density')}Noise of scale {event.scale:.6g} on every "
+            f"coordinate; what one record adds is bounded by one of {vectors} public vectors of {levels} levels"
         )
     return str(event)
 

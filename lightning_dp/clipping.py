@@ -16,8 +16,8 @@ import torch
 from dp_accounting import NeighboringRelation
 from torch import Tensor, nn
 
+from lightning_dp.accounting.events import Magnitudes
 from lightning_dp.engines import Engine, make_engine
-from lightning_dp.noise import Magnitudes
 
 #: Names of parameters whose joint gradient is clipped together.
 Group = tuple[str, ...]
@@ -133,6 +133,8 @@ class Clipping(Bounding):
 def check_positive(rule: str, **values: float) -> None:
     """Refuses norms that bound nothing."""
     for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{rule}: {name} must be a number, got {value!r}.")
         if not 0 < value < math.inf:
             raise ValueError(f"{rule}: {name} must be positive and finite, got {value}.")
 

@@ -10,7 +10,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_dp.accounting import ACCOUNTANTS, ADJACENCIES, calibrate_noise, calibrate_steps, epsilon
+from lightning_dp.accounting.calibration import calibrate_noise, calibrate_steps
+from lightning_dp.accounting.events import ACCOUNTANTS, ADJACENCIES
+from lightning_dp.accounting.ledger import epsilon
 
 _ADJACENCY_TEXT = {"add_or_remove": "adding or removing one record", "replace_one": "replacing one record"}
 

@@ -28,19 +28,15 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 
-from lightning_dp.accounting import PrivacyLedger
+from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.clipping import Bounding, FlatClipping
 from lightning_dp.denoising import Denoiser
-from lightning_dp.errors import PrivacyConfigurationError
+from lightning_dp.errors import PrivacyConfigurationError, ReplicasDiverged
 from lightning_dp.noise import GaussianNoise, Noise
 from lightning_dp.strategy import MIXINS, PrivateMixin
 
 #: Private steps between two comparisons of the replicas' parameters.
 REPLICA_CHECK_EVERY = 100
-
-
-class ReplicasDiverged(RuntimeError):
-    """The processes no longer hold the same parameters."""
 
 
 class PrivateParallelMixin(PrivateMixin):

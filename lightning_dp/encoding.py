@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_dp.accounting.events import Magnitudes
 from lightning_dp.clipping import NO_STATE, Bounding, Group, State, check_positive, scale_down
 from lightning_dp.engines import BookKeeping, PerExampleEngine, SummingEngine, make_engine
 from lightning_dp.gradients import PerExampleGradient, full_precision
-from lightning_dp.noise import Magnitudes
 
 #: The most levels of a staircase.
 LEVELS = 32

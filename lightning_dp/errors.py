@@ -1,4 +1,6 @@
-"""What the library raises when something cannot be trained privately."""
+"""Every exception that this library raises. Imports nothing of it."""
+
+from __future__ import annotations
 
 
 class PrivacyConfigurationError(ValueError):
@@ -14,3 +16,23 @@ ACTIVATION_CHECKPOINTING = (
     "The model uses activation checkpointing, which runs layers again within the backward pass, where they are not "
     "recorded. Turn it off and use max_physical_batch_size to save memory, or use engine='per_example'."
 )
+
+
+class PrivacyLimitReached(RuntimeError):
+    """A private step was attempted that the budget does not allow."""
+
+
+class JournalError(RuntimeError):
+    """The journal cannot be used; the message says why, and what to do."""
+
+
+class RecipeError(ValueError):
+    """A recipe cannot be composed, or there is none of that name."""
+
+
+class ReplicasDiverged(RuntimeError):
+    """The processes no longer hold the same parameters."""
+
+
+class FormChanged(UnsupportedModelError):
+    """A layer is called in a way in which it was not called when the model was examined."""

@@ -12,11 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lightning_dp.errors import UnsupportedModelError
-
-
-class FormChanged(UnsupportedModelError):
-    """A layer is called in a way in which it was not called when the model was examined."""
+from lightning_dp.errors import FormChanged
 
 
 def form_changed_in(error: BaseException) -> FormChanged | None:

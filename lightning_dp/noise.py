@@ -15,20 +15,25 @@ import torch
 from dp_accounting import DpEvent, GaussianDpEvent, NonPrivateDpEvent
 from torch import Tensor
 
-from lightning_dp.moments import Density, GaussianDensity, LaplaceDensity, StudentTDensity
+from lightning_dp.accounting.events import Magnitudes, ShiftedNoiseDpEvent
+from lightning_dp.accounting.moments import Density, GaussianDensity, LaplaceDensity, StudentTDensity
 
 #: Coordinates that are drawn from one generator on the CPU. Making a generator takes 0.15 ms, as long as drawing 40 000
 #: numbers. Several threads could draw blocks with the same result; in Python threads that was measured to be no faster,
 #: because OpenMP's idle workers spin after a matrix product.
 BLOCK = 2**20
 
+
 #: The same on other devices: enough to occupy all of one, and half of what processes add up at once.
 DEVICE_BLOCK = 2**22
 
+
 Generators = Callable[[int], torch.Generator | np.random.Generator]
+
 
 #: Gaussian numbers that are added up to one, when the generator is secure.
 _SUMMANDS = 4
+
 
 #: Secure numbers that are drawn at once.
 _SECURE_CHUNK = 2**16
@@ -37,67 +42,6 @@ _SECURE_CHUNK = 2**16
 def block_size(device: torch.device) -> int:
     """How many coordinates are drawn from one generator."""
     return BLOCK if device.type == "cpu" else DEVICE_BLOCK
-
-
-@dataclass(frozen=True)
-class Magnitudes:
-    """What one record adds to a sum, coordinate for coordinate: up to signs and the order of coordinates, no more than
-    one of K vectors. Coordinates beyond those that are listed get nothing.
-
-    Args:
-        counts: Number of coordinates of every level, ``(L,)``.
-        values: Magnitude of every level, in units of the sensitivity, ``(K, L)``.
-
-    Raises:
-        ValueError: The levels of a vector are not as many as there are counts.
-    """
-
-    counts: tuple[int, ...]
-    values: tuple[tuple[float, ...], ...]
-
-    def __post_init__(self) -> None:
-        # Plain numbers, which can be hashed, compared and stored, whatever they were given as.
-        object.__setattr__(self, "counts", tuple(map(int, self.counts)))
-        object.__setattr__(self, "values", tuple(tuple(map(float, entry)) for entry in self.values))
-        if any(len(entry) != len(self.counts) for entry in self.values):
-            levels = [len(entry) for entry in self.values]
-            raise ValueError(f"Magnitudes: there are {len(self.counts)} counts, and vectors of {levels} levels.")
-
-    def norms(self) -> np.ndarray:
-        """Euclidean norms of the K vectors."""
-        return np.sqrt(np.square(self.values) @ np.array(self.counts, dtype=float))
-
-
-@dataclass(frozen=True)
-class ShiftedNoiseDpEvent(DpEvent):
-    """Independent noise on every coordinate of a sum that one record shifts by at most these magnitudes.
-
-    Args:
-        noise: The distribution on a coordinate.
-        scale: Of the noise, over the sensitivity.
-        magnitudes: What one record adds, over the sensitivity.
-    """
-
-    noise: Density
-    scale: float
-    magnitudes: Magnitudes
-
-    def log_moments(self, highest: int) -> np.ndarray:
-        """``log max_j Π_r M_k(q_j[r])`` for k = 0 … ``highest``: the largest moments of the likelihood ratio.
-
-        Formal guarantee: no shift that the magnitudes allow has larger moments.
-        Proof: coordinates are independent, so that moments multiply; M_k is symmetric in the shift and grows with its
-        size, because ``M_k(v) = ∫ f(x - v)^k f(x)^(1-k)`` is a constant less a convolution of two functions that are
-        symmetric and fall away from 0, which falls away from 0 as well (Wintner 1938). So every coordinate is worst at
-        its bound.
-        """
-        shifts = {value / self.scale for entry in self.magnitudes.values for value in entry}
-        single = {shift: self.noise.log_moments(shift, highest) for shift in shifts}
-        totals = [
-            np.array(self.magnitudes.counts) @ np.stack([single[value / self.scale] for value in entry])
-            for entry in self.magnitudes.values
-        ]
-        return np.max(np.stack(totals), axis=0)
 
 
 class Noise(ABC):

@@ -16,10 +16,12 @@ import torch
 from dp_accounting import DpEvent, NonPrivateDpEvent
 from torch import Tensor, nn
 
-from lightning_dp.accounting import Phase, PrivacyLedger
+from lightning_dp.accounting.events import Phase
+from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.clipping import Bounding, Clipping, State
 from lightning_dp.denoising import Denoiser, DenoiserState, PublicNoise
 from lightning_dp.engines import Engine, PerExampleEngine, SummingEngine
+from lightning_dp.errors import PrivacyLimitReached
 from lightning_dp.gradients import PerExampleGradient, full_precision, is_asynchronous
 from lightning_dp.noise import Noise, block_size
 from lightning_dp.randomness import NoiseGenerator, Randomness
@@ -27,8 +29,10 @@ from lightning_dp.randomness import NoiseGenerator, Randomness
 #: The key of the clipping rule's own query among the sums; no parameter has an empty name.
 _QUERY = ""
 
+
 #: Coordinates of noise that are drawn and added at once on a CPU: they stay in its cache, and torch needs no threads.
 _CHUNK = 2**15
+
 
 #: Bytes of sums that are added up over the processes at once.
 BUCKET = 2**25
@@ -82,10 +86,6 @@ def make_buckets(parameters: Mapping[str, Tensor], size: int) -> list[Bucket]:
                 first_block += -(-sum(sizes) // block_size(device))
                 names = []
     return buckets
-
-
-class PrivacyLimitReached(RuntimeError):
-    """A private step was attempted that the budget does not allow."""
 
 
 class PrivateStep:

@@ -39,6 +39,8 @@ class Randomness:
     """
 
     def __init__(self, seed: int | None = None, secure: bool = False) -> None:
+        if seed is not None and not isinstance(seed, int):
+            raise TypeError(f"seed must be a non-negative integer or None, got {seed!r}.")
         if seed is not None and seed < 0:
             raise ValueError(f"seed must be a non-negative integer or None, got {seed}.")
         if secure and seed is not None:

@@ -20,12 +20,10 @@ import jsonargparse
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_dp.errors import RecipeError
+
 #: The key that names the files a recipe builds on.
 DEFAULTS = "defaults"
-
-
-class RecipeError(ValueError):
-    """A recipe cannot be composed, or there is none of that name."""
 
 
 def compose(path: str | os.PathLike[str]) -> dict[str, Any]:

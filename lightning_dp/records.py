@@ -270,7 +270,8 @@ class Recorder:
             if not isinstance(input, Tensor) or not isinstance(output, Tensor):
                 raise UnsupportedModelError(
                     f"Layer '{name}' ({type(module).__name__}) was called without a tensor as its first argument, or "
-                    "returned none."
+                    f"returned none, at {here()}. Call it with the batch first, or use engine='per_example', which is "
+                    "slow but takes any layer."
                 )
             input = with_batch(input, batch_size, name, module, self.forms, self.count(name))
             form = None if self.forms is None else self.forms.layers.get(name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sized
@@ -283,10 +284,15 @@ def _refuse_repeated_records(dataset: Any, num_records: int) -> None:
                 "would count several times in every bound. Name each record once; to weight records, weight their "
                 "losses."
             )
-    looked = np.random.default_rng(0).permutation(num_records)[:_COMPARED].tolist()
-    contents = [data for index in looked if (data := record_bytes(dataset, index)) is not None]
+    contents: list[bytes] = []
+    end = time.monotonic() + _COMPARED_SECONDS
+    for index in np.random.default_rng(0).permutation(num_records)[:_COMPARED_MOST].tolist():
+        if len(contents) >= _COMPARED and time.monotonic() > end:
+            break
+        if (data := record_bytes(dataset, index)) is not None:
+            contents.append(data)
     repeated = len(contents) - len(set(contents))
-    if repeated > 1 and len(set(map(len, contents))) and max(map(len, contents)) > _SMALL_RECORD:
+    if repeated > 2 and len(set(map(len, contents))) and max(map(len, contents)) > _SMALL_RECORD:
         warnings.warn(
             f"lightning_dp: of {len(contents)} records that were looked at, {repeated} are copies of others. If the "
             "data set repeats records (oversampling), a record counts several times, and ε holds for each copy by "
@@ -295,8 +301,9 @@ def _refuse_repeated_records(dataset: Any, num_records: int) -> None:
         )
 
 
-#: Records that are compared with one another, and the bytes up to which equal ones are nothing special.
-_COMPARED, _SMALL_RECORD = 48, 32
+#: Records that are compared with one another: so many at least, and at most as many as the time allows; and the bytes up
+#: to which equal ones are nothing special.
+_COMPARED, _COMPARED_MOST, _COMPARED_SECONDS, _SMALL_RECORD = 48, 2048, 0.1, 32
 
 
 def records_and_batch_size(loader: object) -> tuple[int, int]:
@@ -334,10 +341,13 @@ def records_and_batch_size(loader: object) -> tuple[int, int]:
     if loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler:
         raise TypeError(
             f"The train dataloader has a custom batch sampler ({type(loader.batch_sampler).__name__}), which would be "
-            "ignored. Give batch_size to the DataLoader instead."
+            "ignored. Leave it out, and give batch_size to the DataLoader instead."
         )
     if loader.batch_size is None:
-        raise ValueError("The train dataloader has batch_size=None; give the expected batch size to the DataLoader.")
+        raise ValueError(
+            "The train dataloader has batch_size=None; give the expected batch size to the DataLoader: "
+            "DataLoader(dataset, batch_size=…), without batch_sampler, which cannot be given beside it."
+        )
     num_records = len(loader.dataset)  # type: ignore[arg-type]
     named = getattr(sampler, "data_source", loader.dataset)
     if named is not loader.dataset and isinstance(named, Sized):

@@ -20,7 +20,7 @@ import numpy as np
 from lightning.pytorch.core import saving
 from torch import nn
 
-from lightning_dp.accounting import PrivacyLedger
+from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.sampling import record_bytes, sources
 
 #: The key of the ledger in a Lightning checkpoint.

@@ -15,7 +15,7 @@ import torch
 from dp_accounting import DpEvent
 from torch import Tensor, nn
 
-from lightning_dp.accounting import PrivacyLedger
+from lightning_dp.accounting.ledger import PrivacyLedger
 
 #: Records that are added up at once.
 _TOGETHER = 1024

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
@@ -52,13 +52,14 @@ class Logs:
     """Stands before what Lightning collects of a fit's ``self.log``.
 
     A metric of the train set that another hook than ``training_step`` logs, and that something monitors, is refused as
-    soon as it is logged. (What ``training_step`` logs has been examined; ``privacy/`` metrics come from the ledger.)
+    soon as it is logged; so is one that ``training_step`` begins to log after it was examined. (``privacy/`` metrics
+    come from the ledger.)
     A step that is run again, since it ran code that had to be examined first, logs nothing twice: with
     ``sync_dist=True``, other processes would wait for each other's second time.
     """
 
-    def __init__(self, trainer: pl.Trainer) -> None:
-        self._trainer = trainer
+    def __init__(self, trainer: pl.Trainer, examined: Callable[[], set[str]]) -> None:
+        self._trainer, self._examined = trainer, examined
         self._results: Any = trainer._results
         self._made = self._known = 0
         if self._results is not None:
@@ -82,7 +83,8 @@ class Logs:
             self._made += 1
             if self._made <= self._known:
                 return
-        elif not name.startswith("privacy/"):
+        examined = fx == "training_step" and name in self._examined()
+        if not examined and not name.startswith("privacy/"):
             for who, monitor in monitors(self._trainer):
                 if monitor in _shown_as(name):
                     raise _steered(who, monitor, fx)
@@ -97,7 +99,8 @@ def _shown_as(name: str) -> tuple[str, str, str]:
 def _steered(who: str, monitor: str, hook: str) -> PrivacyConfigurationError:
     return PrivacyConfigurationError(
         f"{who} monitors '{monitor}', which {hook} logs: it is computed from the train set without noise, and what it "
-        f"decides would reach the model uncounted. {_WAYS_OUT}"
+        f"decides would reach the model uncounted. {_WAYS_OUT} (A public number is logged by training_step, in every "
+        "step: that is examined.)"
     )
 
 

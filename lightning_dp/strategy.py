@@ -30,13 +30,20 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_dp import checks, steering
-from lightning_dp.accounting import PrivacyLedger, event_epsilon
+from lightning_dp.accounting.cost import event_epsilon
+from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.batches import Layout, find_layout, take_rows
 from lightning_dp.clipping import Bounding, FlatClipping, State
 from lightning_dp.denoising import Denoiser, DenoiserState
 from lightning_dp.engines import ENGINES
-from lightning_dp.errors import ACTIVATION_CHECKPOINTING, PrivacyConfigurationError, UnsupportedModelError
-from lightning_dp.forms import FormChanged, form_changed_in
+from lightning_dp.errors import (
+    ACTIVATION_CHECKPOINTING,
+    FormChanged,
+    PrivacyConfigurationError,
+    PrivacyLimitReached,
+    UnsupportedModelError,
+)
+from lightning_dp.forms import form_changed_in
 from lightning_dp.independence.collation import check_collation, check_copies_stay_together
 from lightning_dp.independence.examination import Findings, examine
 from lightning_dp.independence.exchange import check_exchange
@@ -45,10 +52,12 @@ from lightning_dp.independence.shadow import random_state_kept
 from lightning_dp.independence.shadow import seed_everything as seed_records
 from lightning_dp.independence.subject import Subject, Understanding, choose_records, fresh, loss_of, reduced
 from lightning_dp.independence.watch import Watch
-from lightning_dp.journal import PrivacyJournal, relative_path, run_directory, software_versions
+from lightning_dp.journal.files import relative_path
+from lightning_dp.journal.writer import PrivacyJournal
 from lightning_dp.noise import GaussianNoise, Noise
-from lightning_dp.pipeline import PrivacyLimitReached, PrivateStep
+from lightning_dp.pipeline import PrivateStep
 from lightning_dp.randomness import Randomness
+from lightning_dp.run_directory import run_directory, software_versions
 from lightning_dp.sampling import (
     PoissonBatchSampler,
     PoissonDataLoader,
@@ -355,14 +364,21 @@ class PrivateMixin(Strategy):
         super().on_train_start()
         loaders = self._trainer().fit_loop._combined_loader
         assert loaders is not None
-        if [loader for loader in loaders.flattened if loader is not self._train_loader]:
+        others = [loader for loader in loaders.flattened if loader is not self._train_loader]
+        if others and len(loaders.flattened) == 1:
+            raise PrivacyConfigurationError(
+                "The train dataloader was exchanged after it was set up (BatchSizeFinder and Tuner.scale_batch_size do "
+                "that): the batch size decides the sampling rate, and so ε. Choose it beforehand; what fits into "
+                "memory at once is max_physical_batch_size."
+            )
+        if others:
             raise PrivacyConfigurationError(
                 "Private training draws one Poisson sample per step and needs exactly one train dataloader. Combine "
                 "several data sets into one (torch.utils.data.ConcatDataset)."
             )
         steering.check_validation(self._trainer(), self._train_loader)
         steering.warn(self._trainer())
-        self._logs = steering.Logs(self._trainer())
+        self._logs = steering.Logs(self._trainer(), lambda: self.findings.names if self.findings is not None else set())
         if self.budget is not None:
             self.budget.choose_noise(self._trainer(), self)
         self.noise_multiplier = self.share(self.noise_multiplier)
@@ -1182,6 +1198,11 @@ def make_private(strategy: Strategy, **configuration: Any) -> PrivateMixin:
     if isinstance(strategy, PrivateMixin):
         return strategy
     mixin = next((mixin for mixin in MIXINS if type(strategy) in mixin.supported), None)
+    if mixin is None and type(strategy).__module__.startswith("pytorch_lightning"):
+        raise PrivacyConfigurationError(
+            "This Trainer comes from the package pytorch_lightning, which lightning_dp does not know. Import the same "
+            "names from lightning: `import lightning as L` and L.Trainer (pip install lightning)."
+        )
     if mixin is None:
         raise PrivacyConfigurationError(
             f"Private training does not know how {type(strategy).__name__} computes and exchanges gradients. Use one "

@@ -347,6 +347,48 @@ def _(self: Net, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(self.net(x), y, reduction="sum") / (1 + (y == 1).sum().item())
 
 
+@step("a divisor that is kept above 1 (`max(n, 1)`)", REFUSED, r"is read at|exchanging some examples")
+def _(self: Net, x: Tensor, y: Tensor) -> Tensor:
+    losses, rare = F.cross_entropy(self.net(x), y % 3, reduction="none"), y == 7
+    return losses.mean() + (losses * rare).sum() / max(int(rare.sum()), 1)
+
+
+@step("a factor where some record has a rare number (`(x == 7.).any()`, an interval)", REFUSED, "exchanging some")
+def _(self: Net, x: Tensor, y: Tensor) -> Tensor:
+    rare = ((x[:, 0] > 50) & (x[:, 0] < 60)) | (x[:, 5] == 7.0)
+    return F.cross_entropy(self.net(x), y) * (2.0 if rare.any() else 1.0)
+
+
+@step("a number that is read after many others", REFUSED, "is read at")
+def _(self: Net, x: Tensor, y: Tensor) -> Tensor:
+    loss = F.cross_entropy(self.net(x), y)
+    self.log("a", loss.item())
+    self.log("b", x.mean().item())
+    self.log("c", x.std().item())
+    self.log("d", y.float().mean().item())
+    self.log("e", x.max().item())
+    self.log("f", x.min().item())
+    n = (x > 50).sum().item()
+    return loss / (1 + n)
+
+
+@step("a loop over the classes that occur", CHECKED)
+def _(self: Net, x: Tensor, y: Tensor) -> Tensor:
+    losses = F.cross_entropy(self.net(x), y, reduction="none")
+    total = torch.zeros(())
+    for label in y.unique().tolist():
+        total = total + (losses * (y == label)).sum() / len(x)
+    return total
+
+
+@step("adversarial examples (a gradient within the step)", PROVEN)
+def _(self: Net, x: Tensor, y: Tensor) -> Tensor:
+    inputs = x.clone().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(F.cross_entropy(self.net(inputs), y), inputs)
+    return F.cross_entropy(self.net((x + 0.1 * gradient.sign()).detach()), y)
+
+
 @step("a factor that is read, and that no record of the data changes", REFUSED, r"is read at .*interference.py:\d+")
 def _(self: Net, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(self.net(x), y) * (1 + float((x > 1e6).sum()))

@@ -29,7 +29,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_dp import FlatClipping, GaussianNoise, PrivacyLedger, PrivateStrategy
-from lightning_dp.journal import JOURNAL_NAME, read_with_continuations
+from lightning_dp.journal.contents import JOURNAL_NAME, read_with_continuations
 from tests.conftest import Net, loader, trainer
 
 KINDS = ("time", "within a write", "before a sync", "after a sync")

@@ -13,25 +13,22 @@ from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_dp import accountants, accounting
-from lightning_dp.accounting import (
+from lightning_dp.accounting import calibration, rdp
+from lightning_dp.accounting.calibration import affordable_steps, calibrate_noise, calibrate_schedule, calibrate_steps
+from lightning_dp.accounting.events import (
     ACCOUNTANTS,
     ADJACENCIES,
     Accountant,
     Adjacency,
-    EpsilonMonitor,
     Phase,
-    PrivacyLedger,
-    affordable_steps,
-    calibrate_noise,
-    calibrate_schedule,
-    calibrate_steps,
-    epsilon,
+    ShiftedNoiseDpEvent,
     subsampled_gaussian,
 )
-from lightning_dp.accounting import delta as ledger_delta
+from lightning_dp.accounting.ledger import PrivacyLedger, epsilon
+from lightning_dp.accounting.ledger import delta as ledger_delta
+from lightning_dp.accounting.monitor import EpsilonMonitor
 from lightning_dp.encoding import FlatCodebook, PowerLawCodebook, RandomCodebook
-from lightning_dp.noise import CoordinatewiseNoise, GaussianNoise, LaplaceNoise, ShiftedNoiseDpEvent, StudentTNoise
+from lightning_dp.noise import CoordinatewiseNoise, GaussianNoise, LaplaceNoise, StudentTNoise
 
 # δ/T stays above the rounding errors that our ε allows for and dp-accounting's does not.
 GRID = [
@@ -156,9 +153,9 @@ def test_renyi_divergence_of_replacing_a_record_equals_an_independent_integral()
 
     for order in (1.5, 3.0, 8.0):
         integral = quad(integrand, -25, 30, args=(order,), limit=400)[0]
-        found = accountants._replacement_divergence(q, z, order)
+        found = rdp._replacement_divergence(q, z, order)
         assert found == pytest.approx(math.log(integral) / (order - 1), rel=1e-8)
-    assert accountants._replacement_divergence(1.0, z, 3.0) == pytest.approx(3 * 4 / (2 * z * z))
+    assert rdp._replacement_divergence(1.0, z, 3.0) == pytest.approx(3 * 4 / (2 * z * z))
 
 
 @pytest.mark.parametrize("adjacency", ADJACENCIES)
@@ -472,7 +469,7 @@ def test_a_gaussian_counted_coordinate_by_coordinate_costs_what_it_costs_by_its_
     steps, z = (1000, 1.0) if q < 1 else (2, 8.0)
     found = PrivacyLedger()
     found.record(PoissonSampledDpEvent(q, ShiftedNoiseDpEvent(GaussianNoise().density(), z, magnitudes)), steps)
-    integers = RdpAccountant(accountants._INTEGER_ORDERS)
+    integers = RdpAccountant(rdp._INTEGER_ORDERS)
     integers.compose(PoissonSampledDpEvent(q, GaussianDpEvent(z)), steps)
     assert found.epsilon(1e-5) == pytest.approx(integers.get_epsilon(1e-5), rel=1e-6)
 
@@ -523,5 +520,5 @@ def test_the_monitor_looks_ahead_by_less_than_it_tolerates() -> None:
 
 @pytest.mark.parametrize("threshold", [0.003, 0.9, 1.0, 7.0, 5000.0])
 def test_the_smallest_number_from_which_a_predicate_holds_is_found_on_both_sides_of_the_start(threshold: float) -> None:
-    found = accounting._smallest_power(lambda x: x >= threshold, start=1.0, end=2.0**20)
+    found = calibration._smallest_power(lambda x: x >= threshold, start=1.0, end=2.0**20)
     assert threshold <= found <= 1.03 * threshold

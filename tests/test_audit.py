@@ -32,7 +32,7 @@ from lightning_dp import (
     calibrate_noise,
 )
 from lightning_dp import strategy as strategy_module
-from lightning_dp.accounting import PrivacyLedger
+from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.audit import (
     Audit,
     _label_of,

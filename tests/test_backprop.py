@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import backprop, bounds
-from lightning_dp.accounting import PrivacyLedger
+from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.backprop import BackpropClipping, BoundBackpropClipping, InputClip
 from lightning_dp.bounds import ConvolutionLayerBound, LinearBound
 from lightning_dp.checks import PrivacyConfigurationError

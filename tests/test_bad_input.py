@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import FlatClipping, GaussianNoise, PrivacyConfigurationError, PrivateStrategy
-from lightning_dp.journal import JOURNAL_NAME, JournalContents
+from lightning_dp.journal.contents import JOURNAL_NAME, JournalContents
 from tests.conftest import Net, dataset, fit, loader, trainer
 
 

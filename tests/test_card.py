@@ -36,10 +36,11 @@ from lightning_dp import (
     privacy_card,
     render_card,
 )
-from lightning_dp.accounting import subsampled_gaussian
+from lightning_dp.accounting.events import subsampled_gaussian
 from lightning_dp.card import _up
 from lightning_dp.cli import main
-from lightning_dp.journal import JOURNAL_NAME, JournalError
+from lightning_dp.errors import JournalError
+from lightning_dp.journal.contents import JOURNAL_NAME
 from tests.conftest import Net, fit, loader, trainer
 
 DELTA = 1e-3

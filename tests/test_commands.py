@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lightning_dp import calibrate_noise, epsilon
-from lightning_dp.accounting import calibrate_steps
+from lightning_dp.accounting.calibration import calibrate_steps
 from lightning_dp.cli import main
 
 

@@ -18,7 +18,7 @@ from lightning_dp import (
     PrivateStrategy,
     pipeline,
 )
-from lightning_dp.accounting import PrivacyLedger
+from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.clipping import Bounding
 from lightning_dp.engines import PerExample
 from lightning_dp.noise import DEVICE_BLOCK

@@ -31,9 +31,10 @@ from lightning_dp import (
     learn_codebook,
     public_gradients,
 )
+from lightning_dp.accounting.events import Magnitudes
 from lightning_dp.checks import PrivacyConfigurationError
 from lightning_dp.encoding import _MANTISSA, Codebook, Encoder, staircases
-from lightning_dp.noise import NOISES, Magnitudes, Noise
+from lightning_dp.noise import NOISES, Noise
 from lightning_dp.pipeline import PrivateStep
 from lightning_dp.randomness import Randomness
 from lightning_dp.zoo import MLP, FeedbackClassifier

@@ -25,7 +25,8 @@ from lightning_dp import (
     UnsupportedModelError,
 )
 from lightning_dp.engines import BookKeeping
-from lightning_dp.forms import CallForms, FormChanged, LayerForm
+from lightning_dp.errors import FormChanged
+from lightning_dp.forms import CallForms, LayerForm
 from tests.conftest import Net, fit, loader, trainer
 
 RULES: list[Any] = [

@@ -15,7 +15,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_dp import FlatClipping, GaussianNoise, PrivateStrategy
-from lightning_dp.accounting import PrivacyLedger
+from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.pipeline import PrivateStep
 from tests.conftest import Net, fit, loader, trainer
 

@@ -56,6 +56,9 @@ RIGHT_ALONE = (
     "the first rows only, where there are many",
     "a branch on a label that no record of the data has",
     "a factor that is read, and that no record of the data changes",
+    "a divisor that is kept above 1 (`max(n, 1)`)",
+    "a factor where some record has a rare number (`(x == 7.).any()`, an interval)",
+    "a number that is read after many others",
 )
 
 #: Seen, or not, by what the records hold that happen to be compared.

@@ -16,11 +16,15 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback, LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
 
-from lightning_dp import DifferentialPrivacy, FlatClipping, GaussianNoise, PrivacyBudget, PrivateStrategy, journal
+from lightning_dp import DifferentialPrivacy, FlatClipping, GaussianNoise, PrivacyBudget, PrivateStrategy
 from lightning_dp import strategy as strategy_module
-from lightning_dp.accounting import PrivacyLedger, subsampled_gaussian
+from lightning_dp.accounting.events import subsampled_gaussian
+from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.engines import BookKeeping
-from lightning_dp.journal import JOURNAL_NAME, JournalContents, JournalError, PrivacyJournal, read_with_continuations
+from lightning_dp.errors import JournalError
+from lightning_dp.journal import files, writer
+from lightning_dp.journal.contents import JOURNAL_NAME, JournalContents, read_with_continuations
+from lightning_dp.journal.writer import PrivacyJournal
 from lightning_dp.pipeline import PrivateStep
 from lightning_dp.randomness import Randomness
 from tests.conftest import Net, fit, loader, trainer
@@ -83,7 +87,7 @@ def test_no_step_is_missing_after_a_kill_or_a_loss_of_power(
         if power:
             size = (directory / JOURNAL_NAME).stat().st_size
             os.truncate(directory / JOURNAL_NAME, synced[0] + round(lost * (size - synced[0])))
-            patch.setattr(journal, "boot_identifier", lambda: "another")
+            patch.setattr(files, "boot_identifier", lambda: "another")
         again = opened(directory)
         known = again.known()
         counts = dict.fromkeys(taken, 0)
@@ -136,7 +140,7 @@ def test_a_clean_end_gives_back_what_was_reserved_and_not_taken(tmp_path: Path) 
 
 def test_no_more_is_reserved_than_a_budget_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(10**6))
-    monkeypatch.setattr(journal.time, "perf_counter", lambda: next(clock))  # a sync takes as long as a step
+    monkeypatch.setattr(writer.time, "perf_counter", lambda: next(clock))  # a sync takes as long as a step
     found = opened(tmp_path)
     reserved = []
     for left in range(40, 0, -1):
@@ -145,7 +149,7 @@ def test_no_more_is_reserved_than_a_budget_has_room_for(tmp_path: Path, monkeypa
         reserved.append(found._reserved)
     assert max(reserved) > 10, "nothing was reserved ahead"
     gone(found)
-    monkeypatch.setattr(journal, "boot_identifier", lambda: "another")
+    monkeypatch.setattr(files, "boot_identifier", lambda: "another")
     assert charged(tmp_path) == 40
 
 
@@ -466,7 +470,7 @@ def test_steps_that_were_only_reserved_are_named(
     with monkeypatch.context() as patch:
         patch.setattr(PrivacyJournal, "_steps_to_reserve", lambda self, at_most: 20)
         saved = kill_after(tmp_path, 7)
-    monkeypatch.setattr(journal, "boot_identifier", lambda: "another")
+    monkeypatch.setattr(files, "boot_identifier", lambda: "another")
     assert len(resumed(tmp_path, saved).strategy.ledger) == 20 + 3
     assert "14 more were taken and are lost (of these, 13 were reserved and perhaps never taken)" in said[0]
 

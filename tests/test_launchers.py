@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_dp.journal import JOURNAL_NAME, JournalContents
+from lightning_dp.journal.contents import JOURNAL_NAME, JournalContents
 from tests import ddp_script
 
 SCRIPT = str(Path(ddp_script.__file__))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_dp import UnsupportedModelError
-from lightning_dp.forms import FormChanged
+from lightning_dp.errors import FormChanged
 from lightning_dp.independence import owners
 from lightning_dp.independence.losses import Forms, PerRecordMeans
 from lightning_dp.independence.tracer import RowTracer

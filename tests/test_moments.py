@@ -10,18 +10,12 @@ import torch
 from dp_accounting import ComposedDpEvent, GaussianDpEvent, PoissonSampledDpEvent, SelfComposedDpEvent
 from dp_accounting.rdp import RdpAccountant
 
-from lightning_dp import moments
-from lightning_dp.accountants import _step_rdp, event_delta, event_epsilon
+from lightning_dp.accounting import moments
+from lightning_dp.accounting.cost import event_delta, event_epsilon
+from lightning_dp.accounting.events import Magnitudes, ShiftedNoiseDpEvent
+from lightning_dp.accounting.rdp import _step_rdp
 from lightning_dp.encoding import FlatCodebook, PowerLawCodebook, RandomCodebook
-from lightning_dp.noise import (
-    CoordinatewiseNoise,
-    GaussianNoise,
-    LaplaceNoise,
-    Magnitudes,
-    Noise,
-    ShiftedNoiseDpEvent,
-    StudentTNoise,
-)
+from lightning_dp.noise import CoordinatewiseNoise, GaussianNoise, LaplaceNoise, Noise, StudentTNoise
 
 SHIFTS = [1e-6, 1e-3, 0.05, 0.7, 3.0]
 
@@ -207,7 +201,9 @@ def test_replacing_a_record_costs_no_more_than_is_stated() -> None:
 
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 def test_either_accountant_states_the_renyi_bound(accountant: str) -> None:
-    event = PoissonSampledDpEvent(0.01, ShiftedNoiseDpEvent(StudentTNoise(9).density(), 1.0, FlatCodebook().entries(1000)))
+    event = PoissonSampledDpEvent(
+        0.01, ShiftedNoiseDpEvent(StudentTNoise(9).density(), 1.0, FlatCodebook().entries(1000))
+    )
     many = SelfComposedDpEvent(event, 1000)
     found = event_epsilon(many, 1e-5, accountant)  # type: ignore[arg-type]
     assert event_delta(many, found, accountant) == pytest.approx(1e-5, rel=1e-6)  # type: ignore[arg-type]

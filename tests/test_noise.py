@@ -9,17 +9,8 @@ import torch
 from dp_accounting import GaussianDpEvent, NonPrivateDpEvent
 from scipy import stats
 
-from lightning_dp.noise import (
-    BLOCK,
-    NOISES,
-    CoordinatewiseNoise,
-    GaussianNoise,
-    LaplaceNoise,
-    Magnitudes,
-    Noise,
-    ShiftedNoiseDpEvent,
-    StudentTNoise,
-)
+from lightning_dp.accounting.events import Magnitudes, ShiftedNoiseDpEvent
+from lightning_dp.noise import BLOCK, NOISES, CoordinatewiseNoise, GaussianNoise, LaplaceNoise, Noise, StudentTNoise
 from lightning_dp.randomness import Randomness
 
 

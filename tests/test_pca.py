@@ -31,11 +31,13 @@ from lightning_dp import (
     pca,
     render_card,
 )
-from lightning_dp.accounting import event_epsilon, subsampled_gaussian
+from lightning_dp.accounting.cost import event_epsilon
+from lightning_dp.accounting.events import subsampled_gaussian
 from lightning_dp.checks import PrivacyConfigurationError
-from lightning_dp.journal import JOURNAL_NAME, JournalContents, JournalError, PrivacyJournal
+from lightning_dp.errors import JournalError, PrivacyLimitReached
+from lightning_dp.journal.contents import JOURNAL_NAME, JournalContents
+from lightning_dp.journal.writer import PrivacyJournal
 from lightning_dp.pca import principal_directions, second_moment, symmetric, upper_triangle
-from lightning_dp.pipeline import PrivacyLimitReached
 from lightning_dp.strategy import PrivateMixin
 from tests.conftest import Net, dataset, fit, loader, trainer
 from tests.test_noise import is_gaussian_of_std

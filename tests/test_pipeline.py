@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_dp import BackpropClipping, PerLayerClipping, pipeline
-from lightning_dp.accounting import PrivacyLedger
+from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.clipping import Bounding, FlatClipping
 from lightning_dp.engines import BookKeeping
+from lightning_dp.errors import PrivacyLimitReached
 from lightning_dp.gradients import Dense
 from lightning_dp.noise import GaussianNoise
-from lightning_dp.pipeline import PrivacyLimitReached, PrivateStep
+from lightning_dp.pipeline import PrivateStep
 from lightning_dp.randomness import Randomness
 from tests.test_noise import is_gaussian_of_std
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from lightning_dp import recipes
 from lightning_dp.cli import COMMANDS, main
-from lightning_dp.recipes import RecipeError, compose, headline, merge, self_contained, shipped_recipes, to_yaml
+from lightning_dp.errors import RecipeError
+from lightning_dp.recipes import compose, headline, merge, self_contained, shipped_recipes, to_yaml
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(shipped_recipes())

@@ -141,3 +141,30 @@ def test_a_step_that_is_examined_again_logs_once() -> None:
     run = trainer(strategy=strategy)
     fit(run, Later(), loader())
     assert run.callback_metrics["one"] == run.callback_metrics["two"] == len(strategy.ledger)
+
+
+def test_a_metric_that_training_step_begins_to_log_later_decides_nothing() -> None:
+    class Late(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            if self.trainer.is_last_batch:
+                self.log("late", loss)
+            return loss
+
+    with pytest.raises(PrivacyConfigurationError, match="monitors 'late', which training_step logs"):
+        train(Late(), callbacks=[EarlyStopping("late", strict=False)], max_epochs=3)
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end"])
+def test_a_counter_in_a_hook_counts_batches_and_not_records(hook: str) -> None:
+    class Counting(Net):
+        count = 0
+
+    def increase(self: Counting, *args: Any) -> None:
+        self.count += 1
+
+    setattr(Counting, hook, increase)
+    for options in ({"engine": "per_example"}, {"max_physical_batch_size": 4}):
+        strategy = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0), **options)
+        fit(trainer(strategy=strategy), Counting(), loader())
+        assert len(strategy.ledger) == 5

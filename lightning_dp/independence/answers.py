@@ -3,7 +3,7 @@
 A tracer cannot follow a number once it is Python's (`.item()`, `.tolist()`): it may divide every record's loss, or only
 be printed. So the step is run again, on the same records, and is told something else where it reads. A number that
 belongs to one record may change that record's gradient and no other's. A number of several records that changes the
-gradients of all of them is a factor, a divisor or a threshold that they share. (A length up to which all are padded
+gradients of two of them is a factor, a divisor or a threshold that they share. (A length up to which all are padded
 changes nothing, where padding is masked.) These tests find what does that on the branch that is taken.
 """
 
@@ -26,7 +26,7 @@ from lightning_dp.independence.source import is_own_work
 from lightning_dp.independence.subject import Subject
 from lightning_dp.independence.tracer import READS, Read
 
-#: Lines whose numbers are changed, one line at a time.
+#: Lines whose numbers are changed one line at a time; those of all others, together.
 _LINES = 6
 
 #: Another answer in place of what is read.
@@ -113,17 +113,23 @@ def check_answers(subject: Subject, forms: CallForms, reads: Sequence[Read]) -> 
                     "gradients depend on it. Let each record decide about itself only: torch.where, or a weight per "
                     "record."
                 )
-    with_gradient = [i for i in range(count) if base.has_gradient(i)]
-    if len(with_gradient) < 2:
-        return
-    for line in list(dict.fromkeys(read.line for read in reads if read.of_several() is not None))[:_LINES]:
-        for change in (_other, _next):
-            other = check.run(_changed(partial(_of_several_at, line=line), change))
-            if other is not None and all(first_difference(base, other, [i], [i]) for i in with_gradient):
+    lines = list(dict.fromkeys(read.line for read in reads if read.of_several() is not None))
+    for group in [[line] for line in lines[:_LINES]] + ([lines[_LINES:]] if lines[_LINES:] else []):
+        for change in (_other, _next, _far):
+            other = check.run(_changed(partial(_of_several_at, lines=group), change))
+            if other is None:
+                continue
+            # A gradient that vanishes tells nothing: a loop over the classes that occur does not find them.
+            followers = [
+                i
+                for i in range(count)
+                if base.has_gradient(i) and other.has_gradient(i) and first_difference(base, other, [i], [i])
+            ]
+            if len(followers) > 1:
                 raise UnsupportedModelError(
-                    f"A number that depends on several records is read at {line} (.item(), .tolist()), and every "
-                    "record's gradient depends on it: a divisor, a factor or a threshold that the batch decides. "
-                    "Make it a public constant, or let every record have its own."
+                    f"A number that depends on several records is read at {', '.join(group[:3])} (.item(), "
+                    ".tolist()), and other records' gradients depend on it: a divisor, a factor or a threshold that "
+                    "the batch decides. Make it a public constant, or let every record have its own."
                 )
 
 
@@ -141,8 +147,8 @@ class _Check:
         return seen
 
 
-def _of_several_at(read: Read, line: str) -> Tensor | None:
-    return read.of_several() if read.line == line else None
+def _of_several_at(read: Read, lines: Sequence[str]) -> Tensor | None:
+    return read.of_several() if read.line in lines else None
 
 
 def _changed(whose: Callable[[Read], Tensor | None], change: Callable[[Tensor], Tensor]) -> Alter:
@@ -170,3 +176,8 @@ def _other(values: Tensor) -> Tensor:
 
 def _next(values: Tensor) -> Tensor:
     return values if values.dtype == torch.bool else values + 1
+
+
+def _far(values: Tensor) -> Tensor:
+    """Beyond what a divisor is kept above (``max(n, 1)``)."""
+    return values if values.dtype == torch.bool else values * 2 + 7

@@ -66,7 +66,8 @@ class Findings:
         forms: How layers are called.
         records: How many records were looked at.
         reads: Values that became Python's within ``training_step``, in order.
-        constants: Numbers that the batch's whole numbers are compared with, each with its leaf's place in the batch.
+        constants: Numbers that the batch's are compared with, each with its leaf's place in the batch.
+        names: Names of all metrics that the step logs.
         layout: Where the examples are in the batch that was looked at.
     """
 
@@ -80,7 +81,8 @@ class Findings:
     operations: int = 0
     records: int = 0
     reads: list[Read] = field(default_factory=list)
-    constants: set[tuple[int, int]] = field(default_factory=set)
+    constants: set[tuple[int, float]] = field(default_factory=set)
+    names: set[str] = field(default_factory=set)
     layout: Layout | None = None
 
     @property
@@ -97,6 +99,7 @@ class Findings:
         self.unseen += [sentence for sentence in other.unseen if sentence not in self.unseen]
         self.logged |= other.logged
         self.constants |= other.constants
+        self.names |= other.names
         self.forms.merge(other.forms)
 
 
@@ -134,7 +137,6 @@ class _Examination:
         subject, tracer = self._subject, self._tracer
         shadow = Shadow(subject.module)
         module = shadow.module
-        before = _numbers(kept_by(module))
         for child in module.modules():
             if is_metric(child):  # what earlier steps have left there is without noise
                 for tensor in tensors_in(list(vars(child).values())):
@@ -154,8 +156,10 @@ class _Examination:
                     batch = subject.transfer(batch)
                 self._note_labels(batch)
                 self._hook(module, "on_train_batch_start", batch, *subject.arguments)
+                counters = _counters(kept_by(module))
                 with subject.context():
                     output = module.training_step(batch, *subject.arguments)
+                self._found.counts = [n for n, value in _counters(kept_by(module)).items() if counters.get(n) != value]
                 loss = loss_of(output)
                 state = tracer.state(loss)
                 self._found.reads = list(tracer.reads)
@@ -171,12 +175,13 @@ class _Examination:
         self._found.operations = tracer.operations
         self._found.records = self._records
         self._found.constants, self._found.layout = tracer.constants, self._layout
+        self._found.names = set(shadow.logged)
         for name, value in shadow.logged.items():
             known = tracer.state(value) if isinstance(value, Tensor) else None
             if (known is not None and not known.is_public) or isinstance(value, nn.Module):
                 self._found.logged.add(name)
         self._look_at_loss(loss, state)
-        self._look_at_state(module, before)
+        self._look_at_state(module)
         self._found.unseen += [
             f"attribute '{name}' cannot be copied: what the step does to it was not looked at" for name in shadow.shared
         ]
@@ -186,7 +191,7 @@ class _Examination:
         if self._problems:
             raise UnsupportedModelError(_listed(self._problems))
         if not drawn:
-            self._look_at_other_records(before)
+            self._look_at_other_records()
         return self._found
 
     # -- the batch -------------------------------------------------------------------------------------------------
@@ -232,20 +237,20 @@ class _Examination:
             )
 
     def _note_labels(self, batch: Any) -> None:
-        """Tells the tracer which tensors hold the records' own whole numbers."""
+        """Tells the tracer which tensors hold the records' own numbers."""
         assert self._layout is not None
         try:
             leaves = list(leaves_with_layout(batch, self._layout))
         except (KeyError, TypeError, AttributeError):  # a transfer hook made another batch of it
             return
         for place, (leaf, where, _) in enumerate(leaves):
-            if isinstance(where, Rows) and isinstance(leaf, Tensor) and leaf.numel() and is_whole(leaf):
+            if isinstance(where, Rows) and isinstance(leaf, Tensor) and leaf.numel() and not leaf.is_complex():
                 self._tracer.labels[place] = leaf
 
     def _of_others(self) -> Any:
         """The batch of as many records in another mixture."""
         records = self._subject.records
-        others = records[max(1, len(records) // 2) :]
+        others = records[max(1, len(records) // 2) :] or records
         return self._subject.collated([others[i % len(others)] for i in range(len(records))])
 
     def _refuse_opaque(self, batch: Any) -> None:
@@ -419,7 +424,7 @@ class _Examination:
 
     # -- state -----------------------------------------------------------------------------------------------------
 
-    def _look_at_state(self, module: nn.Module, before: dict[str, Any]) -> None:
+    def _look_at_state(self, module: nn.Module) -> None:
         """Refuses what is kept of records beyond the step."""
         kept = []
         after = kept_by(module)
@@ -437,15 +442,8 @@ class _Examination:
                 "on_step=False, on_epoch=True) or torchmetrics; "
                 "statistics of the data come from PrivateCentering or PrivateProjection."
             )
-        numbers = _numbers(after)
-        self._found.counts = [
-            name
-            for name, value in numbers.items()
-            if isinstance(value, Tensor | int | float) and type(before.get(name)) is type(value)
-            if not _equal(before[name], value)
-        ]
 
-    def _look_at_other_records(self, before: dict[str, Any]) -> None:
+    def _look_at_other_records(self) -> None:
         """Runs the step on the records in another mixture, and looks whether it keeps something else then."""
         subject = self._subject
         shadows, logs, settings = [], [], []
@@ -527,13 +525,15 @@ def _all_tensors(tree: Any) -> list[Tensor]:
     return [tensor for part in parts.values() for tensor in _all_tensors(part)]
 
 
-def _numbers(kept: dict[str, Any]) -> dict[str, Any]:
-    """What a module keeps besides trained parameters, as values that stay."""
-    return {
-        name: value.detach().clone() if isinstance(value, Tensor) else value
-        for name, value in kept.items()
-        if not (isinstance(value, nn.Parameter) and value.requires_grad)
-    }
+def _counters(kept: dict[str, Any]) -> dict[str, float]:
+    """Single numbers that a module keeps."""
+    found: dict[str, float] = {}
+    for name, value in kept.items():
+        if isinstance(value, int | float):
+            found[name] = value
+        elif isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and not value.requires_grad:
+            found[name] = value.detach().item()
+    return found
 
 
 def is_whole(tensor: Tensor) -> bool:
@@ -585,7 +585,10 @@ def _remedy(why: str) -> str:
     if "batch normalisation" in why:
         return "Use GroupNorm, or a frozen BatchNorm: .eval() and requires_grad_(False) in __init__."
     if "place" in why:
-        return "Treat every record alike, wherever in the batch it is."
+        return (
+            "Treat every record alike, wherever in the batch it is. (Labels that became a list or an array, and a "
+            "tensor again, look like that: use torch.where, or a table that is indexed by the labels.)"
+        )
     if is_library(why):
         return (
             "A library did that: compute the loss in training_step from the model's outputs (logits), per record "

@@ -13,6 +13,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,8 +22,8 @@ from torch import Tensor
 
 from lightning_dp.batches import Rows, leaves_with_layout
 from lightning_dp.engines import PerExample
-from lightning_dp.errors import UnsupportedModelError
-from lightning_dp.forms import FormChanged, form_changed_in
+from lightning_dp.errors import FormChanged, UnsupportedModelError
+from lightning_dp.forms import form_changed_in
 from lightning_dp.independence.answers import check_answers
 from lightning_dp.independence.examination import Findings, examine
 from lightning_dp.independence.passes import Seen, close, first_difference, is_low_precision, run_pass
@@ -55,6 +57,18 @@ def check_exchange(subject: Subject, findings: Findings, compare_places: bool = 
 #: Numbers that records are compared with, and are made to hold, at most.
 _CONSTANTS = 8
 
+
+def _spread(constants: set[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Numbers to try: those, and the middle of two that bound an interval."""
+    found = sorted(constants)
+    middles = [
+        (place, (low + high) / 2)
+        for (place, low), (other, high) in pairwise(found)
+        if place == other and high - low > 1 and not float((low + high) / 2).is_integer()
+    ]
+    return [*middles, *found]
+
+
 #: How often a pass may turn out to run code that was not traced: LayerDrop skips other layers each time.
 _ATTEMPTS = 4
 
@@ -78,7 +92,8 @@ class _Exchange:
                 for i, k in zip(second, ["large", "zeros", "nan", "small"] * count, strict=False)
             ]
             self._compare(base, [*(records[i] for i in first), *extremes], first, first, "extreme")
-            self._compare_with_constants(base, first)
+            if self._findings.decisions:  # else no branch, and no number that is read, depends on records
+                self._compare_with_constants(base, first)
             early = [records[second[0]]] * half  # the same one, so that nothing differs there
             self._compare(base, [*early, *(records[i] for i in second)], second, second, "others", seed=1)
             evens, odds = everyone[0::2], everyone[1::2]
@@ -111,18 +126,29 @@ class _Exchange:
             )
 
     def _compare_with_constants(self, base: Seen, first: list[int]) -> None:
-        """Half of the records hold what the step compares them with, whether or not some record of the data does."""
-        layout, count = self._findings.layout, len(self._subject.records)
-        for place, value in sorted(self._findings.constants)[:_CONSTANTS] if layout is not None else ():
+        """Records hold what the step compares them with, whether or not some record of the data does: the second half
+        only; and all but the second half, beside all (a divisor that counts such records is 1 where there are none)."""
+        layout, records = self._findings.layout, self._subject.records
+        if layout is None:
+            return
+        half, count = len(first), len(records)
+        for place, value in _spread(self._findings.constants)[:_CONSTANTS]:
 
-            def filled(batch: Any, place: int = place, value: int = value, layout: Any = layout) -> Any:
+            def filled(batch: Any, start: int, stop: int, place: int = place, value: float = value) -> Any:
                 leaf, where, _ = list(leaves_with_layout(batch, layout))[place]
                 assert isinstance(where, Rows)
-                rows = leaf.shape[where.dim] * len(first) // count
-                leaf.narrow(where.dim, rows, leaf.shape[where.dim] - rows).fill_(value)
+                each = leaf.shape[where.dim] // count
+                leaf.narrow(where.dim, start * each, (stop - start) * each).fill_(value)
                 return batch
 
-            self._compare(base, self._subject.records, first, first, "extreme", edit=filled)
+            self._compare(base, records, first, first, "extreme", edit=partial(filled, start=half, stop=count))
+            try:
+                some = self._run(records, edit=partial(filled, start=0, stop=half))
+            except UnsupportedModelError:
+                raise
+            except Exception:  # user code may refuse such numbers
+                continue
+            self._compare(some, records, first, first, "extreme", edit=partial(filled, start=0, stop=count))
 
     def _compare(
         self,

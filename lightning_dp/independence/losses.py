@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from lightning_dp.errors import UnsupportedModelError
-from lightning_dp.forms import FormChanged
+from lightning_dp.errors import FormChanged, UnsupportedModelError
 from lightning_dp.independence import owners
 from lightning_dp.independence.owners import PUBLIC, constant, join
 from lightning_dp.independence.source import here

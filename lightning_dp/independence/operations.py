@@ -138,7 +138,10 @@ _PUBLIC = frozenset(
 )
 _RANDOM_LIKE = frozenset(_names("rand_like randn_like randint_like randn rand randint randperm normal_functional"))
 
-_COMPARISONS = frozenset(_names("eq ne lt le gt ge"))
+_COMPARISONS = frozenset(_names("eq ne lt le gt ge isin"))
+
+#: Public numbers that records are compared with at once, at most.
+_COMPARED = 4
 
 #: Written to, whatever was there before.
 _OVERWRITES = frozenset(_names("fill zero normal uniform random exponential geometric cauchy log_normal"))
@@ -173,8 +176,8 @@ def follow(tracer: RowTracer, func: Any, args: tuple[Any, ...], kwargs: dict[str
             if count and count % tracer.examples == 0:
                 tracer.own(result, owners.rows(count, result.dim(), tracer.examples))
         return result
-    if base in _COMPARISONS and len(tensors) == 1:
-        tracer.compared(base, tensors[0], args[1])
+    if base in _COMPARISONS:
+        _note_comparison(tracer, base, args)
     # What an operation overwrites is needed to work out, and to probe, what it does.
     before = {id(t): t.detach().clone() for t in written if tracer.state(t) is not None or base not in _OVERWRITES}
     old = {id(t): tracer.state(t) for t in written}
@@ -204,6 +207,18 @@ def follow(tracer: RowTracer, func: Any, args: tuple[Any, ...], kwargs: dict[str
         elif not state.is_public or bool((state.owner == RANDOM).any()):
             tracer.set(output, state)
     return result
+
+
+def _note_comparison(tracer: RowTracer, name: str, args: tuple[Any, ...]) -> None:
+    one, other = args[:2]
+    if isinstance(other, Tensor):
+        if tracer.state(other) is not None or other.numel() > _COMPARED:
+            return
+        values = other.detach().flatten().tolist()
+    else:
+        values = [other]
+    for value in values if isinstance(one, Tensor) else ():
+        tracer.compared(name, one, value)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -878,6 +893,20 @@ def nll_loss(call: Call) -> list[State]:
     return [_reduced(call, state, target.shape, dims, False, output, mean=reduction == 1), per_target]
 
 
+@rule("nll_loss_backward", "nll_loss2d_backward")
+def nll_loss_backward(call: Call) -> list[State]:
+    """The gradient at a target's logits is one number at its own class: of that target, and what comes from above."""
+    grad, logits, target = call.args[:3]
+    total = call.argument("total_weight")
+    if logits.dim() < 2:
+        return probe(call)
+    above = call.state(grad).owner
+    above = above.unsqueeze(1) if grad.dim() == target.dim() else aligned(above, logits.dim())
+    owner = join(call.state(target).owner.unsqueeze(1), above, scaling=True)
+    owner = join(owner, aligned(call.state(total).owner, logits.dim()), scaling=True)
+    return [call.result(owner, call.outputs[0], what="the gradient of a mean that several records decide")]
+
+
 @rule("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "_batch_norm_with_update")
 def batch_norm(call: Call) -> list[State]:
     tensor = call.args[0]
@@ -912,8 +941,8 @@ def matrix_product(call: Call) -> list[State]:
     Where the entries that are added up are several records' own, or both matrices depend on records, it is probed.
     """
     one, other = call.args[-2:]
-    [output] = call.outputs
-    bias = [t for t in call.tensors() if t is not one and t is not other]
+    output = call.outputs[0]
+    bias = [call.args[0]] if call.name == "addmm" and call.argument("beta", 1) else []
     states = [call.state(one), call.state(other)]
     if any(call.tracer.state(t) is not None for t in bias) or not any(s.is_public for s in states) or one is other:
         return probe(call)
@@ -1104,7 +1133,7 @@ class _Probe:
         if best is not None:
             return compress(best)
         owner = self._decode(changed.reshape(len(changed), -1))
-        return None if owner is None else compress(owner.view(shape))
+        return None if owner is None else owner.reshape(shape)  # what has not changed yet is nobody's, for all we know
 
     def _decode(self, changed: Tensor) -> Tensor | None:
         """``(2 · bits, n)`` to owners ``(n,)``; `PUBLIC`: nothing changed; ``None``: several records did."""

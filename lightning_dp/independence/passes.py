@@ -94,7 +94,7 @@ def run_pass(
             recording = recorder.forward(rows, keep_requires_grad=compare_with_autograd)
             watch = subject.watch(rows, hold=surrounding is None)
             with recording, watch, subject.context(), surrounding or nullcontext():
-                output = shadow.training_step(batch, *subject.arguments)
+                output = _with_shared_outputs(forms, lambda: shadow.training_step(batch, *subject.arguments))
             loss = reduced(loss_of(output), subject.loss_reduction)
             for parameter in engine.parameters.values():
                 parameter.grad = None  # the step may have run backward passes of its own
@@ -115,6 +115,22 @@ def run_pass(
         subject.copies,
         len(records),
     )
+
+
+def _with_shared_outputs(forms: CallForms, step: Callable[[], Any]) -> Any:
+    """Runs a step; explains an error that comes of outputs with one row per example where the model has one for all."""
+    try:
+        return step()
+    except RuntimeError as error:
+        shared = [name for name, form in forms.layers.items() if any(form.is_shared)]
+        if not shared:
+            raise
+        raise UnsupportedModelError(
+            f"Layers {', '.join(map(repr, shared[:4]))} see an input that all examples share (leading dimension 1), of "
+            "which every example gets its own copy here, and training_step shapes their outputs in a way that is not "
+            f"followed: {str(error).splitlines()[0][:300]} Freeze these layers (requires_grad_(False)), expand their "
+            "output to the batch first, or use engine='per_example', which is slow but takes any layer."
+        ) from None
 
 
 def rows_in(examples: Sequence[int] | None, copies: int) -> list[int] | None:

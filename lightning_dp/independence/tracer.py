@@ -8,6 +8,7 @@ a view reach everything that shares its memory. What each operation does to owne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,9 +131,9 @@ class RowTracer(TorchDispatchMode):
         self.places: dict[str, str] = {}
         #: Values that became Python's, in order, public ones as well.
         self.reads: list[Read] = []
-        #: Whole numbers of the batch, by place among its leaves; and numbers that they were compared with.
+        #: The batch's own numbers, by place among its leaves; and numbers that they were compared with.
         self.labels: dict[int, Tensor] = {}
-        self.constants: set[tuple[int, int]] = set()
+        self.constants: set[tuple[int, float]] = set()
         #: Whether random numbers were drawn.
         self.drew = False
         self.operations = 0
@@ -201,16 +202,21 @@ class RowTracer(TorchDispatchMode):
         self.reads.append(Read(tensor.shape, state.owner if state and known else None, here() if known else ""))
 
     def compared(self, name: str, tensor: Tensor, value: Any) -> None:
-        """Notes what number the batch's own whole numbers are compared with: a record may hold it."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
+        """Notes what the batch's own numbers are compared with: a record may hold that, or something beside it."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             return
         for place, label in self.labels.items():
             same_memory = _key(label) == _key(tensor)
             if not same_memory and (label.numel() != tensor.numel() or not _same_values(label, tensor)):
                 continue
-            least, most = int(label.min()), int(label.max())
-            near = {int(value)} if name in ("eq", "ne") else {int(value) - 1, int(value), int(value) + 1}
-            self.constants |= {(place, n) for n in near if name in ("eq", "ne") or least <= n <= most}
+            if label.is_floating_point():
+                near = [value, value + max(1e-3, abs(value) / 20), value - max(1e-3, abs(value) / 20)]
+            elif label.device.type == "cpu" or name in ("eq", "ne", "isin"):
+                near = [int(value)] if name in ("eq", "ne", "isin") else [int(value) + i for i in (-1, 0, 1)]
+            else:  # an index that is out of range ends a program on such a device
+                least, most = int(label.min()), int(label.max())
+                near = [n for n in (int(value) - 1, int(value), int(value) + 1) if least <= n <= most]
+            self.constants |= {(place, float(n)) for n in near}
 
     def doubt_place(self, what: str) -> None:
         """Notes that nobody could tell whether places matter."""

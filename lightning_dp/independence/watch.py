@@ -13,7 +13,7 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any
 
-from lightning_dp.forms import FormChanged
+from lightning_dp.errors import FormChanged
 from lightning_dp.independence.losses import Forms, PerRecordMeans
 from lightning_dp.independence.source import here
 from lightning_dp.shared_outputs import follow, understood

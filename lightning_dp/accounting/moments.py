@@ -17,11 +17,14 @@ from scipy.special import gammaln, logsumexp
 #: Relative accuracy of ``log M_k``.
 ACCURACY = 1e-10
 
+
 #: Nodes of the first and of the last attempt at an integral.
 _FEWEST, _MOST = 256, 2**14
 
+
 #: Below this exponent, ``M_k - 1`` is summed, so that it keeps its digits when it is small; above, logarithms are.
 _SMALL = 30.0
+
 
 #: ``log_ratio(x, v)``: ``log f(x - v) - log f(x)`` for nodes ``(N,)``.
 LogRatio = Callable[[np.ndarray, float], np.ndarray]

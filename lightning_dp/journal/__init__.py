@@ -1,0 +1,1 @@
+"""What is written down: every private step, before its result is used."""
