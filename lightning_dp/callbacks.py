@@ -88,6 +88,11 @@ class PrivacyBudget(Callback):
         self._verified = 0
         self._stopped = False
 
+    @property
+    def target_epsilon(self) -> float:
+        """The most that ε may become."""
+        return self.epsilon
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
@@ -435,11 +440,8 @@ def trainer_callbacks(trainer: pl.Trainer) -> list[Callback]:
 
 
 def _target_epsilon(callback: Callback) -> float | None:
-    if isinstance(callback, PrivacyBudget):
-        return callback.epsilon
-    if isinstance(callback, DifferentialPrivacy) and callback.budget is not None:
-        return callback.budget.epsilon
-    return None
+    """The ε that a callback keeps a training within, if it does."""
+    return getattr(callback, "target_epsilon", None)
 
 
 class DifferentialPrivacy(Callback):
@@ -505,6 +507,11 @@ class DifferentialPrivacy(Callback):
             "augmentation_multiplicity": augmentation_multiplicity,
             "per_record_means": per_record_means,
         }
+
+    @property
+    def target_epsilon(self) -> float | None:
+        """The most that ε may become; ``None``: there is no limit."""
+        return None if self.budget is None else self.budget.epsilon
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Exchanges the class of the Trainer's strategy before Lightning sets it up."""

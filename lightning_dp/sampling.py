@@ -301,8 +301,8 @@ def _refuse_repeated_records(dataset: Any, num_records: int) -> None:
         )
 
 
-#: Records that are compared with one another: so many at least, and at most as many as the time allows; and the bytes up
-#: to which equal ones are nothing special.
+#: Records that are compared with one another: so many at least, at most, and as far as the time reaches; and the bytes
+#: up to which equal ones are nothing special.
 _COMPARED, _COMPARED_MOST, _COMPARED_SECONDS, _SMALL_RECORD = 48, 2048, 0.1, 32
 
 

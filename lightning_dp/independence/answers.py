@@ -107,9 +107,9 @@ def check_answers(subject: Subject, forms: CallForms, reads: Sequence[Read]) -> 
                 continue
             others = [i for i in range(count) if i != record]
             if first_difference(base, other, others, others):
-                lines = ", ".join(dict.fromkeys(read.line for read in reads if read.of(record) is not None))
+                where = ", ".join(dict.fromkeys(read.line for read in reads if read.of(record) is not None))
                 raise UnsupportedModelError(
-                    f"A number of one record is read at {lines[:400]} (.item(), if …, .tolist()), and other records' "
+                    f"A number of one record is read at {where[:400]} (.item(), if …, .tolist()), and other records' "
                     "gradients depend on it. Let each record decide about itself only: torch.where, or a weight per "
                     "record."
                 )
