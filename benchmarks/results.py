@@ -276,7 +276,7 @@ def verdict(row: Row, mean: float) -> str:
     return f"{row.target:g} %{whose}: " + (f"missed by {short:.2f}" if short > 0 else f"met, {-short:.2f} above")
 
 
-def _up(epsilon: float | str) -> str:
+def rounded_up(epsilon: float | str) -> str:
     """Rounded up: what is shown is true."""
     return f"{math.ceil(1e3 * float(epsilon)) / 1e3:g}" if math.isfinite(float(epsilon)) else "∞"
 
@@ -309,7 +309,7 @@ def _our_line(figures: Figures) -> list[str]:
     accuracy = f"{mean:.2f} % ± {half:.2f}" if len(runs) > 1 else f"{mean:.2f} %"
     return [
         f"`{row.recipe}`" + (f" ({'; '.join(notes)})" if notes else ""),
-        _up(figures.epsilon),
+        rounded_up(figures.epsilon),
         accuracy,
         str(len(runs)),
         verdict(row, mean),
@@ -343,9 +343,9 @@ def _privacy_line(figures: Figures) -> list[str]:
     assumptions = (("poisson_sampling", "rdp"), ("sampling_not_trusted", "pld"))
     return [
         f"`{figures.row.recipe}`",
-        _up(figures.epsilon),
+        rounded_up(figures.epsilon),
         f"{figures.last['delta']:g}",
-        *(_up(card[key][accountant]) if key in card else "–" for key, accountant in assumptions),
+        *(rounded_up(card[key][accountant]) if key in card else "–" for key, accountant in assumptions),
         _call(card["clipping"]) if "clipping" in card else "–",
         _call(card["noise"]) if "noise" in card else "–",
         f"{card['sampling_rate']:.4g}" if "sampling_rate" in card else "–",

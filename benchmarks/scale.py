@@ -36,11 +36,11 @@ from speed import CLIPPINGS, WARM_UP, Stopwatch, _collated
 from torch.utils.data import DataLoader
 
 import lightning_dp as ldp
-from lightning_dp import pipeline
-from lightning_dp.distributed import parameter_hash
 from lightning_dp.journal.writer import PrivacyJournal
-from lightning_dp.randomness import Randomness
-from lightning_dp.sampling import PoissonBatchSampler
+from lightning_dp.mechanism import step as pipeline
+from lightning_dp.mechanism.randomness import Randomness
+from lightning_dp.mechanism.sampling import PoissonBatchSampler
+from lightning_dp.training.distributed import parameter_hash
 from lightning_dp.zoo.data import TensorTable
 
 #: "… afterwards": the sums are sent once the backward pass is over.

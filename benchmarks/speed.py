@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from models import GROWTH, SMALL, WORKLOADS, FeedbackModule, Module, Workload, loss_of
 
 import lightning_dp as ldp
-from lightning_dp.clipping import Bounding
+from lightning_dp.mechanism.clipping import Bounding
 from lightning_dp.zoo.data import TensorTable
 
 WARM_UP = 3

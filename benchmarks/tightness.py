@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from curve import images
 from torch import Tensor, nn
 
-from lightning_dp.bounds import ConvolutionLayerBound
-from lightning_dp.layers import convolution
+from lightning_dp.gradients.rules.layers import convolution
+from lightning_dp.mechanism.backprop.layer_bounds import ConvolutionLayerBound
 from lightning_dp.zoo import TanhCNN
 
 KINDS = ("window_sum", "unfolded", "raw", "raw_sum")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import UnsupportedModelError
-from lightning_dp.layers import layers_with_parameters
+from lightning_dp.gradients.model import layers_with_parameters
 
 
 class FeedbackMatrices(nn.Module):

@@ -7,12 +7,11 @@ file a method; a file whose name begins with ``_`` is a part, not a recipe.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -184,30 +183,8 @@ def self_contained(recipe: Path) -> str:
     return comment + to_yaml(compose(recipe))
 
 
-def recipes_command(arguments: Sequence[str]) -> None:
-    """``lightning-dp recipes``: lists the shipped recipes, and copies one."""
-    parser = argparse.ArgumentParser(
-        prog="lightning-dp recipes", description="Lists the shipped recipes, or copies one to change and to run."
-    )
-    copy = parser.add_subparsers(dest="action").add_parser("copy", help="write a recipe out as one file of your own")
-    copy.add_argument("name", help="as it is listed, e.g. mnist/dp_sgd")
-    copy.add_argument("dest", nargs="?", type=Path, help="file or folder (default: e.g. mnist-dp_sgd.yaml, here)")
-    copy.add_argument("--force", action="store_true", help="overwrite what is there")
-    options = parser.parse_args(arguments)
-    try:
-        if options.action == "copy":
-            dest = _copy(options.name, options.dest, options.force)
-            print(f"lightning-dp: written to {dest}; run it: lightning-dp fit --config {dest}")
-            return
-        recipes = shipped_recipes()
-    except (RecipeError, OSError) as error:
-        parser.error(str(error))
-    width = max(map(len, recipes), default=0)
-    for name, file in recipes.items():
-        print(f"{name.ljust(width)}  {headline(file)}")
-
-
-def _copy(name: str, dest: Path | None, force: bool) -> Path:
+def copy_recipe(name: str, dest: Path | None, force: bool) -> Path:
+    """Writes a recipe that comes with the package to a file of one's own."""
     recipe = find_recipe(name.removesuffix(".yaml"))
     file = Path(f"{recipe.parent.name}-{recipe.name}")
     if dest is not None:

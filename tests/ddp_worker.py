@@ -38,9 +38,9 @@ from lightning_dp import (
     PrivateProjection,
     PrivateStrategy,
     StudentTNoise,
-    distributed,
-    pipeline,
 )
+from lightning_dp.mechanism import step as pipeline
+from lightning_dp.training import distributed
 from tests.conftest import DEVICE, Net, dataset, loader, trainer
 
 RECORDS, EXPECTED = 41, 12

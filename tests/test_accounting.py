@@ -27,8 +27,8 @@ from lightning_dp.accounting.events import (
 from lightning_dp.accounting.ledger import PrivacyLedger, epsilon
 from lightning_dp.accounting.ledger import delta as ledger_delta
 from lightning_dp.accounting.monitor import EpsilonMonitor
-from lightning_dp.encoding import FlatCodebook, PowerLawCodebook, RandomCodebook
-from lightning_dp.noise import CoordinatewiseNoise, GaussianNoise, LaplaceNoise, StudentTNoise
+from lightning_dp.mechanism.encoding.codebooks import FlatCodebook, PowerLawCodebook, RandomCodebook
+from lightning_dp.mechanism.noise import CoordinatewiseNoise, GaussianNoise, LaplaceNoise, StudentTNoise
 
 # δ/T stays above the rounding errors that our ε allows for and dp-accounting's does not.
 GRID = [

@@ -31,27 +31,17 @@ from lightning_dp import (
     StudentTNoise,
     calibrate_noise,
 )
-from lightning_dp import strategy as strategy_module
 from lightning_dp.accounting.ledger import PrivacyLedger
-from lightning_dp.audit import (
-    Audit,
-    _label_of,
-    _WithCanaries,
-    audit_mechanism,
-    audit_module,
-    audit_step,
-    audit_training,
-    gaussian_bound,
-    gaussian_epsilon,
-    one_run_bound,
-    rates_bound,
-)
-from lightning_dp.cli import main
-from lightning_dp.clipping import Bounding
-from lightning_dp.noise import Noise
-from lightning_dp.pipeline import PrivateStep
-from lightning_dp.randomness import Randomness
-from lightning_dp.sampling import PoissonBatchSampler
+from lightning_dp.audit.bounds import Audit, gaussian_bound, gaussian_epsilon, one_run_bound, rates_bound
+from lightning_dp.audit.one_run import _label_of, _WithCanaries, audit_mechanism, audit_training
+from lightning_dp.audit.step import audit_module, audit_step
+from lightning_dp.cli.command import main
+from lightning_dp.mechanism.clipping import Bounding
+from lightning_dp.mechanism.noise import Noise
+from lightning_dp.mechanism.randomness import Randomness
+from lightning_dp.mechanism.sampling import PoissonBatchSampler
+from lightning_dp.mechanism.step import PrivateStep
+from lightning_dp.training import strategy as strategy_module
 from tests.conftest import Net, fit, loader, trainer
 from tests.test_sampling import fits_binomial
 

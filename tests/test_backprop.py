@@ -14,20 +14,21 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning_dp.checks import PrivacyConfigurationError
+from lightning_dp.records import UnsupportedModelError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dp import backprop, bounds
 from lightning_dp.accounting.ledger import PrivacyLedger
-from lightning_dp.backprop import BackpropClipping, BoundBackpropClipping, InputClip
-from lightning_dp.bounds import ConvolutionLayerBound, LinearBound
-from lightning_dp.checks import PrivacyConfigurationError
-from lightning_dp.noise import GaussianNoise
-from lightning_dp.pipeline import PrivateStep
-from lightning_dp.randomness import Randomness
-from lightning_dp.records import UnsupportedModelError
-from lightning_dp.strategy import PrivateStrategy
+from lightning_dp.mechanism.backprop import clipped_backward, layer_bounds
+from lightning_dp.mechanism.backprop.clipped_backward import InputClip
+from lightning_dp.mechanism.backprop.layer_bounds import ConvolutionLayerBound, LinearBound
+from lightning_dp.mechanism.backprop.rule import BackpropClipping, BoundBackpropClipping
+from lightning_dp.mechanism.noise import GaussianNoise
+from lightning_dp.mechanism.randomness import Randomness
+from lightning_dp.mechanism.step import PrivateStep
+from lightning_dp.training.strategy import PrivateStrategy
 from tests.conftest import Net, assert_close, fit, loader, trainer
 
 
@@ -115,7 +116,7 @@ def _frozen_weight(layer: nn.Linear) -> nn.Linear:
 @pytest.fixture(autouse=True, params=[False, True], ids=["", "as on a GPU"])
 def _asynchronous(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways to deal with what is not finite: at once, and without waiting for a device."""
-    monkeypatch.setattr(backprop, "is_asynchronous", lambda tensor: request.param)
+    monkeypatch.setattr(clipped_backward, "is_asynchronous", lambda tensor: request.param)
 
 
 RULES = [
@@ -409,7 +410,7 @@ def test_convolutions_of_any_geometry(kernel: Any, stride: Any, dilation: Any, p
 def test_the_raw_bound_counts_windows_exactly() -> None:
     layer = nn.Conv2d(1, 1, (8, 3), (2, 4), (3, 0), (3, 2))
     windows = F.unfold(torch.ones(1, 1, 1, 1), 1).numel()  # 1
-    counts = bounds._windows_per_pixel(
+    counts = layer_bounds._windows_per_pixel(
         (60, 60), (8, 3), (2, 4), (3, 2), ((3, 3), (0, 0)), torch.device("cpu"), torch.float64
     )
     assert ConvolutionLayerBound("raw").sensitivities(layer, 1.0, 1.0)["weight"] ** 2 == pytest.approx(
@@ -846,7 +847,7 @@ def test_inputs_are_changed_in_place_where_autograd_keeps_them_and_nowhere_else(
     output = module(torch.rand(*shape) + 0.1)
     assert module.seen is not None
     input = module.seen[0]
-    assert backprop._is_what_autograd_keeps(module.layer, input, 4) == same
+    assert clipped_backward._is_what_autograd_keeps(module.layer, input, 4) == same
     if same:
         input.data.zero_()
         output.sum().backward()

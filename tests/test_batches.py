@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_dp.batches import Concatenated, Items, Rows, Shared, find_layout, map_examples, take_rows
+from lightning_dp.training.batches import Concatenated, Items, Rows, Shared, find_layout, map_examples, take_rows
 
 Pair = namedtuple("Pair", "x y")
 

@@ -37,10 +37,10 @@ from lightning_dp import (
     render_card,
 )
 from lightning_dp.accounting.events import subsampled_gaussian
-from lightning_dp.card import _up
-from lightning_dp.cli import main
+from lightning_dp.cli.command import main
 from lightning_dp.errors import JournalError
 from lightning_dp.journal.contents import JOURNAL_NAME
+from lightning_dp.reporting.card import rounded_up
 from tests.conftest import Net, fit, loader, trainer
 
 DELTA = 1e-3
@@ -165,7 +165,7 @@ def test_an_interrupted_fit_has_a_card_too(tmp_path: Path, error: type[BaseExcep
 def test_a_card_that_fails_hides_no_other_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Crash(Callback):
         def on_train_batch_end(self, *args: Any) -> None:
-            monkeypatch.setattr("lightning_dp.card.write_card", None)
+            monkeypatch.setattr("lightning_dp.training.callbacks.card.write_card", None)
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -240,7 +240,7 @@ def test_training_without_noise_is_called_that() -> None:
 
 @given(st.floats(1e-6, 1e6))
 def test_what_is_shown_is_never_below_the_truth_and_close_to_it(exact: float) -> None:
-    assert exact <= float(_up(exact)) <= exact * (1 + 1.001e-3)
+    assert exact <= float(rounded_up(exact)) <= exact * (1 + 1.001e-3)
 
 
 # -- from the journal --------------------------------------------------------------------------------------------------

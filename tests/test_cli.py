@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_dp.cli import main
+from lightning_dp.cli.command import main
 from lightning_dp.recipes import compose, shipped_recipes
 from tests.test_zoo_tables import records
 from tests.test_zoo_tables import write as write_table

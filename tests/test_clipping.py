@@ -10,14 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_dp import pipeline
 from lightning_dp.accounting.ledger import PrivacyLedger
-from lightning_dp.clipping import AdaptiveClipping, AutomaticClipping, Clipping, FlatClipping, PerLayerClipping
-from lightning_dp.engines import BookKeeping
-from lightning_dp.gradients import OuterProducts
-from lightning_dp.noise import GaussianNoise
-from lightning_dp.pipeline import PrivateStep
-from lightning_dp.randomness import Randomness
+from lightning_dp.gradients.engines import BookKeeping
+from lightning_dp.gradients.linear import OuterProducts
+from lightning_dp.mechanism import step as pipeline
+from lightning_dp.mechanism.clipping import (
+    AdaptiveClipping,
+    AutomaticClipping,
+    Clipping,
+    FlatClipping,
+    PerLayerClipping,
+)
+from lightning_dp.mechanism.noise import GaussianNoise
+from lightning_dp.mechanism.randomness import Randomness
+from lightning_dp.mechanism.step import PrivateStep
 
 ADD_OR_REMOVE, REPLACE = NeighboringRelation.ADD_OR_REMOVE_ONE, NeighboringRelation.REPLACE_ONE
 

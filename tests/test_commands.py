@@ -7,7 +7,7 @@ import pytest
 
 from lightning_dp import calibrate_noise, epsilon
 from lightning_dp.accounting.calibration import calibrate_steps
-from lightning_dp.cli import main
+from lightning_dp.cli.command import main
 
 
 def rows(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:

@@ -10,12 +10,14 @@ from typing import Any
 import opacus.layers
 import pytest
 import torch
+from lightning_dp.records import UnsupportedModelError
 from torch import Tensor, nn
 
 from lightning_dp import zoo
-from lightning_dp.engines import BookKeeping
-from lightning_dp.layers import OPAQUE, calls_linear, registered_types, rule_for, trained_layers
-from lightning_dp.records import UnsupportedModelError
+from lightning_dp.gradients.engines import BookKeeping
+from lightning_dp.gradients.model import OPAQUE, trained_layers
+from lightning_dp.gradients.rules.attention import calls_linear
+from lightning_dp.gradients.rules.registry import registered_types, rule_for
 from tests.conftest import assert_close, oracle_gradients
 
 TABLE = Path(__file__).parent.parent / "docs" / "coverage.md"

@@ -11,18 +11,11 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from lightning_dp import (
-    FlatClipping,
-    GaussianNoise,
-    PrivacyBudget,
-    PrivacyMonitor,
-    PrivateStrategy,
-    dashboards,
-    epsilon,
-)
-from lightning_dp.dashboards import log_card
-from lightning_dp.plots import read_run
-from lightning_dp.plots import wandb_records as read_wandb_records
+from lightning_dp import FlatClipping, GaussianNoise, PrivacyBudget, PrivacyMonitor, PrivateStrategy, epsilon
+from lightning_dp.reporting import dashboards
+from lightning_dp.reporting.dashboards import log_card
+from lightning_dp.reporting.logs import read_run
+from lightning_dp.reporting.logs import wandb_records as read_wandb_records
 from tests.conftest import Net, fit, loader, trainer
 
 DELTA = 1e-3

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_dp.checks import PrivacyConfigurationError
 from scipy import signal, stats
 from torch import Tensor, nn
 
@@ -30,12 +31,11 @@ from lightning_dp import (
     PrivateStrategy,
     StudentTNoise,
 )
-from lightning_dp.checks import PrivacyConfigurationError
-from lightning_dp.clipping import Bounding
-from lightning_dp.denoising import Denoiser, DenoiserState, PublicNoise, kolmogorov_smirnov
-from lightning_dp.noise import Noise
-from lightning_dp.pipeline import PrivateStep
-from lightning_dp.randomness import Randomness
+from lightning_dp.mechanism.clipping import Bounding
+from lightning_dp.mechanism.denoising import Denoiser, DenoiserState, PublicNoise, kolmogorov_smirnov
+from lightning_dp.mechanism.noise import Noise
+from lightning_dp.mechanism.randomness import Randomness
+from lightning_dp.mechanism.step import PrivateStep
 from tests.conftest import Net, assert_close, fit, loader, trainer
 
 DENOISERS: list[Denoiser] = [

@@ -16,15 +16,15 @@ from lightning_dp import (
     PerLayerClipping,
     PrivateDDPStrategy,
     PrivateStrategy,
-    pipeline,
 )
 from lightning_dp.accounting.ledger import PrivacyLedger
-from lightning_dp.clipping import Bounding
-from lightning_dp.engines import PerExample
-from lightning_dp.noise import DEVICE_BLOCK
-from lightning_dp.pipeline import PrivateStep
-from lightning_dp.randomness import Randomness
-from lightning_dp.strategy import PrivateMixin
+from lightning_dp.gradients.engines import PerExample
+from lightning_dp.mechanism import step as pipeline
+from lightning_dp.mechanism.clipping import Bounding
+from lightning_dp.mechanism.noise import DEVICE_BLOCK
+from lightning_dp.mechanism.randomness import Randomness
+from lightning_dp.mechanism.step import PrivateStep
+from lightning_dp.training.strategy import PrivateMixin
 from tests.conftest import DEVICE, Net, fit, loader, trainer
 from tests.test_noise import is_gaussian_of_std
 from tests.test_pipeline import take

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning_dp.records import UnsupportedModelError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -25,7 +26,6 @@ from lightning_dp import (
     PerLayerClipping,
     PrivateStrategy,
 )
-from lightning_dp.records import UnsupportedModelError
 from lightning_dp.zoo import MLP, DigitsDataModule, FeedbackClassifier
 from tests.conftest import Net, assert_close, dataset, fit, loader, trainer
 

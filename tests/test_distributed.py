@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_dp.distributed import parameter_hash
+from lightning_dp.training.distributed import parameter_hash
 from tests import ddp_worker
 from tests.conftest import Net, assert_close
 from tests.test_noise import is_gaussian_of_std

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning_dp.checks import PrivacyConfigurationError
 from torch import Tensor, nn
 
 from lightning_dp import (
@@ -32,11 +33,11 @@ from lightning_dp import (
     public_gradients,
 )
 from lightning_dp.accounting.events import Magnitudes
-from lightning_dp.checks import PrivacyConfigurationError
-from lightning_dp.encoding import _MANTISSA, Codebook, Encoder, staircases
-from lightning_dp.noise import NOISES, Noise
-from lightning_dp.pipeline import PrivateStep
-from lightning_dp.randomness import Randomness
+from lightning_dp.mechanism.encoding.codebooks import Codebook, staircases
+from lightning_dp.mechanism.encoding.encoder import _MANTISSA, Encoder
+from lightning_dp.mechanism.noise import NOISES, Noise
+from lightning_dp.mechanism.randomness import Randomness
+from lightning_dp.mechanism.step import PrivateStep
 from lightning_dp.zoo import MLP, FeedbackClassifier
 from tests.conftest import DEVICE, Net, assert_close, dataset, fit, loader, oracle_gradients, trainer
 from tests.test_backprop import MODELS
@@ -237,8 +238,8 @@ def test_the_sum_equals_that_of_single_examples_by_autograd(name: str) -> None:
 def test_memory_is_that_of_a_few_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many examples a micro-batch has, and however many micro-batches there are."""
     model, seen = nn.Linear(60, 50), []
-    monkeypatch.setattr("lightning_dp.encoding._ENCODED", 9000)
-    monkeypatch.setattr("lightning_dp.encoding._MATERIALISED", 10_000)
+    monkeypatch.setattr("lightning_dp.mechanism.encoding.encoder._ENCODED", 9000)
+    monkeypatch.setattr("lightning_dp.mechanism.encoding.encoder._MATERIALISED", 10_000)
     bound = GradientEncoding(PowerLawCodebook()).bind(model)
     engine = bound.make_engine("bookkeeping", model)
     encode = engine._encode

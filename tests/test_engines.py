@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning_dp.records import UnsupportedModelError
 from torch import Tensor, nn
 
-from lightning_dp.engines import BookKeeping, PerExample, make_engine
-from lightning_dp.gradients import OuterProducts, rounds_products
-from lightning_dp.records import UnsupportedModelError
+from lightning_dp.gradients.engines import BookKeeping, PerExample, make_engine
+from lightning_dp.gradients.linear import OuterProducts
+from lightning_dp.gradients.precision import rounds_products
 from tests.conftest import assert_close, oracle_gradients
 
 

@@ -24,9 +24,9 @@ from lightning_dp import (
     PrivateStrategy,
     UnsupportedModelError,
 )
-from lightning_dp.engines import BookKeeping
 from lightning_dp.errors import FormChanged
-from lightning_dp.forms import CallForms, LayerForm
+from lightning_dp.gradients.engines import BookKeeping
+from lightning_dp.gradients.forms import CallForms, LayerForm
 from tests.conftest import Net, fit, loader, trainer
 
 RULES: list[Any] = [

@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_dp import FlatClipping, GaussianNoise, PrivateStrategy
 from lightning_dp.accounting.ledger import PrivacyLedger
-from lightning_dp.pipeline import PrivateStep
+from lightning_dp.mechanism.step import PrivateStep
 from tests.conftest import Net, fit, loader, trainer
 
 

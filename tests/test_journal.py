@@ -17,16 +17,16 @@ from lightning.pytorch.callbacks import Callback, LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_dp import DifferentialPrivacy, FlatClipping, GaussianNoise, PrivacyBudget, PrivateStrategy
-from lightning_dp import strategy as strategy_module
 from lightning_dp.accounting.events import subsampled_gaussian
 from lightning_dp.accounting.ledger import PrivacyLedger
-from lightning_dp.engines import BookKeeping
 from lightning_dp.errors import JournalError
+from lightning_dp.gradients.engines import BookKeeping
 from lightning_dp.journal import files, writer
 from lightning_dp.journal.contents import JOURNAL_NAME, JournalContents, read_with_continuations
 from lightning_dp.journal.writer import PrivacyJournal
-from lightning_dp.pipeline import PrivateStep
-from lightning_dp.randomness import Randomness
+from lightning_dp.mechanism.randomness import Randomness
+from lightning_dp.mechanism.step import PrivateStep
+from lightning_dp.training import strategy as strategy_module
 from tests.conftest import Net, fit, loader, trainer
 
 ROOT = Path(__file__).parent.parent

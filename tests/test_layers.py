@@ -15,12 +15,16 @@ from hypothesis import strategies as st
 from opacus import GradSampleModule
 from torch import Tensor, nn
 
-from lightning_dp import FlatClipping, GaussianNoise, PrivacyLedger, gradients
-from lightning_dp.engines import BookKeeping
-from lightning_dp.gradients import OuterProducts, PerExampleGradient
-from lightning_dp.layers import convolution, refusal_for, registered_types, rule_for
-from lightning_dp.pipeline import PrivateStep
-from lightning_dp.randomness import Randomness
+from lightning_dp import FlatClipping, GaussianNoise, PrivacyLedger
+from lightning_dp.gradients import convolution as convolutions
+from lightning_dp.gradients import linear as linears
+from lightning_dp.gradients.base import PerExampleGradient
+from lightning_dp.gradients.engines import BookKeeping
+from lightning_dp.gradients.linear import OuterProducts
+from lightning_dp.gradients.rules.layers import convolution
+from lightning_dp.gradients.rules.registry import refusal_for, registered_types, rule_for
+from lightning_dp.mechanism.randomness import Randomness
+from lightning_dp.mechanism.step import PrivateStep
 from lightning_dp.zoo.wide_resnet import StandardizedConv2d
 from tests.conftest import assert_close, oracle_gradients
 
@@ -222,9 +226,9 @@ def test_convolution_of_any_shape(data: Any, dimensions: int, mode: str) -> None
     input, as_on_gpu = randn(copies * data.draw(small), inputs, *size), data.draw(st.booleans())
     unfolded, side_by_side = data.draw(small), data.draw(st.sampled_from([1, 2**24]))
     with (
-        patch.object(gradients, "is_asynchronous", lambda tensor: as_on_gpu),
-        patch.object(gradients, "_UNFOLDED", 500 * unfolded),
-        patch.object(gradients, "_COPIED", side_by_side),
+        patch.object(convolutions, "is_asynchronous", lambda tensor: as_on_gpu),
+        patch.object(convolutions, "MAX_UNFOLDED_ELEMENTS", 500 * unfolded),
+        patch.object(convolutions, "_MAX_COPIED_ELEMENTS", side_by_side),
     ):
         check_against_oracle(module, input, copies)
 
@@ -341,7 +345,7 @@ def test_low_precision_is_widened_a_few_examples_at_a_time(
     right = torch.randn(batch, steps, d).bfloat16()
     weights = torch.rand(batch)
     exact = torch.bmm(left.double().transpose(1, 2), right.double())
-    monkeypatch.setattr(gradients, "_WIDENED", 2 * (left[0].numel() + right[0].numel()))
+    monkeypatch.setattr(linears, "_MAX_WIDENED_ELEMENTS", 2 * (left[0].numel() + right[0].numel()))
     found = OuterProducts(left, right)
     assert steps == 1 or len(found._parts()) == 4
     assert_close(found.squared_norms().double(), exact.flatten(1).pow(2).sum(1), 1e-5)

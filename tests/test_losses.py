@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lightning_dp import UnsupportedModelError
 from lightning_dp.errors import FormChanged
-from lightning_dp.independence import owners
-from lightning_dp.independence.losses import Forms, PerRecordMeans
-from lightning_dp.independence.tracer import RowTracer
+from lightning_dp.training.independence import owners
+from lightning_dp.training.independence.losses import Forms, PerRecordMeans
+from lightning_dp.training.independence.tracer import RowTracer
 
 
 def understood(

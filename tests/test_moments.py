@@ -14,8 +14,8 @@ from lightning_dp.accounting import moments
 from lightning_dp.accounting.cost import event_delta, event_epsilon
 from lightning_dp.accounting.events import Magnitudes, ShiftedNoiseDpEvent
 from lightning_dp.accounting.rdp import _step_rdp
-from lightning_dp.encoding import FlatCodebook, PowerLawCodebook, RandomCodebook
-from lightning_dp.noise import CoordinatewiseNoise, GaussianNoise, LaplaceNoise, Noise, StudentTNoise
+from lightning_dp.mechanism.encoding.codebooks import FlatCodebook, PowerLawCodebook, RandomCodebook
+from lightning_dp.mechanism.noise import CoordinatewiseNoise, GaussianNoise, LaplaceNoise, Noise, StudentTNoise
 
 SHIFTS = [1e-6, 1e-3, 0.05, 0.7, 3.0]
 

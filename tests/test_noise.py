@@ -10,8 +10,16 @@ from dp_accounting import GaussianDpEvent, NonPrivateDpEvent
 from scipy import stats
 
 from lightning_dp.accounting.events import Magnitudes, ShiftedNoiseDpEvent
-from lightning_dp.noise import BLOCK, NOISES, CoordinatewiseNoise, GaussianNoise, LaplaceNoise, Noise, StudentTNoise
-from lightning_dp.randomness import Randomness
+from lightning_dp.mechanism.noise import (
+    BLOCK,
+    NOISES,
+    CoordinatewiseNoise,
+    GaussianNoise,
+    LaplaceNoise,
+    Noise,
+    StudentTNoise,
+)
+from lightning_dp.mechanism.randomness import Randomness
 
 
 def draw(noise: Noise, multiplier: float, sensitivity: float, size: int = 20_000) -> torch.Tensor:

@@ -15,6 +15,7 @@ from dp_accounting import GaussianDpEvent, NonPrivateDpEvent
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning_dp.checks import PrivacyConfigurationError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -28,17 +29,16 @@ from lightning_dp import (
     PrivateProjection,
     PrivateStrategy,
     card_of_run,
-    pca,
     render_card,
 )
 from lightning_dp.accounting.cost import event_epsilon
 from lightning_dp.accounting.events import subsampled_gaussian
-from lightning_dp.checks import PrivacyConfigurationError
 from lightning_dp.errors import JournalError, PrivacyLimitReached
 from lightning_dp.journal.contents import JOURNAL_NAME, JournalContents
 from lightning_dp.journal.writer import PrivacyJournal
-from lightning_dp.pca import principal_directions, second_moment, symmetric, upper_triangle
-from lightning_dp.strategy import PrivateMixin
+from lightning_dp.statistics import projection as pca
+from lightning_dp.statistics.projection import principal_directions, second_moment, symmetric, upper_triangle
+from lightning_dp.training.strategy import PrivateMixin
 from tests.conftest import Net, dataset, fit, loader, trainer
 from tests.test_noise import is_gaussian_of_std
 

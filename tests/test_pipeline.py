@@ -11,15 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_dp import BackpropClipping, PerLayerClipping, pipeline
+from lightning_dp import BackpropClipping, PerLayerClipping
 from lightning_dp.accounting.ledger import PrivacyLedger
-from lightning_dp.clipping import Bounding, FlatClipping
-from lightning_dp.engines import BookKeeping
 from lightning_dp.errors import PrivacyLimitReached
-from lightning_dp.gradients import Dense
-from lightning_dp.noise import GaussianNoise
-from lightning_dp.pipeline import PrivateStep
-from lightning_dp.randomness import Randomness
+from lightning_dp.gradients.base import Dense
+from lightning_dp.gradients.engines import BookKeeping
+from lightning_dp.mechanism import step as pipeline
+from lightning_dp.mechanism.clipping import Bounding, FlatClipping
+from lightning_dp.mechanism.noise import GaussianNoise
+from lightning_dp.mechanism.randomness import Randomness
+from lightning_dp.mechanism.step import PrivateStep
 from tests.test_noise import is_gaussian_of_std
 
 

@@ -6,8 +6,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lightning_dp.cli import main
-from lightning_dp.plots import RunLog, accuracy_metric, draw, read_run, wandb_records
+from lightning_dp.cli.command import main
+from lightning_dp.reporting.logs import RunLog, read_run, wandb_records
+from lightning_dp.reporting.plots import accuracy_metric, draw
 
 
 def write_csv(folder: Path, slope: float = 1.0) -> Path:

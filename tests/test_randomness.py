@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_dp import FlatClipping, GaussianNoise, GradientEncoding, LaplaceNoise, PrivateStrategy
-from lightning_dp.randomness import Randomness
+from lightning_dp.mechanism.randomness import Randomness
 from tests.conftest import Net, fit, loader, trainer
 from tests.test_noise import is_gaussian_of_std
 

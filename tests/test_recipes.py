@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_dp import recipes
-from lightning_dp.cli import COMMANDS, main
+from lightning_dp.cli.command import COMMANDS, main
 from lightning_dp.errors import RecipeError
 from lightning_dp.recipes import compose, headline, merge, self_contained, shipped_recipes, to_yaml
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_dp.independence import owners
-from lightning_dp.independence.tracer import Reads, RowTracer
+from lightning_dp.training.independence import owners
+from lightning_dp.training.independence.tracer import Reads, RowTracer
 
 B = 5
 

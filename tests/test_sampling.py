@@ -21,14 +21,9 @@ from torch.utils.data import (
     random_split,
 )
 
-from lightning_dp.randomness import Randomness
-from lightning_dp.sampling import (
-    PoissonBatchSampler,
-    PoissonDataLoader,
-    draw_poisson_sample,
-    fingerprint,
-    records_and_batch_size,
-)
+from lightning_dp.mechanism.randomness import Randomness
+from lightning_dp.mechanism.sampling import PoissonBatchSampler, draw_poisson_sample
+from lightning_dp.training.loader import PoissonDataLoader, fingerprint, records_and_batch_size
 from lightning_dp.zoo.data import TensorTable
 
 

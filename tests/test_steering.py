@@ -105,7 +105,7 @@ def test_a_batch_that_is_skipped_is_refused() -> None:
 
 
 def test_clipping_by_the_trainer_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_dp import steering
+    from lightning_dp.training import steering
 
     lines: list[str] = []
     monkeypatch.setattr(steering, "rank_zero_info", lines.append)

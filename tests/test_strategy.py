@@ -19,6 +19,8 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
 )
 from lightning.pytorch.loggers import CSVLogger
+from lightning_dp.checks import PrivacyConfigurationError
+from lightning_dp.records import UnsupportedModelError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import MeanMetric
@@ -34,10 +36,8 @@ from lightning_dp import (
     PrivacyMonitor,
     PrivateStrategy,
 )
-from lightning_dp.checks import PrivacyConfigurationError
-from lightning_dp.randomness import Randomness
-from lightning_dp.records import UnsupportedModelError
-from lightning_dp.sampling import draw_poisson_sample
+from lightning_dp.mechanism.randomness import Randomness
+from lightning_dp.mechanism.sampling import draw_poisson_sample
 from tests.conftest import DEVICE, Net, assert_close, dataset, fit, loader, oracle_gradients, trainer
 from tests.test_layers import EXAMPLES, randn
 from tests.test_noise import is_gaussian_of_std

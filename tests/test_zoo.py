@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lightning_dp import DifferentialPrivacy
-from lightning_dp.checks import check_model
-from lightning_dp.engines import BookKeeping
+from lightning_dp.gradients.engines import BookKeeping
+from lightning_dp.training.checks.model import check_model
 from lightning_dp.zoo import (
     MLP,
     CIFAR10DataModule,

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_dp import DifferentialPrivacy
-from lightning_dp.checks import check_model
-from lightning_dp.engines import BookKeeping
+from lightning_dp.gradients.engines import BookKeeping
+from lightning_dp.training.checks.model import check_model
 from lightning_dp.zoo import BagOfWords, Classifier, SST2DataModule, TextTransformer
 from lightning_dp.zoo.text import PADDING, tokenize
 from tests.conftest import assert_close, fit, oracle_gradients, trainer

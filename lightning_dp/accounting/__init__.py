@@ -1,11 +1,6 @@
 """What it costs: events, ledger, ε and δ, and noise for a target. Knows no tensors."""
 
-from lightning_dp.accounting.calibration import (
-    affordable_steps,
-    calibrate_noise,
-    calibrate_schedule,
-    calibrate_steps,
-)
+from lightning_dp.accounting.calibration import affordable_steps, calibrate_noise, calibrate_schedule, calibrate_steps
 from lightning_dp.accounting.cost import event_delta, event_epsilon
 from lightning_dp.accounting.events import (
     ACCOUNTANTS,

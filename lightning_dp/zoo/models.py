@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from lightning_dp.centering import PrivateCentering
-from lightning_dp.pca import PrivateProjection
+from lightning_dp.statistics.centering import PrivateCentering
+from lightning_dp.statistics.projection import PrivateProjection
 
 
 class MLP(nn.Sequential):

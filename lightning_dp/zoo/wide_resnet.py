@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vjp, vmap
 
-from lightning_dp.gradients import Mapped, PerExampleGradient
-from lightning_dp.layers import convolution, register_rule
+from lightning_dp.gradients.base import PerExampleGradient
+from lightning_dp.gradients.rules.layers import convolution
+from lightning_dp.gradients.rules.registry import register_rule
+from lightning_dp.gradients.tied import Mapped
 
 
 class StandardizedConv2d(nn.Conv2d):

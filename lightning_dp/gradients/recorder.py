@@ -1,0 +1,356 @@
+"""Recording what each trainable layer saw and what came back: its input and the gradient at its output.
+
+While a `Recorder` is recording, the trainable parameters do not require grad, so autograd computes no ordinary weight
+gradients; the layers' outputs do, so that the gradient still flows to every one of them. Hooks live only as long as
+one forward pass: outside it the user's module is exactly as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
+
+from lightning_dp.errors import ACTIVATION_CHECKPOINTING, UnsupportedModelError
+from lightning_dp.gradients.forms import CallForms
+from lightning_dp.gradients.model import getattr_path, trainable
+from lightning_dp.gradients.rules.attention import LinearMap, calls_linear, forward_with_linear, linear_map
+from lightning_dp.gradients.shared_outputs import note_expanded
+from lightning_dp.gradients.source import here
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call of one layer: its input, and (after the backward) the gradient at its output."""
+
+    input: Tensor
+    version: int
+    grad_output: Tensor | None = None
+    #: All arguments, of layers whose forward is run once more.
+    arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    #: The parameters used, of layers that are made of several linear maps.
+    linear: LinearMap | None = None
+
+    def unchanged_input(self, layer: str) -> Tensor:
+        if self.input._version != self.version:
+            raise UnsupportedModelError(
+                f"Layer '{layer}': its input was modified in place after the layer used it, so its gradient cannot be "
+                "computed. Replace the in-place operation (`x += y`, `relu_`) on that tensor by an ordinary one."
+            )
+        return self.input
+
+
+class _RequireGrad(torch.autograd.Function):
+    """Makes a tensor that depends on no trainable input part of the graph, in place and without a copy.
+
+    Turning it into a leaf instead would forbid the in-place activation that often follows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, None
+
+
+class _Constants:
+    """Lets parameters be constants while their own layer's forward runs."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._depth = {id(p): 0 for p in parameters}
+        self._inside: dict[int, nn.Parameter] = {}
+
+    def of_layer(self, module: nn.Module, parameters: Iterable[nn.Parameter]) -> list[Any]:
+        """Registers the hooks; returns their handles."""
+        own = [p for p in parameters if id(p) in self._depth]
+
+        def enter(module: nn.Module, args: Any) -> None:
+            with unwatched():
+                constant()
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            with unwatched():
+                trained()
+
+        def constant() -> None:
+            for parameter in own:
+                self._depth[id(parameter)] += 1
+                self._inside[id(parameter)] = parameter
+                parameter.requires_grad_(False)
+
+        def trained() -> None:
+            for parameter in own:
+                self._depth[id(parameter)] -= 1
+                if not self._depth[id(parameter)]:
+                    parameter.requires_grad_(True)
+
+        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, prepend=True)]
+
+    def restore(self) -> None:
+        """What an error within a layer has left as it was there."""
+        for parameter in self._inside.values():
+            parameter.requires_grad_(True)
+
+
+class Recorder:
+    """Records the calls of some layers during one forward and one backward pass.
+
+    Args:
+        layers: The layers to record, by name.
+        with_arguments: Names of the layers of which all arguments are kept.
+        consume: Called with a layer's name and the call as soon as its gradient is known; the call is then forgotten.
+            ``None``: calls are kept until `take`.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        with_arguments: Collection[str] = (),
+        consume: Callable[[str, Call], None] | None = None,
+    ) -> None:
+        self._layers = dict(layers)
+        self._with_arguments = set(with_arguments)
+        self._consume = consume
+        self._parameters = [getattr_path(m, name) for m in layers.values() for name in trainable(m)]
+        self._calls: dict[str, list[Call]] = {}
+        self._listening = self._recording = False
+        #: How layers are called, once that has been found; see `lightning_dp.gradients.forms`.
+        self.forms: CallForms | None = None
+        #: A layer through whose backward pass the step differentiated again.
+        self._twice: str | None = None
+
+    @contextmanager
+    def forward(self, batch_size: int, keep_requires_grad: bool = False) -> Iterator[None]:
+        """Records the forward passes inside; every layer must see ``batch_size`` examples in its leading dimension.
+
+        Args:
+            batch_size: Number of examples in the batch that is passed through the model.
+            keep_requires_grad: Leave the parameters as they are, so that autograd computes its own gradients as well.
+        """
+        self._calls, self._twice = {}, None
+        # Within its layer's forward, a parameter is a constant. Elsewhere it is not, so that a gradient that does not
+        # come from a recorded call is found on the parameter afterwards.
+        within = _Constants([] if keep_requires_grad else [p for p in self._parameters if p.requires_grad])
+        anchor = torch.zeros((), requires_grad=True)
+        of_linear_maps = {name: module for name, module in self._layers.items() if calls_linear(module)}
+        handles = []
+        fused = torch.backends.mha.get_fastpath_enabled()  # in eval mode it passes all layers by
+        self._recording = True
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            for name, module in self._layers.items():
+                own = [getattr_path(module, path) for path in trainable(module)]
+                handles += within.of_layer(module, own)
+                if name in of_linear_maps:
+                    module.forward = forward_with_linear(module, self._make_linear(name, module, batch_size, anchor))
+                else:
+                    hook = self._make_hook(name, batch_size, anchor)
+                    handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            self._recording = False
+            torch.backends.mha.set_fastpath_enabled(fused)
+            within.restore()
+            for handle in handles:
+                handle.remove()
+            for module in of_linear_maps.values():
+                vars(module).pop("forward", None)
+        if self.forms is not None:
+            self.forms.check_constants()
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Records the backward pass inside. Backward passes elsewhere (of an attack, say) are not recorded."""
+        if self._twice is not None:
+            raise UnsupportedModelError(
+                f"Layer '{self._twice}': the loss depends on a gradient (create_graph=True, a gradient penalty), and "
+                "the gradient of that is not recorded. Use engine='per_example', which is slow but takes any loss."
+            )
+        self._listening = True
+        try:
+            yield
+        except CheckpointError as error:
+            raise UnsupportedModelError(ACTIVATION_CHECKPOINTING) from error
+        finally:
+            self._listening = False
+
+    def count(self, layer: str) -> int:
+        """How often the layer was called in this forward pass."""
+        return len(self._calls.get(layer, ()))
+
+    def take(self) -> dict[str, list[Call]]:
+        """The calls that contributed to the loss, by layer; the recorder forgets them."""
+        calls, self._calls = self._calls, {}
+        kept = {name: [call for call in calls if call.grad_output is not None] for name, calls in calls.items()}
+        return {name: calls for name, calls in kept.items() if calls}
+
+    def _refuse_second_output(self, name: str) -> None:
+        if self._listening:
+            raise UnsupportedModelError(
+                f"Layer '{name}': the loss depends on its second output (attention weights, say), which is not "
+                "recorded. Use engine='per_example'."
+            )
+
+    def _record(
+        self, name: str, call: Call, output: Tensor, anchor: Tensor, arrange: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """Keeps a call until the gradient at its output is known; returns the output to go on with.
+
+        Args:
+            arrange: Brings a tensor of the output's shape into the order that the call's input is in.
+        """
+        if not output.requires_grad:
+            output = _RequireGrad.apply(output, anchor)
+        self._calls.setdefault(name, []).append(call)
+
+        def keep(grad: Tensor) -> None:
+            if not self._listening:
+                if torch.is_grad_enabled():
+                    self._twice = name
+                return
+            if call.grad_output is not None:
+                raise UnsupportedModelError(f"Layer '{name}': more than one backward pass through one forward.")
+            call.grad_output = grad if arrange is None else arrange(grad)
+            if self._consume is not None:
+                self._consume(name, call)
+                call.input = call.grad_output = grad.new_empty(0)
+                call.arguments = None
+
+        # A linear layer over a sequence returns a view. An activation that then works in place would cut the view's
+        # own hook off; the view's base keeps it.
+        base, shape = output._base, output.shape
+        if base is not None and base.grad_fn is not None and same_memory(base, output):
+            base.register_hook(lambda grad: keep(grad.reshape(shape)))
+        else:
+            output = output.clone() if base is not None else output
+            output.register_hook(keep)
+        return output
+
+    def _make_linear(
+        self, name: str, module: nn.Module, batch_size: int, anchor: Tensor
+    ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+        """A recorded `torch.nn.functional.linear`, for time in front of the batch: ``(T, B, d)`` or ``(T · B, d)``."""
+
+        def arrange(tensor: Tensor) -> Tensor:
+            return (
+                tensor.unflatten(0, (-1, batch_size)).transpose(0, 1) if tensor.dim() == 2 else tensor.transpose(0, 1)
+            )
+
+        def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            output = F.linear(input, weight, bias)
+            if not (self._recording and torch.is_grad_enabled()):  # a copy of the layer may outlive the recording
+                return output
+            if (input.dim() == 3 and input.shape[1] != batch_size) or (input.dim() == 2 and len(input) % batch_size):
+                raise _no_batch(name, module, input, batch_size)
+            call = Call(arrange(input.detach()), input._version, linear=linear_map(module, weight, bias))
+            return self._record(name, call, output, anchor, arrange)
+
+        return linear
+
+    def _make_hook(self, name: str, batch_size: int, anchor: Tensor) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return None
+            with unwatched():
+                return recorded(module, args, kwargs, output)
+
+        def recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            rest: list[Any] | None = None
+            if name in self._with_arguments and isinstance(output, tuple) and output:
+                output, *rest = output
+            input = args[0] if args else next(iter(kwargs.values()), None)
+            if not isinstance(input, Tensor) or not isinstance(output, Tensor):
+                raise UnsupportedModelError(
+                    f"Layer '{name}' ({type(module).__name__}) was called without a tensor as its first argument, or "
+                    f"returned none, at {here()}. Call it with the batch first, or use engine='per_example', which is "
+                    "slow but takes any layer."
+                )
+            input = with_batch(input, batch_size, name, module, self.forms, self.count(name))
+            form = None if self.forms is None else self.forms.layers.get(name)
+            reduction = form.reduction if form is not None and name in self._with_arguments else None
+            if output.dim() == 0 and reduction is not None:
+                call = Call(input.detach(), input._version, arguments=(args, kwargs))
+                share = 1.0 / batch_size if reduction == "mean" else 1.0
+                return self._record(name, call, output, anchor, lambda grad: (grad * share).expand(batch_size))
+            if output.dim() == 0:
+                raise UnsupportedModelError(
+                    f"Layer '{name}' ({type(module).__name__}) returns one number for the whole batch (a loss that "
+                    "holds parameters): its gradient cannot be told apart by example. Let its forward return one "
+                    "number per example, and take the mean in training_step, or use engine='per_example'."
+                )
+            is_shared = output.shape[0] != batch_size
+            if form is not None and form.is_shared and all(form.is_shared):
+                is_shared = True
+            if output.shape[0] != batch_size:
+                # A layer whose input is the same for all examples (position numbers): every example gets its own copy.
+                output = output.expand(batch_size, *output.shape[1:])
+            call = Call(input.detach(), input._version)
+            if name in self._with_arguments:
+                call.arguments = (args, kwargs)
+            output = self._record(name, call, output, anchor)
+            if is_shared:
+                note_expanded(output)
+            if rest is None:
+                return output
+            for other in rest:
+                if isinstance(other, Tensor) and other.requires_grad:
+                    other.register_hook(lambda grad: self._refuse_second_output(name))
+            return (output, *rest)
+
+        return hook
+
+
+#: The library's own work on a layer's call is none of the step's code: modes that look at functions do not see it.
+unwatched = torch._C.DisableTorchFunction
+
+
+def same_memory(base: Tensor, view: Tensor) -> bool:
+    """Whether a view holds all of its base, in the same order."""
+    return base.numel() == view.numel() and base.is_contiguous() and view.is_contiguous()
+
+
+def with_batch(
+    input: Tensor, batch_size: int, name: str, module: nn.Module, forms: CallForms | None = None, index: int = 0
+) -> Tensor:
+    """A layer's input with one entry per example; one that all examples share is expanded.
+
+    Args:
+        input: The layer's first argument.
+        batch_size: Number of examples.
+        name, module: The layer.
+        forms: What is known of its calls. Without, an input with a leading dimension of 1 is taken for shared only
+            where no gradient flows to it.
+        index: How many calls there were before.
+
+    Raises:
+        FormChanged: The call has another form than those that were examined.
+    """
+    if forms is not None and (not input.dim() or input.shape[0] in (1, batch_size)):
+        shared = forms.is_shared(name, module, index, input, batch_size)
+        return input.expand(batch_size, *input.shape[1:]) if shared else input
+    if input.dim() and input.shape[0] == batch_size:
+        return input
+    if forms is None and input.dim() and input.shape[0] == 1 and not input.requires_grad:
+        return input.expand(batch_size, *input.shape[1:])
+    raise _no_batch(name, module, input, batch_size)
+
+
+def _no_batch(name: str, module: nn.Module, input: Tensor, batch_size: int) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"Layer '{name}' ({type(module).__name__}) received an input of shape {tuple(input.shape)} for a batch of "
+        f"{batch_size} examples: the leading dimension must be the batch (or 1, for an input that all examples share), "
+        "or the examples cannot be told apart. Put the batch first (batch_first=True; no flattening of batch and time "
+        "into one dimension; unsqueeze(0) on position numbers), or use engine='per_example', which is slow but takes "
+        f"any layer. (Called at {here()}. A layer that is called on some records only, h[mask], can be called on all "
+        "of "
+        "them, and what is not wanted taken out of the loss: torch.where(mask, loss, 0).)"
+    )

@@ -1,0 +1,93 @@
+"""Which rule is whose: by type of layer, by name, and refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from lightning_dp.gradients.base import PerExampleGradient
+
+Rule = Callable[[Any, Tensor, Tensor], Mapping[str, PerExampleGradient]]
+
+
+Refusal = Callable[[Any], str | None]
+
+
+Entry = TypeVar("Entry")
+
+
+_RULES: dict[type[nn.Module], Rule] = {}
+
+
+_RULES_BY_NAME: dict[str, Rule] = {}
+
+
+_REFUSALS: dict[type[nn.Module], Refusal] = {}
+
+
+def register_rule(*types: type[nn.Module]) -> Callable[[Rule], Rule]:
+    """Registers a rule for these module types (exactly these: a subclass may compute something else)."""
+
+    def register(rule: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(types, rule))
+        return rule
+
+    return register
+
+
+def register_rule_by_name(name: str) -> Callable[[Rule], Rule]:
+    """Registers a rule for a type of a library that need not be installed, by its full name."""
+
+    def register(rule: Rule) -> Rule:
+        _RULES_BY_NAME[name] = rule
+        return rule
+
+    return register
+
+
+def register_refusal(*types: type[nn.Module]) -> Callable[[Refusal], Refusal]:
+    """Registers why some configurations of these module types cannot be trained privately."""
+
+    def register(refusal: Refusal) -> Refusal:
+        _REFUSALS.update(dict.fromkeys(types, refusal))
+        return refusal
+
+    return register
+
+
+def rule_for(module: nn.Module) -> Rule | None:
+    """The rule of this module's type; see `registered_for`."""
+    return registered_for(module, _RULES, _RULES_BY_NAME)
+
+
+def registered_for(
+    module: nn.Module, registry: Mapping[type[nn.Module], Entry], by_name: Mapping[str, Entry]
+) -> Entry | None:
+    """What is registered for this module's type.
+
+    A subclass that keeps its parent's ``forward`` (a renamed `Linear`, say) has its parent's entry; one that overrides
+    it has none, for nobody knows what it computes.
+    """
+    for cls in type(module).__mro__:
+        if cls in registry:
+            return registry[cls] if _computes_the_same(type(module), cls) else None
+    return by_name.get(f"{type(module).__module__}.{type(module).__qualname__}")
+
+
+def _computes_the_same(cls: type[nn.Module], parent: type[nn.Module]) -> bool:
+    return cls.forward is parent.forward and getattr(cls, "_conv_forward", 0) is getattr(parent, "_conv_forward", 0)
+
+
+def refusal_for(module: nn.Module) -> str | None:
+    """Why this module, as it is configured, cannot be trained privately; ``None`` when it can."""
+    for cls in type(module).__mro__:
+        if cls in _REFUSALS:
+            return _REFUSALS[cls](module)
+    return None
+
+
+def registered_types() -> list[type[nn.Module]]:
+    """The module types that have a rule."""
+    return list(_RULES)

@@ -1,0 +1,1 @@
+"""Gradient encoding: a bound on every coordinate of what a record adds."""

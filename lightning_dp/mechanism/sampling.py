@@ -1,0 +1,71 @@
+"""Poisson sampling: every record joins every batch independently, with the same probability."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from torch.utils.data import Sampler
+
+from lightning_dp.mechanism.randomness import Randomness
+
+
+def draw_poisson_sample(num_records: int, sampling_rate: float, generator: np.random.Generator) -> np.ndarray:
+    """Indices of one Poisson sample, in no particular order.
+
+    Formal guarantee: every record is included independently with probability ``sampling_rate``.
+    Proof: the size of such a sample is binomial, and given its size it is a uniform subset.
+    Cost: O(size) time and memory, whatever ``num_records``.
+    """
+    size = int(generator.binomial(num_records, sampling_rate))
+    return generator.choice(num_records, size=size, replace=False, shuffle=False)
+
+
+class PoissonBatchSampler(Sampler[list[int]]):
+    """Yields ``⌈1/q⌉`` Poisson samples per epoch; of every sample, each of ``num_shards`` ranks takes its own share.
+
+    Args:
+        num_records: N, the number of records of the data set.
+        sampling_rate: q, the probability with which each record joins each batch.
+        randomness: The secret source; all ranks of a group must share it.
+        first_step: Called when an epoch starts, returns the number of the private step that the first batch is for.
+        shard, num_shards: This rank takes every ``num_shards``-th index of the sample, from ``shard`` on.
+        copies: How often each index is repeated, one after another: the data set augments a record anew every time.
+    """
+
+    def __init__(
+        self,
+        num_records: int,
+        sampling_rate: float,
+        randomness: Randomness,
+        first_step: Callable[[], int],
+        shard: int = 0,
+        num_shards: int = 1,
+        copies: int = 1,
+    ) -> None:
+        if not 0 < sampling_rate <= 1:
+            raise ValueError(f"sampling_rate must lie in (0, 1], got {sampling_rate}.")
+        self.num_records = num_records
+        self.sampling_rate = sampling_rate
+        self.shard, self.num_shards, self.copies = shard, num_shards, copies
+        #: Of every draw that no batch was taken for yet: the size of this rank's share, and of the whole sample, and
+        #: the share.
+        self.sizes: deque[tuple[int, int, list[int]]] = deque()
+        self._randomness = randomness
+        self._first_step = first_step
+
+    def __len__(self) -> int:
+        # 1/q is b/N in floating point: without the tolerance, N = 49 b would have 50 batches.
+        return math.ceil(1 / self.sampling_rate - 1e-6)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        sizes = self.sizes = deque()
+        first = self._first_step()
+        for step in range(first, first + len(self)):
+            generator = self._randomness.numpy("sampling", step)
+            sample = draw_poisson_sample(self.num_records, self.sampling_rate, generator)
+            share = sample[self.shard :: self.num_shards].tolist()
+            sizes.append((len(share), len(sample), share))
+            yield share if self.copies == 1 else [index for index in share for _ in range(self.copies)]

@@ -1,0 +1,1 @@
+"""What is told: privacy card, dashboards, logs, plots."""

@@ -1,0 +1,1 @@
+"""What touches Lightning: strategies, callbacks, loader, checks."""

@@ -1,0 +1,161 @@
+"""One callback that makes a plain Trainer private."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch import Callback
+
+from lightning_dp.accounting.events import Accountant
+from lightning_dp.errors import PrivacyConfigurationError
+from lightning_dp.mechanism.clipping import Bounding, FlatClipping
+from lightning_dp.mechanism.denoising import Denoiser
+from lightning_dp.mechanism.noise import GaussianNoise, Noise
+from lightning_dp.training.callbacks.budget import PrivacyBudget
+from lightning_dp.training.callbacks.card import PrivacyCard
+from lightning_dp.training.callbacks.monitor import PrivacyMonitor
+from lightning_dp.training.strategy import PrivateMixin, make_private
+
+
+class DifferentialPrivacy(Callback):
+    """Makes a plain Trainer train privately: strategy, budget, monitor and privacy card in one callback.
+
+    Example::
+
+        trainer = L.Trainer(max_epochs=20, callbacks=[DifferentialPrivacy(epsilon=3.0, delta=1e-5)])
+        trainer.fit(AnyLightningModule(), datamodule)
+
+    Args:
+        epsilon: The most that ε may become. ``None``: no limit; ``noise`` must then have a multiplier.
+        delta: The δ at which ε is stated; well below 1/N.
+        clipping, noise, denoiser, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal,
+            secure_rng, augmentation_multiplicity, per_record_means: As for `PrivateStrategy`.
+        accountant: ``"pld"`` or ``"rdp"``.
+        log_not_private: As for `PrivacyMonitor`.
+        card: Whether a `PrivacyCard` is written beside the logs at the end.
+    """
+
+    def __init__(
+        self,
+        epsilon: float | None,
+        delta: float,
+        clipping: Bounding = FlatClipping(1.0),
+        noise: Noise = GaussianNoise(),
+        denoiser: Denoiser | None = None,
+        max_physical_batch_size: int | None = None,
+        engine: str = "bookkeeping",
+        loss_reduction: str = "mean",
+        self_check: bool = True,
+        seed: int | None = None,
+        accountant: Accountant = "pld",
+        log_not_private: bool = False,
+        journal: bool = True,
+        card: bool = True,
+        secure_rng: bool = False,
+        augmentation_multiplicity: int = 1,
+        per_record_means: bool = True,
+    ) -> None:
+        if not isinstance(noise, Noise):
+            raise TypeError(f"noise must be a noise such as GaussianNoise(1.1), got {noise!r}.")
+        if epsilon is None and noise.multiplier is None:
+            raise ValueError(
+                "DifferentialPrivacy: give epsilon (the noise is then chosen for it), or "
+                "noise=GaussianNoise(multiplier=…)."
+            )
+        self.budget = None if epsilon is None else PrivacyBudget(epsilon, delta, accountant)
+        self.monitor = PrivacyMonitor(delta, accountant, log_not_private)
+        self.card = PrivacyCard(delta=delta) if card else None
+        self._clipping = clipping
+        self._configuration = {
+            "clipping": clipping,
+            "noise": noise,
+            "denoiser": denoiser,
+            "max_physical_batch_size": max_physical_batch_size,
+            "engine": engine,
+            "loss_reduction": loss_reduction,
+            "self_check": self_check,
+            "seed": seed,
+            "journal": journal,
+            "secure_rng": secure_rng,
+            "augmentation_multiplicity": augmentation_multiplicity,
+            "per_record_means": per_record_means,
+        }
+
+    @property
+    def target_epsilon(self) -> float | None:
+        """The most that ε may become; ``None``: there is no limit."""
+        return None if self.budget is None else self.budget.epsilon
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Exchanges the class of the Trainer's strategy before Lightning sets it up."""
+        if stage != "fit":
+            self._clipping.attach(pl_module)
+            return
+        if isinstance(trainer.strategy, PrivateMixin) and not trainer.strategy.made_private:
+            raise PrivacyConfigurationError(
+                "DifferentialPrivacy configures the strategy itself, and the Trainer has a private strategy already: "
+                "use either DifferentialPrivacy on a plain Trainer, or PrivateStrategy with PrivacyBudget and "
+                "PrivacyMonitor."
+            )
+        make_private(trainer.strategy, **self._configuration)
+        if self.budget:
+            self.budget.setup(trainer, pl_module, stage)
+        if self.card:
+            self.card.setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.budget:
+            self.budget.on_train_start(trainer, pl_module)
+        self.monitor.on_train_start(trainer, pl_module)
+        if self.card:
+            self.card.on_train_start(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.budget:
+            self.budget.on_train_epoch_start(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.budget:
+            self.budget.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self.monitor.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        self.monitor.on_before_backward(trainer, pl_module, loss)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.monitor.on_after_backward(trainer, pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.card:
+            self.card.on_validation_start(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.monitor.on_validation_end(trainer, pl_module)
+        if self.card:
+            self.card.on_validation_end(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.card:
+            self.card.on_train_epoch_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.budget:
+            self.budget.on_train_end(trainer, pl_module)
+        self.monitor.on_train_end(trainer, pl_module)
+        if self.card:
+            self.card.on_train_end(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self.card:
+            self.card.on_exception(trainer, pl_module, exception)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.budget.state_dict() if self.budget else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.budget and state_dict:
+            self.budget.load_state_dict(state_dict)

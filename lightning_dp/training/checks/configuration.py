@@ -1,0 +1,141 @@
+"""Checks of Trainer, mechanism and optimizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+
+from lightning_dp.errors import PrivacyConfigurationError
+from lightning_dp.gradients.engine import Engine, SummingEngine
+from lightning_dp.mechanism.clipping import Bounding
+from lightning_dp.mechanism.denoising import Denoiser
+from lightning_dp.mechanism.noise import NOISES, Noise
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuses Trainer settings under which a Lightning batch would not be one private step."""
+    module = trainer.lightning_module
+    if not module.automatic_optimization:
+        raise PrivacyConfigurationError(
+            "Manual optimization (automatic_optimization=False) decides by itself when gradients are computed and "
+            "applied, so steps cannot be accounted for. Use automatic optimization."
+        )
+    check_no_accumulation(trainer)
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise PrivacyConfigurationError(
+            "training_step(dataloader_iter) fetches batches by itself, so steps cannot be matched to samples. Take a "
+            "batch instead: training_step(self, batch, batch_idx)."
+        )
+    if trainer.overfit_batches:
+        raise PrivacyConfigurationError(
+            "overfit_batches repeats the same batches, which are not Poisson samples. To train on few records, pass a "
+            "torch.utils.data.Subset of them; for a quick trial, use fast_dev_run or limit_train_batches."
+        )
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    if scaler is not None:
+        raise PrivacyConfigurationError(
+            "precision='16-mixed' scales the loss and skips steps depending on the data, which the accountant cannot "
+            "see. Use precision='bf16-mixed', 'bf16-true' or '32-true'."
+        )
+    if trainer.precision == "16-true":
+        raise PrivacyConfigurationError(
+            "precision='16-true' overflows in per-example norms and noise. Use 'bf16-mixed', 'bf16-true' or '32-true'."
+        )
+
+
+def check_precision(trainer: pl.Trainer, clipping: Bounding) -> None:
+    """Refuses precisions in which a rule's sums are rounded by more than its bound."""
+    if not clipping.allows_low_precision and str(trainer.precision) not in ("32-true", "64-true"):
+        raise PrivacyConfigurationError(
+            f"precision='{trainer.precision}' with {type(clipping).__name__}: autograd adds up the batch in low "
+            "precision, and rounds the sum by more than one record may move it. Use precision='32-true', or a rule "
+            "that adds up in float32 (FlatClipping)."
+        )
+
+
+def check_mechanism(clipping: Bounding, noise: Noise, denoiser: Denoiser | None) -> None:
+    """Refuses noise that cannot be accounted for with this rule, and denoisers that do not know this noise."""
+    name = type(noise).__name__
+    if type(noise) not in NOISES.values():
+        raise PrivacyConfigurationError(
+            f"{name} has no entry in lightning_dp.noise.NOISES, so that no ledger can store what it costs."
+        )
+    try:
+        noise.event(1.0, clipping.magnitudes())
+    except ValueError as error:
+        raise PrivacyConfigurationError(f"{type(clipping).__name__} with {error}") from error
+    if denoiser is not None:
+        try:
+            denoiser.check(noise)
+        except ValueError as error:
+            raise PrivacyConfigurationError(str(error)) from error
+    if not np.isfinite(noise.density().log_moments(1.0, 2)).all():
+        raise PrivacyConfigurationError(
+            f"{name}: the ratio of its density and the same density shifted has no finite moment of order 2, so that "
+            "no Rényi divergence bounds what it reveals. Use GaussianNoise, LaplaceNoise or StudentTNoise."
+        )
+
+
+def check_augmentations(engine: Engine, clipping: Bounding, multiplicity: int) -> None:
+    """Refuses several augmentations of a record where they cannot be averaged before they are bounded."""
+    if multiplicity > 1 and isinstance(engine, SummingEngine):
+        raise PrivacyConfigurationError(
+            f"augmentation_multiplicity={multiplicity}: {type(clipping).__name__} forms its sum within the backward "
+            "pass, where every augmentation would count as a record of its own. Use a rule that bounds per-example "
+            "gradients, such as FlatClipping, or augmentation_multiplicity=1."
+        )
+
+
+def check_no_accumulation(trainer: pl.Trainer) -> None:
+    """Refuses gradient accumulation over Lightning batches."""
+    if trainer.accumulate_grad_batches != 1:
+        raise PrivacyConfigurationError(
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches}: a union of Poisson batches is not a Poisson "
+            "batch. Give the DataLoader the whole (logical) batch size, and PrivateStrategy or DifferentialPrivacy "
+            "max_physical_batch_size=… for what fits into memory; the result does not depend on it."
+        )
+
+
+def check_optimizers(trainer: pl.Trainer, engine: Engine) -> None:
+    """The parameters that are optimized and those that are bounded must be the same objects."""
+    optimizers = trainer.strategy.optimizers
+    if len(optimizers) != 1:
+        raise PrivacyConfigurationError(
+            f"configure_optimizers returned {len(optimizers)} optimizers; one private step feeds exactly one."
+        )
+    [optimizer] = optimizers
+    if isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.LBFGS):
+        raise PrivacyConfigurationError(
+            "LBFGS evaluates the gradient several times per step on one batch, each a further release. Use a "
+            "first-order optimizer (SGD, Adam, …)."
+        )
+    optimized = {id(p): p for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+    bounded = {id(p): name for name, p in engine.parameters.items()}
+    foreign = [tuple(p.shape) for key, p in optimized.items() if key not in bounded]
+    if foreign:
+        raise PrivacyConfigurationError(
+            f"The optimizer holds parameters that are not (or no longer) the module's, of shapes {foreign}: they would "
+            "be trained without privacy or not at all. Create the optimizer in configure_optimizers from "
+            "self.parameters(), after all layers exist (adapters injected later, or layers made anew in "
+            "configure_model, are other objects)."
+        )
+    missing = [name for key, name in bounded.items() if key not in optimized]
+    if missing:
+        raise PrivacyConfigurationError(
+            f"Trainable parameters that the optimizer does not hold: {missing}. They would take a share of the "
+            "clipping norm for nothing. Give them to the optimizer, or freeze them with requires_grad_(False)."
+        )
+
+
+def warn_about_delta(delta: float, num_records: int) -> None:
+    """δ ≥ 1/N allows a mechanism that publishes one record at random."""
+    if delta >= 1 / num_records:
+        rank_zero_warn(
+            f"delta={delta:g} is not below 1/N = {1 / num_records:.3g} for the {num_records} records of the train set: "
+            "at such a δ, publishing a whole record chosen at random would count as private. Choose a smaller one."
+        )

@@ -1,0 +1,150 @@
+"""Checks of the model: which layers cannot be trained privately, and what to do."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+from torch import nn
+
+from lightning_dp.errors import UnsupportedModelError
+from lightning_dp.gradients.model import getattr_path, trainable, trained_layers
+from lightning_dp.gradients.rules.registry import refusal_for, rule_for
+
+_WAY_OUT = "or use engine='per_example', which is slow but takes any layer"
+
+
+def check_model(module: pl.LightningModule, engine: str) -> None:
+    """Refuses modules whose per-example gradients are not defined, or that the engine has no rule for."""
+    refused: dict[tuple[str, str], list[str]] = {}
+    for name, child in module.named_modules():
+        reason = refusal_for(child)
+        if reason:
+            refused.setdefault((type(child).__name__, reason), []).append(name)
+    problems = [_of_layers(names, kind, reason) for (kind, reason), names in refused.items()]
+    if engine == "bookkeeping":
+        without: dict[tuple[str, str], list[str]] = {}
+        for name, child in trained_layers(module).items():
+            for reason in [] if refusal_for(child) else _without_rule(name, child):
+                without.setdefault((type(child).__name__, reason), []).append(name)
+        problems += [
+            reason if names == [""] else _of_layers(names, kind, reason) for (kind, reason), names in without.items()
+        ]
+        problems += _compiled(module) + _tied(module)
+    problems += _odd_parameters(module)
+    hooked = [name for name, p in module.named_parameters() if p.requires_grad and has_hooks(p)]
+    if hooked:
+        problems.append(
+            f"parameters {hooked} have gradient hooks (register_hook, register_post_accumulate_grad_hook, "
+            "wandb.watch), which would see gradients without noise; remove them, and look at p.grad in "
+            "on_after_backward, where the noise is in"
+        )
+    if problems:
+        listed = "\n  - ".join(["This model cannot be trained privately as it is:", *problems])
+        raise UnsupportedModelError(listed if len(listed) <= 2000 else f"{listed[:1990]} …")
+    if not any(p.requires_grad for p in module.parameters()):
+        raise UnsupportedModelError("The model has no parameter that requires a gradient: there is nothing to train.")
+
+
+def _odd_parameters(module: nn.Module) -> list[str]:
+    """Parameters that have no numbers yet, or complex ones."""
+    problems = []
+    lazy = [name for name, p in module.named_parameters() if isinstance(p, nn.UninitializedParameter)]
+    if lazy:
+        problems.append(
+            f"parameters {lazy[:4]} of lazy layers have no shape yet: pass a batch (of zeros) through the module "
+            "once in "
+            "configure_model or before the fit"
+        )
+    named = {name: p for name, p in module.named_parameters() if name not in lazy}
+    complex_ones = [name for name, p in named.items() if p.requires_grad and p.is_complex()]
+    if complex_ones:
+        problems.append(
+            f"parameters {complex_ones[:4]} are complex, for which no bound is proven: hold the two parts as one real "
+            "parameter, and use torch.view_as_complex(parameter)"
+        )
+    return problems
+
+
+def _of_layers(names: list[str], kind: str, reason: str) -> str:
+    """One line for all layers of a type with the same problem."""
+    shown = ", ".join(f"'{name}'" for name in names[:_NAMED])
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"layer{'s' if len(names) > 1 else ''} {shown}{more} ({kind}): {reason}"
+
+
+def _few(names: list[str]) -> list[str]:
+    return names if len(names) <= _NAMED else [*names[:_NAMED], "…"]
+
+
+#: Layers that a line names.
+_NAMED = 4
+
+
+def _without_rule(name: str, module: nn.Module) -> list[str]:
+    """What no rule covers and cannot be run once more on its own."""
+    own = trainable(module)
+    if not own:
+        return []
+    if isinstance(module, pl.LightningModule) and not name:
+        return [
+            f"the {type(module).__name__} itself holds the parameters {own}: training_step uses them in a way that the "
+            "engine cannot see; put them into a module of their own, with a forward that applies them, freeze them "
+            f"(requires_grad_(False)), {_WAY_OUT}"
+        ]
+    if isinstance(module, nn.RNNBase):
+        return [
+            f"its fused kernel hides the gradients of the single steps; use "
+            f"opacus.layers.DP{type(module).__name__}, which takes the same arguments and weights (or let "
+            f"`opacus.validators.ModuleValidator.fix` exchange it), {_WAY_OUT}"
+        ]
+    if type(module).forward is nn.Module.forward:
+        return [
+            f"it holds the parameters {_few(own)} and has no forward of its own (a ParameterList, a parametrization): "
+            "what uses them cannot be seen; hold them in the module that uses them, "
+            f"freeze them (requires_grad_(False)), {_WAY_OUT}"
+        ]
+    unknown = [p for p in own if p not in ("weight", "bias")] if rule_for(module) else []
+    if unknown:
+        return [f"its rule does not know the parameters {unknown} (weight_norm, pruning?); remove them, {_WAY_OUT}"]
+    return []
+
+
+def _compiled(module: pl.LightningModule) -> list[str]:
+    names = [
+        name or type(module).__name__
+        for name, child in module.named_modules()
+        if getattr(child, "_compiled_call_impl", None) is not None or type(child).__name__ == "OptimizedModule"
+    ]
+    if getattr(module, "_compiler_ctx", None) is not None:
+        names = [type(module).__name__]
+    if not names:
+        return []
+    return [
+        f"{', '.join(names)}: torch.compile hides the layers from the engine; pass the uncompiled module, {_WAY_OUT}"
+    ]
+
+
+def _tied(module: nn.Module) -> list[str]:
+    """Tied parameters are exact when every use is a linear map, a look-up, or of a kind that can be materialised."""
+    uses: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for name, child in trained_layers(module).items():
+        for own in trainable(child):
+            uses.setdefault(id(getattr_path(child, own)), []).append((name, child, own))
+    problems = []
+    for shared in uses.values():
+        roles = {own for _, _, own in shared}
+        if len(shared) > 1 and len(roles) > 1:
+            layers = ", ".join(f"'{name}.{own}'" for name, _, own in shared)
+            problems.append(
+                f"{layers} are one parameter in different roles, which no rule covers; untie them, {_WAY_OUT}"
+            )
+    return problems
+
+
+def has_hooks(parameter: nn.Parameter) -> bool:
+    """Whether something was registered that is called with the parameter's gradient."""
+    return bool(parameter._backward_hooks) or bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether the module normalises over the batch when it is in training mode."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)

@@ -1,0 +1,272 @@
+"""The row tracer: follows who owns every number through the operations of a training step.
+
+A `RowTracer` is a `torch.utils._python_dispatch.TorchDispatchMode`, so it sees every operation that PyTorch runs, of
+the user's code and of libraries. Owners are kept per storage and not per tensor: views need no rule, and writes through
+a view reach everything that shares its memory. What each operation does to owners is in
+`lightning_dp.training.independence.operations`; operations that are not listed there are probed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_dp.gradients.source import here, is_own_work
+from lightning_dp.training.independence import operations
+from lightning_dp.training.independence.owners import MIXED, PUBLIC, RANDOM, State, compress, constant
+
+#: Functions by which a tensor's values become Python's or NumPy's without an operation.
+READS = frozenset(("tolist", "numpy", "__array__", "__dlpack__"))
+
+
+@dataclass(frozen=True, eq=False)
+class Read:
+    """Values that became Python's.
+
+    Attributes:
+        shape: Of the tensor that was read.
+        owner: Whose they are; ``None``: they are public.
+        line: Where.
+    """
+
+    shape: torch.Size
+    owner: Tensor | None = None
+    line: str = ""
+
+    def of(self, record: int) -> Tensor | None:
+        """Which of the values are one record's; ``None``: none is."""
+        return self._where(lambda owner: owner == record)
+
+    def of_several(self) -> Tensor | None:
+        """Which of the values depend on several records; ``None``: none does."""
+        return self._where(lambda owner: owner < RANDOM)
+
+    def _where(self, is_wanted: Callable[[Tensor], Tensor]) -> Tensor | None:
+        if self.owner is None:
+            return None
+        wanted = is_wanted(self.owner)
+        return wanted.expand(self.shape) if bool(wanted.any()) else None
+
+
+Geometry = tuple[tuple[int, ...], tuple[int, ...], int, int]
+
+
+def _geometry(tensor: Tensor) -> Geometry:
+    return tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()), tensor.element_size()
+
+
+@dataclass(eq=False)
+class _Cell:
+    """One storage: the owners of what was written to it, in the geometry in which that was written."""
+
+    storage: Any
+    geometry: Geometry
+    state: State
+    #: Owners of every element of the storage, once somebody looks at it in another geometry.
+    full: Tensor | None = None
+    views: dict[Geometry, State] = field(default_factory=dict)
+
+    def elements(self) -> Tensor:
+        """One owner per element of the storage."""
+        if self.full is None:
+            shape, stride, offset, size = self.geometry
+            self.full = torch.full((self.storage.nbytes() // size,), PUBLIC, dtype=self.state.owner.dtype)
+            self.full.as_strided(shape, stride, offset).copy_(self.state.owner.expand(shape))
+        return self.full
+
+    def read(self, geometry: Geometry) -> State:
+        if geometry == self.geometry:
+            return self.state
+        if geometry not in self.views:
+            shape, stride, offset, size = geometry
+            full, own = self.elements(), self.geometry[3]
+            if size < own:  # real numbers within complex ones
+                full = full.repeat_interleave(own // size)
+            elif size > own:
+                full = full[:: size // own]
+            self.views[geometry] = self.state.with_owner(full.as_strided(shape, stride, offset))
+        return self.views[geometry]
+
+    def write(self, geometry: Geometry, state: State) -> None:
+        shape, stride, offset, size = geometry
+        whole = geometry == self.geometry
+        if not whole and size == self.geometry[3]:
+            full = self.elements()
+            full.as_strided(shape, stride, offset).copy_(state.owner.expand(shape))
+            old = self.state
+            terms = state.terms if old.terms is None else old.terms
+            why = state.why or old.why
+            own_shape, own_stride, own_offset, _ = self.geometry
+            owner = compress(full.as_strided(own_shape, own_stride, own_offset))
+            state = State(owner, old.ragged, why, terms)
+        elif not whole:
+            state = State(constant(MIXED, len(self.geometry[0])), why=state.why or "a write in another data type")
+            self.full = None
+        else:
+            self.full = None
+        self.state, self.views = state, {}
+
+
+class RowTracer(TorchDispatchMode):
+    """Knows, of every tensor, which record each of its numbers depends on.
+
+    Args:
+        examples: B, the number of records in the batch that is passed through.
+    """
+
+    def __init__(self, examples: int) -> None:
+        super().__init__()
+        self.examples = examples
+        #: Lines where a value that depends on records was read, and what read it: a decision may depend on it.
+        self.decisions: dict[str, str] = {}
+        #: Lines where nobody could tell whether a record's place in the batch matters.
+        self.places: dict[str, str] = {}
+        #: Values that became Python's, in order, public ones as well.
+        self.reads: list[Read] = []
+        #: The batch's own numbers, by place among its leaves; and numbers that they were compared with.
+        self.labels: dict[int, Tensor] = {}
+        self.constants: set[tuple[int, float]] = set()
+        #: Whether random numbers were drawn.
+        self.drew = False
+        self.operations = 0
+        #: Whether the batch holds what cannot be followed (strings), of which tensors may be made.
+        self.opaque = False
+        self._cells: dict[int, _Cell] = {}
+        self._probes: dict[Any, Any] = {}
+
+    # -- states ----------------------------------------------------------------------------------------------------
+
+    def state(self, tensor: Any) -> State | None:
+        """What is known of a tensor; ``None``: it is public."""
+        cell = self._cells.get(_key(tensor)) if isinstance(tensor, Tensor) else None
+        if cell is None or not tensor.numel():
+            return None
+        return cell.state if _is_sparse(tensor) else cell.read(_geometry(tensor))
+
+    def set(self, tensor: Tensor, state: State) -> None:
+        """Says what is known of a tensor in memory of its own."""
+        if _is_sparse(tensor):
+            self._cells[_key(tensor)] = _Cell(tensor, ((), (), 0, 1), state)
+        elif tensor.numel():
+            storage = tensor.untyped_storage()
+            self._cells[storage._cdata] = _Cell(storage, _geometry(tensor), state)
+
+    def own(self, tensor: Tensor, owner: Tensor, ragged: bool = False) -> None:
+        """Says who owns the numbers of an input."""
+        if tensor.numel():
+            self.set(tensor, State(compress(owner.expand(tensor.shape)), ragged))
+
+    def write(self, tensor: Tensor, state: State) -> None:
+        """Says what has been written into a tensor, or into the part of one that it shows."""
+        if not tensor.numel():
+            return
+        cell = self._cells.get(_key(tensor))
+        if cell is not None:
+            cell.write(_geometry(tensor), state)
+            return
+        storage, geometry = tensor.untyped_storage(), _geometry(tensor)
+        count = storage.nbytes() // tensor.element_size()
+        if count == tensor.numel():
+            self._cells[storage._cdata] = _Cell(storage, geometry, state)
+        else:  # a part of a public tensor
+            flat: Geometry = ((count,), (1,), 0, tensor.element_size())
+            cell = _Cell(storage, flat, State(constant(PUBLIC, 1), state.ragged, state.why, state.terms))
+            cell.write(geometry, state)
+            self._cells[storage._cdata] = cell
+
+    def written_since(self, tensor: Tensor) -> State | None:
+        """The state of a tensor's memory, whatever shape it is looked at in; ``None``: nothing of it is known."""
+        cell = self._cells.get(_key(tensor))
+        return None if cell is None else cell.state
+
+    # -- notes -----------------------------------------------------------------------------------------------------
+
+    def decide(self, what: str) -> None:
+        """Notes that something may be decided by what records hold."""
+        self.decisions.setdefault(here(), what)
+
+    def read(self, tensor: Tensor) -> None:
+        """Notes that a tensor's values become Python's."""
+        if is_own_work():
+            return
+        state = self.state(tensor)
+        known = state is not None and not state.is_public
+        self.reads.append(Read(tensor.shape, state.owner if state and known else None, here() if known else ""))
+
+    def compared(self, name: str, tensor: Tensor, value: Any) -> None:
+        """Notes what the batch's own numbers are compared with: a record may hold that, or something beside it."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return
+        for place, label in self.labels.items():
+            same_memory = _key(label) == _key(tensor)
+            if not same_memory and (label.numel() != tensor.numel() or not _same_values(label, tensor)):
+                continue
+            if label.is_floating_point():
+                near = [value, value + max(1e-3, abs(value) / 20), value - max(1e-3, abs(value) / 20)]
+            elif label.device.type == "cpu" or name in ("eq", "ne", "isin"):
+                near = [int(value)] if name in ("eq", "ne", "isin") else [int(value) + i for i in (-1, 0, 1)]
+            else:  # an index that is out of range ends a program on such a device
+                least, most = int(label.min()), int(label.max())
+                near = [n for n in (int(value) - 1, int(value), int(value) + 1) if least <= n <= most]
+            self.constants |= {(place, float(n)) for n in near}
+
+    def doubt_place(self, what: str) -> None:
+        """Notes that nobody could tell whether places matter."""
+        self.places.setdefault(here(), what)
+
+    def mixed(self, dims: int, what: str) -> State:
+        """The state of a result that depends on several records."""
+        return State(constant(MIXED, dims), why=f"{what} at {here()}")
+
+    def probes(self) -> dict[Any, Any]:
+        """What probing has found so far, by operation, shapes and owners."""
+        return self._probes
+
+    # -- every operation -------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.operations += 1
+        self.drew |= torch.Tag.nondeterministic_seeded in func.tags
+        return operations.follow(self, func, args, kwargs)
+
+
+def _is_sparse(tensor: Tensor) -> bool:
+    return tensor.layout != torch.strided
+
+
+def _key(tensor: Tensor) -> int:
+    return -id(tensor) if _is_sparse(tensor) else int(tensor.untyped_storage()._cdata)
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    return bool((one.flatten() == other.detach().flatten().to(one.device)).all())
+
+
+class Reads(TorchFunctionMode):
+    """Notes the ways in which a tensor's values become Python's or NumPy's without an operation."""
+
+    def __init__(self, tracer: RowTracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in READS and args:
+            self._tracer.read(args[0])
+            if self._tracer.state(args[0]) is not None:
+                self._tracer.decide(f"{name}()")
+        return func(*args, **(kwargs or {}))
+
+
+def tensors_in(tree: Any) -> Sequence[Tensor]:
+    """The tensors of a tree."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

@@ -1,0 +1,296 @@
+"""Train loaders that draw Poisson samples, and data sets that they can draw from."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
+from torch.utils.data.distributed import DistributedSampler
+
+from lightning_dp.mechanism.sampling import PoissonBatchSampler
+from lightning_dp.training.batches import map_examples
+
+
+class _CollateOrEmpty:
+    """The user's collate function, and a batch of zero examples for an empty draw."""
+
+    def __init__(self, collate_fn: Callable[[Any], Any], dataset: Any) -> None:
+        self.collate_fn, self.dataset = collate_fn, dataset
+
+    def __call__(self, examples: Any) -> Any:
+        if isinstance(examples, list) and not examples:
+            template = self.collate_fn([self.dataset[0]])
+            try:
+                return map_examples(template, 1, lambda part: part[:0])
+            except (TypeError, ValueError):
+                return template  # only its form is ever looked at: no training step sees the batch of an empty draw
+        return self.collate_fn(examples)
+
+
+class PoissonIterator(Iterator[Any]):
+    """Iterates over a loader's batches, and knows how many examples the last one was drawn for.
+
+    The order of batches is the order of draws, so sizes can be matched to batches however many workers prefetch.
+    """
+
+    def __init__(self, batches: Iterator[Any], sampler: PoissonBatchSampler) -> None:
+        self._batches, self._sampler = batches, sampler
+        self._sizes: deque[tuple[int, int, list[int]]] | None = None
+        #: Number of examples that were drawn for the batch that was returned last, and over all ranks.
+        self.last_size = self.last_total = 0
+        #: The records of this rank that were drawn for it.
+        self.last_records: list[int] = []
+
+    def __next__(self) -> Any:
+        batch = next(self._batches)
+        if self._sizes is None:  # the sampler has begun drawing for this iterator
+            self._sizes = self._sampler.sizes
+        self.last_size, self.last_total, self.last_records = self._sizes.popleft()
+        if batch is None:
+            raise TypeError(
+                "The collate function returned None. Whether a step happens must not depend on the data: return a "
+                "batch for every draw."
+            )
+        return batch
+
+
+@dataclass(frozen=True)
+class RecordIndex:
+    """Stands for a record of a data set that only makes whole batches."""
+
+    index: int
+
+
+class PoissonDataLoader(DataLoader[Any]):
+    """A train loader that draws Poisson batches."""
+
+    def __init__(self, dataset: Any, batch_sampler: PoissonBatchSampler, **kwargs: Any) -> None:
+        super().__init__(dataset, batch_sampler=batch_sampler, **kwargs)
+        self.poisson = batch_sampler
+
+    @classmethod
+    def replacing(cls, loader: DataLoader[Any], batch_sampler: PoissonBatchSampler) -> PoissonDataLoader:
+        """A Poisson loader over the same data set, with the same workers, collation and memory pinning."""
+        kept = ("num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context", "generator")
+        kwargs = {name: getattr(loader, name) for name in kept}
+        if loader.num_workers:
+            kwargs |= {name: getattr(loader, name) for name in ("prefetch_factor", "persistent_workers")}
+        kwargs["collate_fn"] = _CollateOrEmpty(loader.collate_fn, loader.dataset)
+        return cls(loader.dataset, batch_sampler, **kwargs)
+
+    def __iter__(self) -> PoissonIterator:  # type: ignore[override]
+        return PoissonIterator(super().__iter__(), self.poisson)
+
+    def collate_records(self, indices: list[int]) -> Any:
+        """The batch that consists of these records, loaded in this process."""
+        together = getattr(self.dataset, "__getitems__", None)
+        records = together(indices) if together else [self.dataset[index] for index in indices]
+        return self.collate_fn(records)
+
+    def load_record(self, index: int, copies: int = 1) -> list[Any]:
+        """A record, loaded in this process, as many times as it is augmented."""
+        together = getattr(self.dataset, "__getitems__", None)
+        items: list[Any] = []
+        for _ in range(copies):
+            loaded = together([index]) if together else [self.dataset[index]]
+            # A data set may make whole batches: then its records have no form of their own.
+            items.append(loaded[0] if type(loaded) is list and len(loaded) == 1 else RecordIndex(index))
+        return items
+
+    def collate_items(self, items: list[Any]) -> Any:
+        """The batch that consists of items from `load_record`."""
+        if items and isinstance(items[0], RecordIndex):
+            return self.collate_records([item.index for item in items])
+        return self.collate_fn(items)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: a resumed run draws fresh samples. That it exists tells Lightning that resuming is exact."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to restore."""
+
+
+#: Records that are looked at to tell data sets apart.
+_LOOKED_AT = 4
+
+
+def fingerprint(dataset: Any) -> str:
+    """What two processes' data sets must agree in: length, indices of subsets, and a few records.
+
+    A record that is another one every time that it is loaded (augmented by random numbers of its own) is left out.
+    """
+    digest = hashlib.sha256(str(len(dataset)).encode())
+    part = dataset
+    while isinstance(part, Subset):
+        digest.update(np.asarray(part.indices, dtype=np.int64).tobytes())
+        part = part.dataset
+    for index in np.linspace(0, len(dataset) - 1, _LOOKED_AT).astype(int).tolist():
+        first, second = (record_bytes(dataset, index) for _ in range(2))
+        if first is not None and first == second:
+            digest.update(first)
+    return digest.hexdigest()
+
+
+def _written(value: Any) -> bytes:
+    """A record as bytes that are the same in every process."""
+    if isinstance(value, torch.Tensor):
+        flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        return f"{value.dtype}{tuple(value.shape)}".encode() + flat.numpy().tobytes()
+    if isinstance(value, Mapping):
+        return b"".join(str(key).encode() + _written(part) for key, part in value.items())
+    if isinstance(value, tuple | list):
+        return b"".join(_written(part) for part in value)
+    if isinstance(value, str | int | float | bool | None):
+        return repr(value).encode()
+    array = np.asarray(value)  # also images
+    if array.dtype == object:
+        raise TypeError("Not made of numbers.")
+    return f"{array.dtype}{array.shape}".encode() + array.tobytes()
+
+
+def record_bytes(dataset: Any, index: int) -> bytes | None:
+    """A record, loaded from the same random state every time; ``None``: it cannot be written down."""
+    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        torch.default_generator.manual_seed(index)  # torch.manual_seed takes milliseconds
+        np.random.seed(index)
+        random.seed(index)
+        return _written(dataset[index])
+    except (TypeError, ValueError, RuntimeError):  # sparse tensors, say
+        return None
+    finally:
+        torch.set_rng_state(torch_state)
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+
+
+def sources(dataset: Any) -> tuple[list[Any], np.ndarray]:
+    """Where the records of a data set come from, through ``Subset`` and ``ConcatDataset``.
+
+    Returns:
+        The data sets at the bottom, and for every record the number of its own among them, and its index there:
+        ``(N, 2)``.
+    """
+    if isinstance(dataset, Subset):
+        bases, numbers = sources(dataset.dataset)
+        return bases, numbers[np.asarray(dataset.indices, dtype=np.int64)]
+    if isinstance(dataset, ConcatDataset):
+        all_bases: list[Any] = []
+        parts = []
+        for part in dataset.datasets:
+            bases, numbers = sources(part)
+            for base in bases:
+                if not any(base is known for known in all_bases):
+                    all_bases.append(base)
+            places = np.array([next(i for i, b in enumerate(all_bases) if b is base) for base in bases], dtype=np.int64)
+            parts.append(np.stack([places[numbers[:, 0]], numbers[:, 1]], 1))
+        return all_bases, np.concatenate(parts)
+    count = len(dataset)
+    return [dataset], np.stack([np.zeros(count, dtype=np.int64), np.arange(count)], 1)
+
+
+def _refuse_repeated_records(dataset: Any, num_records: int) -> None:
+    if isinstance(dataset, Subset | ConcatDataset):
+        bases, numbers = sources(dataset)
+        keys = numbers[:num_records, 0] * max(1, *map(len, bases), 1) + numbers[:num_records, 1]
+        if len(np.unique(keys)) != num_records:
+            raise ValueError(
+                f"The train data set is a {type(dataset).__name__} that names some records several times: such a "
+                "record "
+                "would count several times in every bound. Name each record once; to weight records, weight their "
+                "losses."
+            )
+    contents: list[bytes] = []
+    end = time.monotonic() + _COMPARED_SECONDS
+    for index in np.random.default_rng(0).permutation(num_records)[:_COMPARED_MOST].tolist():
+        if len(contents) >= _COMPARED and time.monotonic() > end:
+            break
+        if (data := record_bytes(dataset, index)) is not None:
+            contents.append(data)
+    repeated = len(contents) - len(set(contents))
+    if repeated > 2 and len(set(map(len, contents))) and max(map(len, contents)) > _SMALL_RECORD:
+        warnings.warn(
+            f"lightning_dp: of {len(contents)} records that were looked at, {repeated} are copies of others. If the "
+            "data set repeats records (oversampling), a record counts several times, and ε holds for each copy by "
+            "itself: name each record once. (Different people's records may be equal: then nothing is wrong.)",
+            stacklevel=3,
+        )
+
+
+#: Records that are compared with one another: so many at least, at most, and as far as the time reaches; and the bytes
+#: up to which equal ones are nothing special.
+_COMPARED, _COMPARED_MOST, _COMPARED_SECONDS, _SMALL_RECORD = 48, 2048, 0.1, 32
+
+
+def records_and_batch_size(loader: object) -> tuple[int, int]:
+    """Number of records and batch size of a train loader that can be Poisson-sampled.
+
+    Raises:
+        TypeError, ValueError: It cannot; the message says why and what to use instead.
+    """
+    if not isinstance(loader, DataLoader):
+        raise TypeError(
+            f"The train dataloader is a {type(loader).__name__}; private training draws its own Poisson batches and "
+            "needs a torch.utils.data.DataLoader over a data set with a length."
+        )
+    if type(loader).__iter__ is not DataLoader.__iter__ and not isinstance(loader, PoissonDataLoader):
+        raise TypeError(
+            f"The train dataloader is a {type(loader).__name__}, whose own __iter__ would be replaced. Use a plain "
+            "torch.utils.data.DataLoader, and do in the data set or the collate function what it does."
+        )
+    if isinstance(loader.dataset, IterableDataset):
+        raise TypeError(
+            "The train data set is an IterableDataset: records that come in a stream cannot be Poisson-sampled, and "
+            "the privacy of any other order is not accounted for. Use a map-style data set (with __getitem__ and "
+            "__len__)."
+        )
+    sampler: Any = loader.sampler
+    plain_random = type(sampler) is RandomSampler and not sampler.replacement
+    distributed = type(sampler) is DistributedSampler
+    if not (plain_random or distributed or type(sampler) is SequentialSampler):
+        raise TypeError(
+            f"The train dataloader has a {type(sampler).__name__}: weighted, restricted or custom samplers give "
+            "records other probabilities than the accountant assumes. Leave the sampler out (shuffle=True or False, "
+            "both are replaced by Poisson sampling); to train on some records only, use torch.utils.data.Subset; to "
+            "weight records, weight their losses."
+        )
+    if loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler:
+        raise TypeError(
+            f"The train dataloader has a custom batch sampler ({type(loader.batch_sampler).__name__}), which would be "
+            "ignored. Leave it out, and give batch_size to the DataLoader instead."
+        )
+    if loader.batch_size is None:
+        raise ValueError(
+            "The train dataloader has batch_size=None; give the expected batch size to the DataLoader: "
+            "DataLoader(dataset, batch_size=…), without batch_sampler, which cannot be given beside it."
+        )
+    num_records = len(loader.dataset)  # type: ignore[arg-type]
+    named = getattr(sampler, "data_source", loader.dataset)
+    if named is not loader.dataset and isinstance(named, Sized):
+        if len(named) > num_records:
+            raise ValueError(
+                f"The train dataloader's sampler names {len(named)} records, and its data set has {num_records}."
+            )
+        num_records = len(named)  # SequentialSampler(range(100)): the first hundred
+    if num_records == 0:
+        raise ValueError("The train data set is empty.")
+    _refuse_repeated_records(loader.dataset, num_records)
+    return num_records, loader.batch_size
