@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 #: Some mutant, to have all of them made.
-FIRST = "lightning_dp.clipping.x_check_positive__mutmut_1"
+FIRST = "lightning_dp.mechanism.clipping.x_check_positive__mutmut_1"
 
 
 def run(names: list[str], processes: int) -> None:

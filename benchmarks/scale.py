@@ -36,10 +36,13 @@ from speed import CLIPPINGS, WARM_UP, Stopwatch, _collated
 from torch.utils.data import DataLoader
 
 import lightning_dp as ldp
+from lightning_dp.accounting.events import Phase
 from lightning_dp.journal.writer import PrivacyJournal
-from lightning_dp.mechanism import step as pipeline
+from lightning_dp.mechanism.mechanism import Mechanism
 from lightning_dp.mechanism.randomness import Randomness
 from lightning_dp.mechanism.sampling import PoissonBatchSampler
+from lightning_dp.mechanism.step import PrivateStep
+from lightning_dp.mechanism.sums import NoisySums
 from lightning_dp.training.distributed import parameter_hash
 from lightning_dp.zoo.data import TensorTable
 
@@ -77,7 +80,7 @@ def child(model: str, method: str, steps: int) -> None:
     torch.manual_seed(0)
     world_size, workload = int(os.environ["WORLD_SIZE"]), WORKLOADS[model]
     if method.endswith("afterwards"):
-        pipeline.PrivateStep._note_complete = lambda self, names: None  # type: ignore[method-assign]
+        NoisySums.complete = lambda self, names: None  # type: ignore[method-assign]
     strategy: Any = "ddp" if world_size > 1 else "auto"
     if method != "non-private":
         kind = ldp.PrivateDDPStrategy if world_size > 1 else ldp.PrivateStrategy
@@ -183,12 +186,12 @@ def terms(device: torch.device, coordinates: int = 2**25) -> dict[str, Any]:
             found["sample"][f"{records:.0e} records, batch {batch}"] = timed(lambda draws=draws: next(draws), device)
     module = torch.nn.Linear(2**10, coordinates // 2**10, bias=False, device=device)
     whole = ldp.FlatClipping(1.0)
-    engine: Any = whole.make_engine("bookkeeping", module)
-    step = pipeline.PrivateStep(engine, whole, ldp.GaussianNoise(), ldp.PrivacyLedger(), Randomness())
+    step = PrivateStep.of(Mechanism(whole, ldp.GaussianNoise()), module)
 
     def draw() -> None:
         step.begin(1.0, 0.1, 1.0)
-        step._totals()
+        step.contributions.hand_over()
+        step.sums.collect()
 
     found["noise per coordinate"] = timed(draw, device) / coordinates
     secure = Randomness(secure=True)
@@ -201,7 +204,7 @@ def terms(device: torch.device, coordinates: int = 2**25) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         journal = PrivacyJournal(folder, num_records=10**9, configuration={})
         journal.start_run("run", lambda: {"model_steps": 0, "configuration": {}})
-        ledger, event = ldp.PrivacyLedger(), step.event(1.0, 1e-4)
+        ledger, event = ldp.PrivacyLedger(), step.mechanism.event(1.0, 1e-4)
 
         def charge() -> None:
             for _ in range(1000):
@@ -216,7 +219,7 @@ def terms(device: torch.device, coordinates: int = 2**25) -> dict[str, Any]:
 
 def _million() -> ldp.PrivacyLedger:
     ledger = ldp.PrivacyLedger()
-    event = pipeline.Phase(1, 1e-4, 1.0, ldp.GaussianNoise().event).event()
+    event = Phase(1, 1e-4, 1.0, ldp.GaussianNoise().event).event()
     ledger.record(event, 10**6)
     return ledger
 

@@ -39,7 +39,7 @@ from lightning_dp import (
     PrivateStrategy,
     StudentTNoise,
 )
-from lightning_dp.mechanism import step as pipeline
+from lightning_dp.mechanism import sums
 from lightning_dp.training import distributed
 from tests.conftest import DEVICE, Net, dataset, loader, trainer
 
@@ -184,7 +184,7 @@ def run(case: str, world_size: int, folder: Path) -> dict[str, Any]:
     if case in ("budget", "stopped"):
         callbacks.append(PrivacyBudget(4.0, 1e-3))
     distributed.REPLICA_CHECK_EVERY = 5
-    bucket, pipeline.BUCKET = pipeline.BUCKET, 200  # so that even this network has several
+    bucket, sums.BUCKET = sums.BUCKET, 200  # so that even this network has several
     expected = 2 if case == "few_records" else EXPECTED
     error = None
     training = trainer(
@@ -203,7 +203,7 @@ def run(case: str, world_size: int, folder: Path) -> dict[str, Any]:
     except (distributed.ReplicasDiverged, PrivacyConfigurationError) as raised:
         error = str(raised)
     finally:
-        pipeline.BUCKET = bucket
+        sums.BUCKET = bucket
     private: Any = training.strategy
     return {
         "parameters": torch.cat([p.detach().flatten() for p in module.parameters()]),

@@ -37,11 +37,12 @@ from lightning_dp.audit.one_run import _label_of, _WithCanaries, audit_mechanism
 from lightning_dp.audit.step import audit_module, audit_step
 from lightning_dp.cli.command import main
 from lightning_dp.mechanism.clipping import Bounding
+from lightning_dp.mechanism.mechanism import Mechanism
 from lightning_dp.mechanism.noise import Noise
 from lightning_dp.mechanism.randomness import Randomness
 from lightning_dp.mechanism.sampling import PoissonBatchSampler
 from lightning_dp.mechanism.step import PrivateStep
-from lightning_dp.training import strategy as strategy_module
+from lightning_dp.training import loader as loader_module
 from tests.conftest import Net, fit, loader, trainer
 from tests.test_sampling import fits_binomial
 
@@ -156,8 +157,8 @@ class SmallSensitivity(FlatClipping):
 class Unnoised(PrivateStep):
     """The last parameter's sum gets no noise."""
 
-    def noise_scales(self) -> dict[str, float]:
-        scales = super().noise_scales()
+    def noise_scales(self, *args: Any) -> dict[str, float]:
+        scales = super().noise_scales(*args)
         return {**scales, list(scales)[-1]: 0.0}
 
 
@@ -165,8 +166,9 @@ class MeanOverTheBatch(PrivateStep):
     """Divides by the number of examples that were drawn."""
 
     def note_drawn(self, count: int) -> None:
-        self._divisor = float(count)
-        self._noise_scales = self.noise_scales()
+        more = self.sums._divisor / count
+        self.sums._divisor = float(count)
+        self.sums._scales = {name: scale * more for name, scale in self.scales.items()}
 
 
 def step_of(
@@ -174,7 +176,8 @@ def step_of(
 ) -> Callable[[], PrivateStep]:
     clipping = clipping or FlatClipping(0.1)
     engine = clipping.make_engine("bookkeeping", model)
-    return lambda: kind(engine, clipping, noise or GaussianNoise(), PrivacyLedger(), Randomness(seed))
+    mechanism = Mechanism(clipping, noise or GaussianNoise())
+    return lambda: kind(mechanism, engine, PrivacyLedger(), Randomness(seed))
 
 
 def run_backward(model: nn.Module) -> Callable[[PrivateStep, Tensor], None]:
@@ -238,7 +241,7 @@ def test_noise_that_repeats_is_caught() -> None:
     class Again(PrivateStep):
         def begin(self, *args: Any, **kwargs: Any) -> None:
             super().begin(*args, **kwargs)
-            self._number = 0
+            self.sums._number = 0
 
     make = step_of(model, kind=Again, seed=1)
     found = audit_step(make, backward, batch[:4], batch, multiplier=1.0, trials=500, confidence=0.999)
@@ -343,7 +346,7 @@ class Shuffled(PoissonBatchSampler):
     def __iter__(self) -> Any:
         self.sizes = deque()
         size = round(self.sampling_rate * self.num_records)
-        order = self._randomness.numpy("sampling", self._first_step()).permutation(self.num_records)
+        order = self.randomness.numpy("sampling", self._first_step()).permutation(self.num_records)
         for start in range(0, self.num_records, size):
             batch = order[start : start + size].tolist()
             self.sizes.append((len(batch), len(batch), list(batch)))
@@ -359,7 +362,7 @@ def test_shuffled_sampling_is_caught(kind: type[PoissonBatchSampler], honest: bo
         def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
             sizes.append(len(batch[0]))
 
-    with patch.object(strategy_module, "PoissonBatchSampler", kind):
+    with patch.object(loader_module, "PoissonBatchSampler", kind):
         strategy = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0), self_check=False)
         fit(trainer(strategy=strategy, max_epochs=60, callbacks=[Watch()]), Net(), loader(40, 8))
     assert fits_binomial(np.array(sizes), 40, 0.2) == honest
@@ -369,7 +372,7 @@ class Remembers(PrivateStrategy):
     """Saves where its noise comes from."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        generator = self._randomness.torch("noise", len(self.ledger), torch.device("cpu"))
+        generator = self.randomness.torch("noise", len(self.ledger), torch.device("cpu"))
         super().save_checkpoint({**checkpoint, "state": generator.get_state()}, *args, **kwargs)
 
 

@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning_dp.checks import PrivacyConfigurationError
-from lightning_dp.records import UnsupportedModelError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
 from lightning_dp.mechanism.backprop import clipped_backward, layer_bounds
 from lightning_dp.mechanism.backprop.clipped_backward import InputClip
 from lightning_dp.mechanism.backprop.layer_bounds import ConvolutionLayerBound, LinearBound
@@ -28,8 +27,9 @@ from lightning_dp.mechanism.backprop.rule import BackpropClipping, BoundBackprop
 from lightning_dp.mechanism.noise import GaussianNoise
 from lightning_dp.mechanism.randomness import Randomness
 from lightning_dp.mechanism.step import PrivateStep
-from lightning_dp.training.strategy import PrivateStrategy
+from lightning_dp.training.single_device import PrivateStrategy
 from tests.conftest import Net, assert_close, fit, loader, trainer
+from tests.steps import make_step
 
 
 class Tokens(nn.Module):
@@ -132,7 +132,7 @@ RULES = [
 def private_step(rule: BackpropClipping, model: nn.Module) -> PrivateStep:
     bound = rule if isinstance(rule, BoundBackpropClipping) else rule.bind(model)
     engine = bound.make_engine("bookkeeping", model)
-    return PrivateStep(engine, bound, GaussianNoise(), PrivacyLedger(), Randomness())
+    return make_step(engine, bound, GaussianNoise(), PrivacyLedger(), Randomness())
 
 
 def grads_of(

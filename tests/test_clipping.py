@@ -13,7 +13,7 @@ from torch import nn
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.gradients.engines import BookKeeping
 from lightning_dp.gradients.linear import OuterProducts
-from lightning_dp.mechanism import step as pipeline
+from lightning_dp.mechanism import contributions as contributions_module
 from lightning_dp.mechanism.clipping import (
     AdaptiveClipping,
     AutomaticClipping,
@@ -23,7 +23,7 @@ from lightning_dp.mechanism.clipping import (
 )
 from lightning_dp.mechanism.noise import GaussianNoise
 from lightning_dp.mechanism.randomness import Randomness
-from lightning_dp.mechanism.step import PrivateStep
+from tests.steps import make_step
 
 ADD_OR_REMOVE, REPLACE = NeighboringRelation.ADD_OR_REMOVE_ONE, NeighboringRelation.REPLACE_ONE
 
@@ -98,7 +98,7 @@ def bounded_sums(
     for parameter in model.parameters():
         parameter.grad = None
     add_up = (lambda tensor: lambda: None) if streaming else None
-    step = PrivateStep(BookKeeping(model), clipping, GaussianNoise(0.0), PrivacyLedger(), Randomness(0), add_up)
+    step = make_step(BookKeeping(model), clipping, GaussianNoise(0.0), PrivacyLedger(), Randomness(0), add_up)
     step.begin(0.0, 0.5, 1.0)
     if len(inputs):
         with step.engine.forward(len(inputs)):
@@ -155,7 +155,7 @@ MODELS = {
 def test_one_record_moves_every_sum_by_at_most_its_sensitivity(
     clipping: Clipping, model_name: str, extra: str, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "is_asynchronous", lambda tensor: place == "among several GPUs")
+    monkeypatch.setattr(contributions_module, "is_asynchronous", lambda tensor: place == "among several GPUs")
     streaming = place != "alone"
     make, shape = MODELS[model_name]
     model = make()
@@ -217,11 +217,12 @@ def test_an_example_without_a_finite_gradient_contributes_nothing_and_is_counted
 
 def noise_stds(clipping: Clipping, model: nn.Module, multiplier: float, divisor: float, steps: int) -> dict[str, float]:
     """Measured standard deviation of the noise on every parameter's sum, and on the rule's query (key "")."""
-    step = PrivateStep(BookKeeping(model), clipping, GaussianNoise(), PrivacyLedger(), Randomness())
+    step = make_step(BookKeeping(model), clipping, GaussianNoise(), PrivacyLedger(), Randomness())
     samples: dict[str, list[torch.Tensor]] = {}
     for _ in range(steps):
         step.begin(multiplier, 0.1, divisor)
-        for name, total in step._totals().items():
+        step.contributions.hand_over()
+        for name, total in step.sums.collect().items():
             samples.setdefault(name, []).append(total.flatten().double() * divisor)
         step.release()  # the next step has other noise, and here the same clipping norm
         step.clipping_state = clipping.initial_state()
@@ -248,7 +249,7 @@ def test_all_pieces_together_are_one_mechanism_of_the_multiplier(rule: Clipping)
 def test_the_adaptive_norm_finds_the_quantile_and_is_frozen_within_a_step() -> None:
     model = nn.Linear(4, 1, bias=False)
     rule = AdaptiveClipping(initial_norm=100.0, target_quantile=0.3, learning_rate=0.3)
-    step = PrivateStep(BookKeeping(model), rule, GaussianNoise(), PrivacyLedger(), Randomness(1))
+    step = make_step(BookKeeping(model), rule, GaussianNoise(), PrivacyLedger(), Randomness(1))
     # The gradient of this loss is the input, so that norms are known: half normal times 3.
     inputs = torch.zeros(400, 4)
     inputs[:, 0] = 3 * torch.randn(400)
@@ -273,7 +274,7 @@ def test_an_example_that_is_not_finite_is_not_counted_by_the_adaptive_norm() -> 
 
     def next_norm(inputs: torch.Tensor) -> float:
         model = nn.Linear(4, 1, bias=False)
-        step = PrivateStep(BookKeeping(model), rule, GaussianNoise(), PrivacyLedger(), Randomness(1))
+        step = make_step(BookKeeping(model), rule, GaussianNoise(), PrivacyLedger(), Randomness(1))
         step.begin(0.0, 0.1, 10.0)
         with step.engine.forward(len(inputs)):
             loss = model(inputs).sum()

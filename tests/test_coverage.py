@@ -10,10 +10,10 @@ from typing import Any
 import opacus.layers
 import pytest
 import torch
-from lightning_dp.records import UnsupportedModelError
 from torch import Tensor, nn
 
 from lightning_dp import zoo
+from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.gradients.engines import BookKeeping
 from lightning_dp.gradients.model import OPAQUE, trained_layers
 from lightning_dp.gradients.rules.attention import calls_linear

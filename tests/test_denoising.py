@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_dp.checks import PrivacyConfigurationError
 from scipy import signal, stats
 from torch import Tensor, nn
 
@@ -31,12 +30,13 @@ from lightning_dp import (
     PrivateStrategy,
     StudentTNoise,
 )
+from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.mechanism.clipping import Bounding
 from lightning_dp.mechanism.denoising import Denoiser, DenoiserState, PublicNoise, kolmogorov_smirnov
 from lightning_dp.mechanism.noise import Noise
 from lightning_dp.mechanism.randomness import Randomness
-from lightning_dp.mechanism.step import PrivateStep
 from tests.conftest import Net, assert_close, fit, loader, trainer
+from tests.steps import make_step
 
 DENOISERS: list[Denoiser] = [
     KSDenoiser(strength=20.0, least=0.0),
@@ -163,7 +163,7 @@ def test_other_records_with_the_same_noisy_gradient_give_the_same_result(rule: D
         model = nn.Linear(6, 4)
         nn.init.ones_(model.weight)
         bound = clipping.bind(model)
-        step = PrivateStep(
+        step = make_step(
             bound.make_engine("bookkeeping", model),
             bound,
             GaussianNoise(),
@@ -171,7 +171,7 @@ def test_other_records_with_the_same_noisy_gradient_give_the_same_result(rule: D
             Randomness(seed=1),
             denoiser=rule,
         )
-        step.keep_norms = True
+        step.contributions.keep_norms = True
         found = []
         for number in range(4):
             step.begin(1.0, 0.1, 3.0)
@@ -179,12 +179,13 @@ def test_other_records_with_the_same_noisy_gradient_give_the_same_result(rule: D
                 loss = model(records).pow(2).sum()
             with step.backward(1.0):
                 loss.backward()
-            step._noisy_sums()
+            step.contributions.hand_over()
+            step.sums.collect()
             generator = torch.Generator().manual_seed(number)
             released = {n: torch.randn(p.shape, generator=generator) for n, p in model.named_parameters()}
-            step._noisy_sums = lambda released=released: {**released, "": torch.zeros(1)}  # type: ignore[method-assign]
+            step.sums.collect = lambda released=released: {**released, "": torch.zeros(1)}  # type: ignore[method-assign]
             step.release()
-            del step._noisy_sums
+            del step.sums.collect
             found += [p.grad.clone() for p in model.parameters() if p.grad is not None]
         return found
 

@@ -23,9 +23,9 @@ from lightning_dp.mechanism import step as pipeline
 from lightning_dp.mechanism.clipping import Bounding
 from lightning_dp.mechanism.noise import DEVICE_BLOCK
 from lightning_dp.mechanism.randomness import Randomness
-from lightning_dp.mechanism.step import PrivateStep
 from lightning_dp.training.strategy import PrivateMixin
 from tests.conftest import DEVICE, Net, fit, loader, trainer
+from tests.steps import make_step
 from tests.test_noise import is_gaussian_of_std
 from tests.test_pipeline import take
 
@@ -76,7 +76,7 @@ def test_noise_of_several_blocks_on_the_device() -> None:
     parameter = nn.Parameter(torch.zeros(2 * DEVICE_BLOCK + 3))
     module = nn.Module()
     module.register_parameter("weight", parameter)
-    step = PrivateStep(PerExample(module), FlatClipping(0.5), GaussianNoise(), PrivacyLedger(), Randomness())
+    step = make_step(PerExample(module), FlatClipping(0.5), GaussianNoise(), PrivacyLedger(), Randomness())
     take(step, 3.0, 20.0)
     assert parameter.grad is not None
     blocks = [block[:100_000].double().cpu() for block in parameter.grad.split(DEVICE_BLOCK)[:2]]

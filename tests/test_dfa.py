@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from lightning_dp.records import UnsupportedModelError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -26,6 +25,7 @@ from lightning_dp import (
     PerLayerClipping,
     PrivateStrategy,
 )
+from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.zoo import MLP, DigitsDataModule, FeedbackClassifier
 from tests.conftest import Net, assert_close, dataset, fit, loader, trainer
 

@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning_dp.checks import PrivacyConfigurationError
 from torch import Tensor, nn
 
 from lightning_dp import (
@@ -33,13 +32,14 @@ from lightning_dp import (
     public_gradients,
 )
 from lightning_dp.accounting.events import Magnitudes
+from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.mechanism.encoding.codebooks import Codebook, staircases
 from lightning_dp.mechanism.encoding.encoder import _MANTISSA, Encoder
 from lightning_dp.mechanism.noise import NOISES, Noise
 from lightning_dp.mechanism.randomness import Randomness
-from lightning_dp.mechanism.step import PrivateStep
 from lightning_dp.zoo import MLP, FeedbackClassifier
 from tests.conftest import DEVICE, Net, assert_close, dataset, fit, loader, oracle_gradients, trainer
+from tests.steps import make_step
 from tests.test_backprop import MODELS
 
 CODEBOOKS: list[Codebook] = [
@@ -174,7 +174,7 @@ def released(
 ) -> Tensor:
     """What a private step releases without noise, times the divisor, for a loss that is a mean over the examples."""
     bound = rule.bind(model)
-    step = PrivateStep(bound.make_engine(engine, model), bound, GaussianNoise(0.0), PrivacyLedger(), Randomness())
+    step = make_step(bound.make_engine(engine, model), bound, GaussianNoise(0.0), PrivacyLedger(), Randomness())
     step.begin(0.0, 0.5, 1.0)
     for part in inputs.split(micro or len(inputs)) if len(inputs) else ():
         with step.engine.forward(len(part)):
@@ -264,7 +264,7 @@ def test_gradients_that_are_not_finite_count_nothing() -> None:
     bad[1, 2] = math.nan
     assert_close(released(rule, model, bad), released(rule, model, inputs[[0, 2, 3]]))
     bound = rule.bind(model)
-    step = PrivateStep(
+    step = make_step(
         bound.make_engine("bookkeeping", model),
         bound,
         GaussianNoise(0.0),
@@ -272,15 +272,15 @@ def test_gradients_that_are_not_finite_count_nothing() -> None:
         Randomness(),
         lambda t: None,
     )
-    step.keep_norms = True
+    step.contributions.keep_norms = True
     step.begin(0.0, 0.5, 1.0)
     with step.engine.forward(4):
         loss = model(bad).pow(2).sum()
     with step.backward(1.0):
         loss.backward()
     assert step.nonfinite_examples == 1
-    assert step.norms[0].shape == step.weights[0].shape == (4, 1)
-    assert (step.norms[0][[0, 2, 3]] > 0).all() and step.norms[0][1] == 0
+    assert step.contributions.norms[0].shape == step.contributions.weights[0].shape == (4, 1)
+    assert (step.contributions.norms[0][[0, 2, 3]] > 0).all() and step.contributions.norms[0][1] == 0
 
 
 # -- codebooks ---------------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning_dp.records import UnsupportedModelError
 from torch import Tensor, nn
 
+from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.gradients.engines import BookKeeping, PerExample, make_engine
 from lightning_dp.gradients.linear import OuterProducts
 from lightning_dp.gradients.precision import rounds_products

@@ -69,7 +69,7 @@ class Trainings(RuleBasedStateMachine):
 
         def counted(private: PrivateStep, others: Any = ()) -> None:
             release(private, others)
-            released[str(private.event(private._multiplier, strategy.sampling_rate))] += 1
+            released[str(private.mechanism.event(multiplier, strategy.sampling_rate))] += 1
 
         PrivateStep.release = counted  # type: ignore[method-assign]
         try:

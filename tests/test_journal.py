@@ -25,9 +25,9 @@ from lightning_dp.journal import files, writer
 from lightning_dp.journal.contents import JOURNAL_NAME, JournalContents, read_with_continuations
 from lightning_dp.journal.writer import PrivacyJournal
 from lightning_dp.mechanism.randomness import Randomness
-from lightning_dp.mechanism.step import PrivateStep
-from lightning_dp.training import strategy as strategy_module
+from lightning_dp.training import books as books_module
 from tests.conftest import Net, fit, loader, trainer
+from tests.steps import make_step
 
 ROOT = Path(__file__).parent.parent
 ONE, OTHER = subsampled_gaussian(1.0, 0.1), subsampled_gaussian(2.0, 0.1)
@@ -272,15 +272,15 @@ def test_nothing_of_a_step_is_used_before_it_is_charged() -> None:
         if len(seen) == 2:
             raise JournalError("full")
 
-    step = PrivateStep(BookKeeping(model), FlatClipping(1.0), GaussianNoise(), ledger, Randomness(), charge=charge)
+    step = make_step(BookKeeping(model), FlatClipping(1.0), GaussianNoise(), ledger, Randomness(), charge=charge)
     step.begin(1.0, 0.1, 1.0, limit=lambda event: 5)
     step.release()
-    assert seen == [(step.event(1.0, 0.1), 5, 0, None)]
+    assert seen == [(step.mechanism.event(1.0, 0.1), 5, 0, None)]
     model.zero_grad()
     step.begin(1.0, 0.1, 1.0)
     with pytest.raises(JournalError):
         step.release()
-    assert seen[1] == (step.event(1.0, 0.1), None, 1, None)
+    assert seen[1] == (step.mechanism.event(1.0, 0.1), None, 1, None)
     assert len(ledger) == 1 and model.weight.grad is None
 
 
@@ -360,7 +360,7 @@ def test_the_journal_holds_nothing_that_is_not_public(tmp_path: Path) -> None:
     run = trainer(strategy=private(), default_root_dir=tmp_path)
     fit(run, Net(), loader())
     text = (tmp_path / JOURNAL_NAME).read_text()
-    secret = run.strategy._randomness._entropy
+    secret = run.strategy.randomness._entropy
     assert str(secret) not in text and f"{secret:x}" not in text
     allowed = {
         "journal": {"type", "format", "name", "num_records", "configuration"},
@@ -450,8 +450,8 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if "self_check=False" not in line:
             lines.append(line)
 
-    monkeypatch.setattr(strategy_module, "rank_zero_info", say)
-    monkeypatch.setattr(strategy_module, "rank_zero_warn", say)
+    monkeypatch.setattr(books_module, "rank_zero_info", say)
+    monkeypatch.setattr(books_module, "rank_zero_warn", say)
     return lines
 
 

@@ -24,9 +24,9 @@ from lightning_dp.gradients.linear import OuterProducts
 from lightning_dp.gradients.rules.layers import convolution
 from lightning_dp.gradients.rules.registry import refusal_for, registered_types, rule_for
 from lightning_dp.mechanism.randomness import Randomness
-from lightning_dp.mechanism.step import PrivateStep
 from lightning_dp.zoo.wide_resnet import StandardizedConv2d
 from tests.conftest import assert_close, oracle_gradients
+from tests.steps import make_step
 
 BATCH = 6
 
@@ -278,7 +278,7 @@ def test_what_cancels_within_a_record_does_not_add_its_rounding(kind: str, size:
     def released(inputs: Tensor, labels: Tensor) -> Tensor:
         engine = BookKeeping(net)
         engine.copies = copies
-        step = PrivateStep(engine, FlatClipping(1.0), GaussianNoise(), PrivacyLedger(), Randomness())
+        step = make_step(engine, FlatClipping(1.0), GaussianNoise(), PrivacyLedger(), Randomness())
         step.begin(0.0, 1.0, 1.0)
         with engine.forward(len(inputs)):
             loss = F.cross_entropy(net(inputs), labels.repeat_interleave(copies))

@@ -15,7 +15,6 @@ from dp_accounting import GaussianDpEvent, NonPrivateDpEvent
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
-from lightning_dp.checks import PrivacyConfigurationError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -33,12 +32,12 @@ from lightning_dp import (
 )
 from lightning_dp.accounting.cost import event_epsilon
 from lightning_dp.accounting.events import subsampled_gaussian
-from lightning_dp.errors import JournalError, PrivacyLimitReached
+from lightning_dp.errors import JournalError, PrivacyConfigurationError, PrivacyLimitReached
 from lightning_dp.journal.contents import JOURNAL_NAME, JournalContents
 from lightning_dp.journal.writer import PrivacyJournal
 from lightning_dp.statistics import projection as pca
 from lightning_dp.statistics.projection import principal_directions, second_moment, symmetric, upper_triangle
-from lightning_dp.training.strategy import PrivateMixin
+from lightning_dp.training.release import Releases
 from tests.conftest import Net, dataset, fit, loader, trainer
 from tests.test_noise import is_gaussian_of_std
 
@@ -239,7 +238,7 @@ def crash(*args: Any) -> None:
 def test_a_crash_before_the_noise_charges_and_shows_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, strategy = Projected(), private()
     with monkeypatch.context() as patch, pytest.raises(OSError, match="gone"):
-        patch.setattr(PrivateMixin, "_add_noise_", crash)
+        patch.setattr(Releases, "_add_noise_", crash)
         fit(trainer(strategy=strategy, default_root_dir=tmp_path), module, loader())
     assert list(strategy.ledger) == [(GaussianDpEvent(2.0), 1)]
     assert list(JournalContents(tmp_path / JOURNAL_NAME).ledger()) == [(GaussianDpEvent(2.0), 1)]

@@ -16,16 +16,17 @@ from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.errors import PrivacyLimitReached
 from lightning_dp.gradients.base import Dense
 from lightning_dp.gradients.engines import BookKeeping
-from lightning_dp.mechanism import step as pipeline
+from lightning_dp.mechanism import sums as sums_module
 from lightning_dp.mechanism.clipping import Bounding, FlatClipping
 from lightning_dp.mechanism.noise import GaussianNoise
 from lightning_dp.mechanism.randomness import Randomness
 from lightning_dp.mechanism.step import PrivateStep
+from tests.steps import make_step
 from tests.test_noise import is_gaussian_of_std
 
 
 def private_step(model: nn.Module, ledger: PrivacyLedger, max_norm: float = 0.5) -> PrivateStep:
-    return PrivateStep(BookKeeping(model), FlatClipping(max_norm), GaussianNoise(), ledger, Randomness())
+    return make_step(BookKeeping(model), FlatClipping(max_norm), GaussianNoise(), ledger, Randomness())
 
 
 def take(step: PrivateStep, multiplier: float, divisor: float = 1.0, limit: Any = None, others: Any = ()) -> None:
@@ -140,13 +141,13 @@ def one_of_several(
     bound = rule.bind(model)
     engine = bound.make_engine("bookkeeping", model)
     noise, ledger = GaussianNoise(), PrivacyLedger()
-    return PrivateStep(engine, bound, noise, ledger, Randomness(1), add_up, charge, **arguments)
+    return make_step(engine, bound, noise, ledger, Randomness(1), add_up, charge, **arguments)
 
 
 def sent_by(rule: Bounding, sizes: list[int], bucket: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[str]]:
     """The step of a first process of several, and what happens in it: charges, tensors sent by their length, ends of
     backward passes."""
-    monkeypatch.setattr(pipeline, "BUCKET", bucket)
+    monkeypatch.setattr(sums_module, "BUCKET", bucket)
     model = nn.Sequential(*(nn.Linear(one, other, bias=False) for one, other in pairwise(sizes)))
     happened: list[str] = []
 
@@ -193,14 +194,16 @@ def test_buckets_hold_every_parameter_once_and_no_stream_twice(
     sizes: list[int], size: int, dtypes: list[torch.dtype]
 ) -> None:
     parameters = {f"p{i}": torch.zeros(n, dtype=d) for i, (n, d) in enumerate(zip(sizes, dtypes, strict=False))}
-    found = pipeline.make_buckets(parameters, size)
+    found = sums_module.make_buckets(parameters, size)
     assert sorted(name for bucket in found for name in bucket.names) == sorted(parameters)
     streams = []
     for bucket in found:
         assert bucket.sizes == tuple(parameters[name].numel() for name in bucket.names)
         assert all(parameters[n].dtype in (bucket.dtype, torch.bfloat16) for n in bucket.names)
         assert sum(bucket.sizes[:-1]) * bucket.dtype.itemsize < size
-        streams += [bucket.first_block + i for i in range(-(-sum(bucket.sizes) // pipeline.block_size(bucket.device)))]
+        streams += [
+            bucket.first_block + i for i in range(-(-sum(bucket.sizes) // sums_module.block_size(bucket.device)))
+        ]
     assert len(set(streams)) == len(streams)
 
 
@@ -244,8 +247,8 @@ def test_several_backward_passes_through_one_parameter_are_refused_among_several
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_noise_is_shared_out(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the sizes of layers, and each coordinate's is drawn by one process."""
-    monkeypatch.setattr(pipeline, "BUCKET", 400)
-    monkeypatch.setattr(pipeline, "block_size", lambda device: 100)
+    monkeypatch.setattr(sums_module, "BUCKET", 400)
+    monkeypatch.setattr(sums_module, "block_size", lambda device: 100)
     model = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 4))
     drawn = []
     for rank in range(world_size):
@@ -262,8 +265,8 @@ def test_a_gradient_that_comes_in_two_parts_is_not_clipped_twice() -> None:
     step = private_step(model, PrivacyLedger())
     step.begin(0.0, 0.1, 1.0)
     with pytest.raises(RuntimeError, match="two parts"), step.backward():
-        step._add_clipped({"weight": Dense(torch.ones(2, 2, 3))}, [0])
-        step._add_clipped({"bias": Dense(torch.ones(2, 2))}, [0])
+        step.contributions.add_clipped({"weight": Dense(torch.ones(2, 2, 3))}, [0])
+        step.contributions.add_clipped({"bias": Dense(torch.ones(2, 2))}, [0])
 
 
 def test_norms_are_kept_also_among_several_processes() -> None:
@@ -271,14 +274,14 @@ def test_norms_are_kept_also_among_several_processes() -> None:
     kept = []
     for add_up in (None, lambda tensor: lambda: None):
         step = one_of_several(PerLayerClipping(0.1), model, add_up)
-        step.keep_norms = True
+        step.contributions.keep_norms = True
         step.begin(0.0, 0.1, 1.0)
         with step.engine.forward(5):
             loss = model(inputs).pow(2).sum()
         with step.backward(1.0, last=True):
             loss.backward()
         step.release()
-        kept.append(torch.stack([*step.norms, *step.weights]))
+        kept.append(torch.stack([*step.contributions.norms, *step.contributions.weights]))
     assert kept[0].shape == (2, 5, 2) and (kept[0] > 0).all()
     assert torch.allclose(kept[0], kept[1])
 
@@ -286,7 +289,7 @@ def test_norms_are_kept_also_among_several_processes() -> None:
 def test_the_kept_norm_of_an_example_that_is_left_out_is_zero() -> None:
     model = nn.Linear(3, 2)
     step = private_step(model, PrivacyLedger())
-    step.keep_norms = True
+    step.contributions.keep_norms = True
     inputs = torch.ones(3, 3)
     inputs[1] = torch.nan
     step.begin(1.0, 0.1, 3.0)
@@ -294,7 +297,7 @@ def test_the_kept_norm_of_an_example_that_is_left_out_is_zero() -> None:
         loss = model(inputs).pow(2).sum(1).mean()
     with step.backward(3.0):
         loss.backward()
-    [norms] = step.norms
+    [norms] = step.contributions.norms
     step.release()
     assert norms[1, 0] == 0
     assert (norms[[0, 2], 0] > 0).all()

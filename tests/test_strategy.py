@@ -19,8 +19,6 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
 )
 from lightning.pytorch.loggers import CSVLogger
-from lightning_dp.checks import PrivacyConfigurationError
-from lightning_dp.records import UnsupportedModelError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import MeanMetric
@@ -36,6 +34,7 @@ from lightning_dp import (
     PrivacyMonitor,
     PrivateStrategy,
 )
+from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
 from lightning_dp.mechanism.randomness import Randomness
 from lightning_dp.mechanism.sampling import draw_poisson_sample
 from tests.conftest import DEVICE, Net, assert_close, dataset, fit, loader, oracle_gradients, trainer
@@ -596,7 +595,7 @@ def test_a_checkpoint_is_plain_data_without_any_generator_state(tmp_path: Path) 
     checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
     assert set(checkpoint["lightning_dp"]) == {"ledger", "clipping", "denoiser", "journal"}
     assert set(checkpoint["lightning_dp"]["journal"]) == {"name", "path", "relative"}
-    secret = private._randomness._entropy
+    secret = private.randomness._entropy
     for form in (str(secret).encode(), secret.to_bytes(32, "little"), secret.to_bytes(32, "big")):
         assert form not in (tmp_path / "run.ckpt").read_bytes()
     assert "_entropy" not in str(checkpoint)

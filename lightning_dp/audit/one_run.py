@@ -26,15 +26,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.audit.bounds import Audit, one_run_audit
 from lightning_dp.mechanism.clipping import Bounding
+from lightning_dp.mechanism.mechanism import Mechanism
 from lightning_dp.mechanism.noise import Noise
-from lightning_dp.mechanism.randomness import Randomness
 from lightning_dp.mechanism.step import PrivateStep
 from lightning_dp.training.independence.shadow import Shadow
 from lightning_dp.training.independence.subject import loss_of, reduced
-from lightning_dp.training.strategy import PrivateMixin, PrivateStrategy
+from lightning_dp.training.single_device import PrivateStrategy
+from lightning_dp.training.strategy import PrivateMixin
 
 
 class _Slots(Dataset[int]):
@@ -110,7 +110,7 @@ def audit_mechanism(
     """
     included = np.random.default_rng(secrets.randbits(128) if seed is None else seed).random(records) < 0.5
     module, strategy = _Canaries(records), make_strategy()
-    module.contribution = _contribution(strategy.clipping, strategy.noise)
+    module.contribution = _contribution(strategy.mechanism.clipping, strategy.mechanism.noise)
     loader = DataLoader(_Slots(included), batch_size=expected_batch_size, collate_fn=torch.tensor)
     trainer = _quiet_trainer(strategy, root, max_steps=steps, max_epochs=-1)
     trainer.fit(module, loader)
@@ -121,8 +121,7 @@ def audit_mechanism(
 def _contribution(clipping: Bounding, noise: Noise) -> float:
     """What a canary adds to its coordinate, measured."""
     module = _Canaries(2)
-    bound = clipping.bind(module)
-    step = PrivateStep(bound.make_engine("bookkeeping", module), bound, noise, PrivacyLedger(), Randomness())
+    step = PrivateStep.of(Mechanism(clipping, noise), module)
     step.begin(0.0, 1.0, 1.0)
     with step.engine.forward(1):
         loss = module.training_step(torch.zeros(1, dtype=torch.long), 0)

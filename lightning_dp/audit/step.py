@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.audit.bounds import Audit, gaussian_bound, rates_bound
 from lightning_dp.mechanism.clipping import Bounding
+from lightning_dp.mechanism.mechanism import Mechanism
 from lightning_dp.mechanism.noise import GaussianNoise, Noise
-from lightning_dp.mechanism.randomness import Randomness
 from lightning_dp.mechanism.step import PrivateStep
 from lightning_dp.training.independence.shadow import Shadow
 from lightning_dp.training.independence.subject import loss_of, reduced
@@ -82,10 +82,10 @@ def audit_step(
     scores = [[score(batch) for _ in range(trials)] for batch in (without, with_record)]
     false_positives = sum(value > threshold for value in scores[0])
     false_negatives = sum(value <= threshold for value in scores[1])
-    gaussian = isinstance(step.noise, GaussianNoise)
+    gaussian = isinstance(step.mechanism.noise, GaussianNoise)
     bound = gaussian_bound if gaussian else rates_bound
     claim = PrivacyLedger()
-    claim.record(step.event(multiplier, 1.0))
+    claim.record(step.mechanism.event(multiplier, 1.0))
     return Audit(
         "one step",
         bound(false_positives, false_negatives, trials, delta, confidence),
@@ -114,12 +114,11 @@ def audit_module(
     first = loader.collate_fn(_take(records, [0, 1, 2, 3]))
     more = loader.collate_fn(_take(records, [0, 1, 2, 3, 4]))
     shadow = Shadow(module).module
-    bound = clipping.bind(shadow)
-    bound.attach(shadow)
+    mechanism = Mechanism(clipping, noise)
+    mechanism.for_module(shadow).clipping.attach(shadow)
 
     def make_step() -> PrivateStep:
-        made = bound.make_engine(engine, shadow)
-        return PrivateStep(made, bound, noise, PrivacyLedger(), Randomness())
+        return PrivateStep.of(mechanism, shadow, engine)
 
     def backward(step: PrivateStep, batch: Any) -> None:
         count = 5 if batch is more else 4

@@ -17,7 +17,7 @@ from lightning_dp.mechanism.noise import with_multiplier
 from lightning_dp.training.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_dp.training.callbacks.lookup import trainer_callbacks
 from lightning_dp.training.callbacks.monitor import PrivacyMonitor
-from lightning_dp.training.strategy import PrivateStrategy
+from lightning_dp.training.single_device import PrivateStrategy
 
 
 def audit_command(arguments: Sequence[str]) -> None:
@@ -62,12 +62,12 @@ def audit_command(arguments: Sequence[str]) -> None:
         parser.error(str(error))
     print(found[0], flush=True)
     strategy: Any = cli.trainer.strategy
-    noise = with_multiplier(strategy.noise, strategy.noise_multiplier)
+    noise = with_multiplier(strategy.mechanism.noise, strategy.noise_multiplier)
     if "mechanism" in options.attacks:
         with tempfile.TemporaryDirectory() as root:
             found.append(
                 audit_mechanism(
-                    lambda: PrivateStrategy(strategy.clipping, noise),
+                    lambda: PrivateStrategy(strategy.mechanism.clipping, noise),
                     records=strategy.num_records,
                     expected_batch_size=round(strategy.expected_batch_size),
                     steps=strategy.ledger.steps,
@@ -79,7 +79,7 @@ def audit_command(arguments: Sequence[str]) -> None:
     if "step" in options.attacks:
         found.append(
             audit_module(
-                cli.model, loader, strategy.clipping, noise, multiplier=1.0, engine=strategy.engine,
+                cli.model, loader, strategy.mechanism.clipping, noise, multiplier=1.0, engine=strategy.options.engine,
                 trials=options.trials, **common,
             )
         )  # fmt: skip

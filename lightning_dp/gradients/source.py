@@ -7,10 +7,10 @@ import sys
 import sysconfig
 from types import FrameType
 
-_OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-_ZOO = os.path.join(_OWN, "zoo")
+ZOO = os.path.join(OWN, "zoo")
 
 
 _LIBRARIES = tuple({sysconfig.get_paths()[name] for name in ("purelib", "platlib", "stdlib", "platstdlib")})
@@ -28,7 +28,7 @@ def here() -> str:
     while frame is not None:
         path = frame.f_code.co_filename
         package = _package(frame)
-        plumbing = package in ("torch", "lightning", "pytorch_lightning", "contextlib") or path.startswith((_OWN, "<"))
+        plumbing = package in ("torch", "lightning", "pytorch_lightning", "contextlib") or path.startswith((OWN, "<"))
         if not plumbing:
             if not path.startswith(_LIBRARIES):
                 return _line(frame) + (f" (within {library})" if library else "")
@@ -45,7 +45,7 @@ def is_own_work() -> bool:
     """Whether the operation at hand is part of an examination, rather than of the step that is examined."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
-        own = frame.f_code.co_filename.startswith(_OWN) and not frame.f_code.co_filename.startswith(_ZOO)
+        own = frame.f_code.co_filename.startswith(OWN) and not frame.f_code.co_filename.startswith(ZOO)
         if (own and frame.f_code.co_name not in _PLUMBING) or (not own and _package(frame) != "torch"):
             return own
         frame = frame.f_back

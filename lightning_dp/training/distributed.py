@@ -69,7 +69,7 @@ class PrivateParallelMixin(PrivateMixin):
 
     def configure_ddp(self) -> None:
         """Every process starts from the first one's parameters and buffers; nothing is wrapped."""
-        _sync_module_states(self._module())
+        _sync_module_states(self.module_in_fit())
 
     def share(self, value: Any) -> Any:
         return self.broadcast(value)
@@ -114,7 +114,7 @@ class PrivateParallelMixin(PrivateMixin):
 
     def _check_replicas(self) -> None:
         """Compares a hash of the parameters over all processes."""
-        own = parameter_hash(self._module())
+        own = parameter_hash(self.module_in_fit())
         everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, own)
         others = [rank for rank, other in enumerate(everyone) if not torch.equal(other, everyone[0])]
@@ -135,23 +135,22 @@ class PrivateParallelMixin(PrivateMixin):
         exception.add_note(note)
 
     def state_to_bring_back(self) -> dict[str, Any]:
-        """What the process that launches others takes over from them."""
-        step = self.private_step
+        """What the launching process takes over from the workers."""
         return {
             "ledger": self.ledger.state_dict(),
             "run": self.ledger.run,
             "noise_multiplier": self.noise_multiplier,
-            "_clipping_state": dict(step.clipping_state if step else self._clipping_state),
-            "_denoiser_state": dict(step.denoiser_state if step else self._denoiser_state),
-            "_journal_reference": self._journal_reference,
+            "journal_reference": self.books.reference,
+            **self.public_state(),
         }
 
     def bring_back(self, state: dict[str, Any]) -> None:
-        """Takes it over."""
+        """Restores, in the process that launched them, what the workers returned."""
         self.ledger.become(PrivacyLedger.from_state_dict(state.pop("ledger")))
         self.ledger.start_run(state.pop("run"))
-        for name, value in state.items():
-            setattr(self, name, value)
+        self.noise_multiplier = state["noise_multiplier"]
+        self.books.reference = state["journal_reference"]
+        self._clipping_state, self._denoiser_state = state["clipping"], state["denoiser"]
 
     def _configure_launcher(self) -> None:
         super()._configure_launcher()
@@ -226,9 +225,9 @@ class PrivateDDPStrategy(PrivateParallelMixin, DDPStrategy):
     nothing, on the first record of the train set, so that no exchange in it (``self.log(…, sync_dist=True)``) waits.
 
     Args:
-        clipping, noise, denoiser, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal,
-            secure_rng, augmentation_multiplicity, per_record_means: As for `PrivateStrategy`.
-            ``max_physical_batch_size`` is per device.
+        clipping, noise, denoiser: As for `PrivateStrategy`.
+        options: ``max_physical_batch_size`` (per device), ``engine``, ``loss_reduction``, ``self_check``, ``seed``,
+            ``journal``, ``secure_rng``, ``augmentation_multiplicity``, ``per_record_means``: see `privacy_options`.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
             timeout, start_method: As for Lightning's `DDPStrategy`; the Trainer fills most of them in.
 
@@ -243,15 +242,7 @@ class PrivateDDPStrategy(PrivateParallelMixin, DDPStrategy):
         clipping: Bounding = FlatClipping(1.0),
         noise: Noise = GaussianNoise(),
         denoiser: Denoiser | None = None,
-        max_physical_batch_size: int | None = None,
-        engine: str = "bookkeeping",
-        loss_reduction: str = "mean",
-        self_check: bool = True,
-        seed: int | None = None,
-        journal: bool = True,
-        secure_rng: bool = False,
-        augmentation_multiplicity: int = 1,
-        per_record_means: bool = True,
+        *,
         accelerator: Accelerator | None = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: ClusterEnvironment | None = None,
@@ -260,6 +251,7 @@ class PrivateDDPStrategy(PrivateParallelMixin, DDPStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        **options: Any,
     ) -> None:
         super().__init__(
             accelerator=accelerator,
@@ -271,20 +263,7 @@ class PrivateDDPStrategy(PrivateParallelMixin, DDPStrategy):
             timeout=timeout,
             start_method=start_method,
         )
-        self.configure_privacy(
-            clipping,
-            noise,
-            max_physical_batch_size,
-            engine,
-            loss_reduction,
-            self_check,
-            seed,
-            journal,
-            denoiser,
-            secure_rng,
-            augmentation_multiplicity,
-            per_record_means,
-        )
+        self.configure_privacy(clipping, noise, denoiser, **options)
 
     @classmethod
     def register_strategies(cls, strategy_registry: Any) -> None:

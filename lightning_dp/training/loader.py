@@ -9,10 +9,11 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
@@ -26,6 +27,9 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_dp.mechanism.sampling import PoissonBatchSampler
 from lightning_dp.training.batches import map_examples
+
+if TYPE_CHECKING:
+    from lightning_dp.training.strategy import PrivateMixin
 
 
 class _CollateOrEmpty:
@@ -294,3 +298,37 @@ def records_and_batch_size(loader: object) -> tuple[int, int]:
         raise ValueError("The train data set is empty.")
     _refuse_repeated_records(loader.dataset, num_records)
     return num_records, loader.batch_size
+
+
+def poisson_loader(strategy: PrivateMixin, dataloader: Any) -> PoissonDataLoader:
+    """The train loader that draws Poisson samples of a loader's data set, this process's share of them.
+
+    Raises:
+        PrivacyConfigurationError: The processes have different train sets.
+        TypeError, ValueError: The loader cannot be Poisson-sampled.
+    """
+    num_records, batch_size = records_and_batch_size(dataloader)
+    if strategy.trainer_in_fit().world_size > 1:
+        dataset = dataloader.dataset
+        strategy.agree(
+            (batch_size, fingerprint(dataset)),
+            "The processes have different train sets, or batch sizes: record i of one is not record i of another, "
+            "and a record could count several times. Load the same records in the same order everywhere: give "
+            "random_split a generator with a fixed seed; sort what is listed from folders.",
+        )
+    expected = batch_size * strategy.trainer_in_fit().world_size
+    if expected > num_records:
+        rank_zero_warn(
+            f"The expected batch size ({expected}) exceeds the {num_records} records of the train set; every "
+            "record will be in every batch (sampling rate 1), without amplification by sampling."
+        )
+    sampler = PoissonBatchSampler(
+        num_records,
+        min(1.0, expected / num_records),
+        strategy.randomness,
+        first_step=lambda: len(strategy.ledger),
+        shard=strategy.trainer_in_fit().global_rank,
+        num_shards=strategy.trainer_in_fit().world_size,
+        copies=strategy.mechanism.augmentation_multiplicity,
+    )
+    return PoissonDataLoader.replacing(dataloader, sampler)

@@ -73,7 +73,7 @@ class PrivacyBudget(Callback):
             return
         strategy = private_strategy(trainer, "PrivacyBudget")
         searches = [c for c in trainer_callbacks(trainer) if isinstance(c, LearningRateFinder | BatchSizeFinder)]
-        if searches and strategy.noise.multiplier is None:
+        if searches and strategy.mechanism.noise.multiplier is None:
             raise PrivacyConfigurationError(
                 f"{type(searches[0]).__name__} trains on the private data before the training that the noise is chosen "
                 "for, and would spend the budget. Search on public data, or set what it looks for by hand."
@@ -96,7 +96,7 @@ class PrivacyBudget(Callback):
         assert step is not None
         if multiplier is None:
             return
-        allowed = self.step_limit(strategy.ledger, step.event(multiplier, strategy.sampling_rate)) - len(
+        allowed = self.step_limit(strategy.ledger, step.mechanism.event(multiplier, strategy.sampling_rate)) - len(
             strategy.ledger
         )
         remaining = self._remaining_steps(trainer)
@@ -110,7 +110,7 @@ class PrivacyBudget(Callback):
 
     def choose_noise(self, trainer: pl.Trainer, strategy: PrivateMixin) -> None:
         """Sets the strategy's noise multiplier for the planned steps, when its noise has none."""
-        if strategy.noise.multiplier is None:
+        if strategy.mechanism.noise.multiplier is None:
             strategy.noise_multiplier = self._choose_noise(strategy, self._remaining_steps(trainer))
 
     def step_limit(self, ledger: PrivacyLedger, event: DpEvent) -> int:
@@ -146,7 +146,7 @@ class PrivacyBudget(Callback):
             return self._chosen.get("noise_multiplier", 0.0)
         assert strategy.private_step is not None
         plan = {
-            "mechanism": float(zlib.crc32(repr(strategy.private_step.mechanism(1.0)).encode())),
+            "mechanism": float(zlib.crc32(repr(strategy.private_step.mechanism.unsampled_event(1.0)).encode())),
             "epsilon": self.epsilon,
             "delta": self.delta,
             "sampling_rate": strategy.sampling_rate,
@@ -162,7 +162,7 @@ class PrivacyBudget(Callback):
                     steps=remaining,
                     accountant=self.accountant,
                     spent=strategy.ledger,
-                    mechanism=strategy.private_step.mechanism,
+                    mechanism=strategy.private_step.mechanism.unsampled_event,
                 )
             except ValueError:
                 return self._chosen.get("noise_multiplier", 0.0)  # all spent: no step will be taken
@@ -183,7 +183,7 @@ class PrivacyBudget(Callback):
         step, multiplier = strategy.private_step, strategy.noise_multiplier
         if step is None or multiplier is None or self._stopped:
             return
-        event = step.event(multiplier, strategy.sampling_rate)
+        event = step.mechanism.event(multiplier, strategy.sampling_rate)
         if len(strategy.ledger) < self.step_limit(strategy.ledger, event):
             return
         # The Trainer ignores should_stop while a minimum is not met; a budget admits no minimum.

@@ -16,6 +16,7 @@ from lightning_dp.mechanism.noise import GaussianNoise, Noise
 from lightning_dp.training.callbacks.budget import PrivacyBudget
 from lightning_dp.training.callbacks.card import PrivacyCard
 from lightning_dp.training.callbacks.monitor import PrivacyMonitor
+from lightning_dp.training.options import privacy_options
 from lightning_dp.training.strategy import PrivateMixin, make_private
 
 
@@ -30,11 +31,12 @@ class DifferentialPrivacy(Callback):
     Args:
         epsilon: The most that ε may become. ``None``: no limit; ``noise`` must then have a multiplier.
         delta: The δ at which ε is stated; well below 1/N.
-        clipping, noise, denoiser, max_physical_batch_size, engine, loss_reduction, self_check, seed, journal,
-            secure_rng, augmentation_multiplicity, per_record_means: As for `PrivateStrategy`.
+        clipping, noise, denoiser: As for `PrivateStrategy`.
         accountant: ``"pld"`` or ``"rdp"``.
         log_not_private: As for `PrivacyMonitor`.
         card: Whether a `PrivacyCard` is written beside the logs at the end.
+        options: ``max_physical_batch_size``, ``engine``, ``loss_reduction``, ``self_check``, ``seed``, ``journal``,
+            ``secure_rng``, ``augmentation_multiplicity``, ``per_record_means``: see `privacy_options`.
     """
 
     def __init__(
@@ -44,18 +46,11 @@ class DifferentialPrivacy(Callback):
         clipping: Bounding = FlatClipping(1.0),
         noise: Noise = GaussianNoise(),
         denoiser: Denoiser | None = None,
-        max_physical_batch_size: int | None = None,
-        engine: str = "bookkeeping",
-        loss_reduction: str = "mean",
-        self_check: bool = True,
-        seed: int | None = None,
+        *,
         accountant: Accountant = "pld",
         log_not_private: bool = False,
-        journal: bool = True,
         card: bool = True,
-        secure_rng: bool = False,
-        augmentation_multiplicity: int = 1,
-        per_record_means: bool = True,
+        **options: Any,
     ) -> None:
         if not isinstance(noise, Noise):
             raise TypeError(f"noise must be a noise such as GaussianNoise(1.1), got {noise!r}.")
@@ -68,20 +63,8 @@ class DifferentialPrivacy(Callback):
         self.monitor = PrivacyMonitor(delta, accountant, log_not_private)
         self.card = PrivacyCard(delta=delta) if card else None
         self._clipping = clipping
-        self._configuration = {
-            "clipping": clipping,
-            "noise": noise,
-            "denoiser": denoiser,
-            "max_physical_batch_size": max_physical_batch_size,
-            "engine": engine,
-            "loss_reduction": loss_reduction,
-            "self_check": self_check,
-            "seed": seed,
-            "journal": journal,
-            "secure_rng": secure_rng,
-            "augmentation_multiplicity": augmentation_multiplicity,
-            "per_record_means": per_record_means,
-        }
+        privacy_options(clipping, noise, denoiser, **options)  # a mistake is an error here, rather than in fit
+        self._configuration = {"clipping": clipping, "noise": noise, "denoiser": denoiser, **options}
 
     @property
     def target_epsilon(self) -> float | None:

@@ -60,7 +60,7 @@ class PrivacyMonitor(Callback):
         warn_about_delta(self.delta, strategy.num_records)
         self._computed_at, self._exact_at = -1, -1
         if strategy.private_step is not None:
-            strategy.private_step.keep_norms = self.log_not_private
+            strategy.private_step.contributions.keep_norms = self.log_not_private
         self._chart = dashboards.UtilityChart()
         dashboards.begin(trainer.loggers, self._configuration(trainer, strategy))
 
@@ -74,10 +74,10 @@ class PrivacyMonitor(Callback):
             "noise_multiplier": strategy.noise_multiplier,
             "sampling_rate": strategy.sampling_rate,
             "expected_batch_size": strategy.expected_batch_size,
-            "clipping": repr(strategy.clipping),
-            "noise": repr(strategy.noise),
-            "denoiser": repr(strategy.denoiser),
-            "engine": strategy.engine,
+            "clipping": repr(strategy.mechanism.clipping),
+            "noise": repr(strategy.mechanism.noise),
+            "denoiser": repr(strategy.mechanism.denoiser),
+            "engine": strategy.options.engine,
         }
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
@@ -85,8 +85,8 @@ class PrivacyMonitor(Callback):
         step = private_strategy(trainer, "PrivacyMonitor").private_step
         if step is None or not self._due(trainer, ahead=1):
             return
-        scales, parameters = step.noise_scales(), step.engine.parameters
-        std = step.noise.std()
+        scales, parameters = step.scales, step.engine.parameters
+        std = step.mechanism.noise.std()
         square = sum(parameters[name].numel() * (scale * std) ** 2 for name, scale in scales.items() if scale)
         self._noise_square = square if math.isfinite(square) else 0.0
 
@@ -96,7 +96,7 @@ class PrivacyMonitor(Callback):
         step = private_strategy(trainer, "PrivacyMonitor").private_step
         if step is None or not self._noise_square:
             return
-        if step.denoiser is None:
+        if step.mechanism.denoiser is None:
             gradients = [p.grad for p in step.engine.parameters.values() if p.grad is not None]
             square = float(torch.stack(torch._foreach_norm(gradients)).double().square().sum())
         else:
@@ -173,9 +173,9 @@ class PrivacyMonitor(Callback):
 
     def _log_not_private(self, pl_module: pl.LightningModule, strategy: PrivateMixin) -> None:
         step = strategy.private_step
-        if step is None or not step.norms:
+        if step is None or not step.contributions.norms:
             return
-        norms, weights = torch.cat(step.norms).flatten().float(), torch.cat(step.weights)
+        norms, weights = torch.cat(step.contributions.norms).flatten().float(), torch.cat(step.contributions.weights)
         low, median, high = norms.quantile(torch.tensor([0.1, 0.5, 0.9], device=norms.device)).tolist()
         values = {
             "clipped_fraction": (weights < 1).float().mean().item(),

@@ -7,13 +7,11 @@ import warnings
 import torch
 from torch import Tensor
 
-from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.gradients.engine import set_aside
 from lightning_dp.gradients.forms import CallForms
 from lightning_dp.mechanism.clipping import Bounding, Group, State
-from lightning_dp.mechanism.noise import GaussianNoise
-from lightning_dp.mechanism.randomness import Randomness
+from lightning_dp.mechanism.mechanism import Mechanism
 from lightning_dp.mechanism.step import PrivateStep
 from lightning_dp.training.independence.shadow import AlignedRandomness, Shadow, random_state_kept, seed_everything
 from lightning_dp.training.independence.subject import Subject, loss_of, reduced
@@ -53,6 +51,7 @@ def check_contributions(subject: Subject, clipping: Bounding, state: State, form
     Raises:
         UnsupportedModelError: With the parameter's name.
     """
+    mechanism = Mechanism(clipping, augmentation_multiplicity=subject.copies)
     bounds: dict[Group, float] = {}
     copies, mean = subject.copies, subject.loss_reduction == "mean"
     unaligned = False
@@ -60,10 +59,9 @@ def check_contributions(subject: Subject, clipping: Bounding, state: State, form
     def contribution(examples: list[int]) -> tuple[PrivateStep, dict[str, Tensor]]:
         nonlocal unaligned
         shadow = Shadow(subject.module).module.eval()
-        rule = clipping.bind(shadow)
-        engine = rule.make_engine("bookkeeping", shadow)
-        engine.copies, engine.forms = copies, forms
-        step = PrivateStep(engine, rule, GaussianNoise(), PrivacyLedger(), Randomness())
+        step = PrivateStep.of(mechanism, shadow)
+        engine, rule = step.engine, step.clipping
+        engine.forms = forms
         if state:
             step.clipping_state = state
         rows = len(examples) * copies

@@ -7,7 +7,6 @@ stops at the first that was not there when the step was examined.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from types import CodeType, FrameType
@@ -15,17 +14,11 @@ from typing import Any
 
 from lightning_dp.errors import FormChanged
 from lightning_dp.gradients.shared_outputs import follow, understood
-from lightning_dp.gradients.source import here
+from lightning_dp.gradients.source import OWN, ZOO, here
 from lightning_dp.training.independence.losses import Forms, PerRecordMeans
 
 #: A function, where it was called, and the switches among its arguments.
 Place = tuple[Any, CodeType, int, tuple[bool, ...]]
-
-
-_OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-
-
-_ZOO = os.path.join(_OWN, "zoo")
 
 
 _WRAPPERS = (
@@ -76,7 +69,7 @@ class Watch(PerRecordMeans):
             return func(*args, **(kwargs or {}))
         frame = _caller()
         path = frame.f_code.co_filename
-        own = path.startswith(_OWN) and not path.startswith(_ZOO)  # what records, and what examines
+        own = path.startswith(OWN) and not path.startswith(ZOO)  # what records, and what examines
         if own or path.endswith(_RECORDED):
             return super().__torch_function__(func, types, args, kwargs)
         switches = [a for a in args if a is True or a is False]

@@ -1,0 +1,251 @@
+"""The self-check: examines the training step before the first private step, and whenever it runs other code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.utils.checkpoint import CheckpointError
+
+from lightning_dp.errors import (
+    ACTIVATION_CHECKPOINTING,
+    FormChanged,
+    PrivacyConfigurationError,
+    UnsupportedModelError,
+)
+from lightning_dp.training import steering
+from lightning_dp.training.batches import Layout, find_layout
+from lightning_dp.training.checks.contributions import check_contributions
+from lightning_dp.training.independence.collation import check_collation, check_copies_stay_together
+from lightning_dp.training.independence.examination import Findings, examine
+from lightning_dp.training.independence.exchange import check_exchange
+from lightning_dp.training.independence.shadow import random_state_kept
+from lightning_dp.training.independence.shadow import seed_everything as seed_records
+from lightning_dp.training.independence.subject import Subject, Understanding, choose_records, fresh
+
+if TYPE_CHECKING:
+    from lightning_dp.training.strategy import PrivateMixin
+
+#: Records that are traced, and that are exchanged; at most so many rows, where each record has several.
+_TRACED, _EXCHANGED, _EXAMINED_ROWS = 8, 18, 36
+
+
+class Examiner:
+    """Examines a strategy's training step, and keeps what was found.
+
+    Args:
+        strategy: Whose step.
+    """
+
+    def __init__(self, strategy: PrivateMixin) -> None:
+        self._strategy = strategy
+        self.reset(pending=False)
+
+    def reset(self, pending: bool) -> None:
+        """A fit begins: nothing is known.
+
+        Args:
+            pending: Whether the step is to be examined before it is taken.
+        """
+        self.is_pending = pending
+        #: What examinations of the training step have found; ``None`` before the first.
+        self.findings: Findings | None = None
+        #: What every step is held to.
+        self.understanding = Understanding()
+        self._subject: Subject | None = None
+        self._layout: Layout | None = None
+
+    @property
+    def logged_names(self) -> set[str]:
+        """Names of the metrics that the step logged when it was examined."""
+        return set() if self.findings is None else self.findings.names
+
+    def run_once(self, args: tuple[Any, ...]) -> None:
+        """Examines the training step, on records spread over the data set rather than on those that were drawn."""
+        if not self.is_pending:
+            return
+        self.is_pending = False
+        if self._strategy.num_records < 2:
+            rank_zero_warn(
+                "lightning_dp: the train set has one record: whether records are independent is not checked."
+            )
+            return
+        subject = self._subject = self._make_subject(args)
+        findings = self._examine(subject)
+        steering.check_monitors(self._strategy.trainer_in_fit(), findings.logged)
+        self._announce(findings)
+
+    def _make_subject(self, args: tuple[Any, ...]) -> Subject:
+        copies, loader = self._strategy.mechanism.augmentation_multiplicity, self._strategy.train_loader
+        assert loader is not None
+        most = min(_EXCHANGED, _EXAMINED_ROWS // copies)
+        if self._strategy.options.max_physical_batch_size:
+            most = min(most, self._strategy.options.max_physical_batch_size // copies)
+        with random_state_kept():
+            seed_records(0)
+            records = choose_records(
+                lambda index: loader.load_record(index, copies),
+                self._strategy.num_records,
+                max(2, min(most, self._strategy.num_records)),
+            )
+        # Whether records are independent does not depend on precision, but autocast's rounding blurs the comparison.
+        mixed = isinstance(self._strategy.precision_plugin, MixedPrecision)
+        return Subject(
+            module=self._strategy.module_in_fit(),
+            records=records,
+            collate=lambda items: self._strategy.precision_plugin.convert_input(loader.collate_items(items)),
+            transfer=self._strategy.micro_batches.transfer,
+            arguments=args,
+            context=nullcontext if mixed else self._strategy.precision_plugin.train_step_context,
+            stand_in=self._standing_in,
+            loss_reduction=self._strategy.options.loss_reduction,
+            copies=copies,
+            largest_batch=self._largest_batch(),
+            needs_layers=self._strategy.options.engine == "bookkeeping",
+            per_record_means=self._strategy.options.per_record_means,
+            understanding=self.understanding,
+        )
+
+    def _largest_batch(self) -> int:
+        """The most records that one forward pass is likely to have: four standard deviations above the mean."""
+        expected = self._strategy.expected_batch_size
+        drawn = expected + 4 * math.sqrt(expected * (1 - self._strategy.sampling_rate))
+        share = math.ceil(min(drawn, self._strategy.num_records) / self._strategy.trainer_in_fit().world_size)
+        if self._strategy.options.max_physical_batch_size:
+            share = min(
+                share,
+                self._strategy.options.max_physical_batch_size // self._strategy.mechanism.augmentation_multiplicity,
+            )
+        return min(share, (self._strategy.private_step and self._strategy.private_step.engine.max_examples) or share)
+
+    def _examine(self, subject: Subject) -> Findings:
+        """Everything that can be known before a step is taken; keeps it.
+
+        Raises:
+            UnsupportedModelError, PrivacyConfigurationError: Records are not independent, or the engine cannot see all.
+        """
+        try:
+            unseen = check_collation(subject)
+            if subject.copies > 1:
+                check_copies_stay_together(subject)
+            sorts = any("order of its own" in sentence for sentence in unseen)
+            few = replace(subject, records=subject.records[: max(2, min(_TRACED, len(subject.records)))])
+            findings = examine(few)
+            if findings.counts and (
+                self._strategy.options.engine == "per_example" or self._strategy.options.max_physical_batch_size
+            ):
+                self._refuse_counters(findings.counts)
+            try:
+                unseen += check_exchange(subject, findings, compare_places=not sorts)
+            except UnsupportedModelError as error:
+                raise UnsupportedModelError(" ".join([*findings.doubts, str(error)])[:2000]) from None
+            if subject.needs_layers:
+                state = self._strategy.private_step.clipping_state if self._strategy.private_step else {}
+                unseen += check_contributions(subject, self._strategy.mechanism.clipping, state, findings.forms)
+        except (UnsupportedModelError, PrivacyConfigurationError) as error:
+            raise type(error)(str(error)) from None
+        except CheckpointError as error:
+            raise UnsupportedModelError(ACTIVATION_CHECKPOINTING) from error
+        findings.unseen += [sentence for sentence in unseen if sentence not in findings.unseen]
+        if self.findings is None:
+            self.findings = findings
+        else:
+            self.findings.merge(findings)
+        if self._strategy.private_step is not None:
+            self._strategy.private_step.engine.forms = self.findings.forms
+        return findings
+
+    def _refuse_counters(self, counts: list[str]) -> None:
+        """State that every call of training_step changes would count micro-batches, and so the records drawn."""
+        names = ", ".join(map(repr, counts[:4]))
+        if self._strategy.options.engine == "per_example":
+            raise UnsupportedModelError(
+                f"training_step changes {names} whenever it is called, and engine='per_example' calls it once for "
+                "every record: after a few steps it would tell exactly how many were drawn. Count steps by "
+                "self.global_step "
+                "instead."
+            )
+        raise UnsupportedModelError(
+            f"training_step changes {names} whenever it is called, and max_physical_batch_size calls it once per "
+            "micro-batch: how often depends on the size of the sample. Count steps by self.global_step instead."
+        )
+
+    def examine_drawn(self, batch: Any, count: int, args: tuple[Any, ...], reason: FormChanged, seed: int) -> None:
+        """A step does what was not examined: examines it on the very batch, before anything is charged.
+
+        Raises:
+            UnsupportedModelError: Records are not independent in it.
+        """
+        subject = self._subject
+        if subject is None or self.findings is None:
+            raise reason
+        subject.arguments = args
+        copies = self._strategy.mechanism.augmentation_multiplicity
+        try:
+            found = examine(subject, batch, count * copies, self.batch_layout(), seed)
+            self.findings.merge(found)
+            # What made the step take another way is among these records.
+            drawn = self._strategy.iterator().last_records
+            if len(drawn) > 1 and self._strategy.train_loader is not None:
+                loader = self._strategy.train_loader
+                with random_state_kept():
+                    chosen = choose_records(
+                        lambda index: loader.load_record(drawn[index], copies), len(drawn), len(subject.records)
+                    )
+                self._examine(replace(subject, records=chosen))
+            self._examine(subject)
+            self.findings.merge(found)
+            steering.check_monitors(self._strategy.trainer_in_fit(), found.logged)
+        except (UnsupportedModelError, PrivacyConfigurationError) as error:
+            raise UnsupportedModelError(f"{reason} {error}"[:2000]) from None
+
+    def _announce(self, findings: Findings) -> None:
+        for line, what in findings.understood.items():
+            rank_zero_info(f"lightning_dp: {line}: {what} (per_record_means=False leaves losses as they are).")
+        if findings.unseen:
+            rank_zero_warn(f"lightning_dp: not checked: {'; '.join(findings.unseen)}. The privacy card says so.")
+
+    @contextmanager
+    def _standing_in(self, shadow: Any) -> Iterator[None]:
+        """Hooks that the Trainer calls reach the shadow of the module, and not the module."""
+        module, self._strategy._lightning_module = self._strategy._lightning_module, shadow
+        try:
+            yield
+        finally:
+            self._strategy._lightning_module = module
+
+    def batch_layout(self) -> Layout:
+        """Where the examples are in a transferred batch, found from two sizes."""
+        if self._layout is None:
+            loader = self._strategy.train_loader
+            assert loader is not None
+            copies = self._strategy.mechanism.augmentation_multiplicity
+            with random_state_kept():
+                some = [loader.load_record(i % self._strategy.num_records, copies) for i in range(5)]
+                batches = []
+                for records in (some, [*some, *some[:2]]):
+                    items = [fresh(item) for record in records for item in record]
+                    seed_records(0)
+                    batches.append(
+                        self._strategy.micro_batches.transfer(
+                            self._strategy.precision_plugin.convert_input(loader.collate_items(items))
+                        )
+                    )
+            self._layout = find_layout(batches[0], 5 * copies, batches[1], 7 * copies)
+        return self._layout
+
+    def statement(self) -> dict[str, Any] | None:
+        """What is known about the independence of records, for the privacy card."""
+        if self.findings is None:
+            return None
+        return {
+            "verdict": self.findings.verdict,
+            "decisions": dict(self.findings.decisions),
+            "losses": dict(self.findings.understood),
+            "not_checked": list(self.findings.unseen),
+        }

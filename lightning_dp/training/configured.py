@@ -1,0 +1,139 @@
+"""What a private strategy is configured with, and what callbacks and statistics read of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from dp_accounting import DpEvent
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.journal.writer import PrivacyJournal
+from lightning_dp.mechanism.clipping import Bounding, State
+from lightning_dp.mechanism.denoising import Denoiser, DenoiserState
+from lightning_dp.mechanism.noise import Noise
+from lightning_dp.mechanism.randomness import Randomness
+from lightning_dp.mechanism.sampling import PoissonBatchSampler
+from lightning_dp.mechanism.step import PrivateStep
+from lightning_dp.training import steering
+from lightning_dp.training.books import Books
+from lightning_dp.training.checks.self_check import Examiner
+from lightning_dp.training.independence.examination import Findings
+from lightning_dp.training.loader import PoissonDataLoader
+from lightning_dp.training.micro_batches import MicroBatches
+from lightning_dp.training.options import privacy_options
+from lightning_dp.training.processes import OneProcess
+from lightning_dp.training.release import Releases
+from lightning_dp.training.statement import public_configuration
+
+if TYPE_CHECKING:
+    from lightning_dp.training.strategy import PrivateMixin
+
+
+class Budget(Protocol):
+    """What a strategy asks before it spends."""
+
+    def choose_noise(self, trainer: Trainer, strategy: PrivateMixin) -> None:
+        """Sets ``strategy.noise_multiplier`` for the steps that the Trainer plans, if the noise has none."""
+
+    def step_limit(self, ledger: PrivacyLedger, event: DpEvent) -> int:
+        """The most steps that the ledger may hold if all further ones are this event."""
+
+
+class ConfiguredStrategy(OneProcess):
+    """A strategy with a mechanism, options, and what belongs to one fit: books, releases, micro-batches, examiner."""
+
+    def configure_privacy(
+        self, clipping: Bounding, noise: Noise, denoiser: Denoiser | None = None, **options: Any
+    ) -> None:
+        """Checks and keeps the configuration; arguments as for `privacy_options`."""
+        self.mechanism, self.options = privacy_options(clipping, noise, denoiser, **options)
+        #: Every private step taken so far, in this fit and those that it resumes.
+        self.ledger = PrivacyLedger()
+        #: The noise multiplier in force: that of ``noise``, or the one that a budget chose.
+        self.noise_multiplier = noise.multiplier
+        #: Chooses the noise and limits the steps; set by `PrivacyBudget`.
+        self.budget: Budget | None = None
+        #: The private step of the current fit; ``None`` before it is set up.
+        self.private_step: PrivateStep | None = None
+        self.randomness = Randomness(self.options.seed, self.mechanism.secure_rng)
+        self.books, self.releases = Books(cast("PrivateMixin", self)), Releases(cast("PrivateMixin", self))
+        self.micro_batches, self.examiner = (
+            MicroBatches(cast("PrivateMixin", self)),
+            Examiner(cast("PrivateMixin", self)),
+        )
+        self.logs: steering.Logs | None = None
+        self.train_loader: PoissonDataLoader | None = None
+        self._clipping_state: State = {}
+        self._denoiser_state: DenoiserState = {}
+        self._checked_fingerprint: tuple[Any, ...] = ()
+        self._is_set_up = self._nonfinite_reported = False
+
+    @property
+    def seed(self) -> int | None:
+        """The explicit seed, with which the guarantee holds only while it is secret; ``None`` in earnest runs."""
+        return self.randomness.seed
+
+    @property
+    def num_records(self) -> int:
+        """N, the number of records in the train set. Known once the train loader has been set up."""
+        return self._poisson().num_records
+
+    @property
+    def sampling_rate(self) -> float:
+        """q, the probability with which each record joins each logical batch."""
+        return self._poisson().sampling_rate
+
+    @property
+    def expected_batch_size(self) -> float:
+        """q·N, the public number that noisy sums are divided by."""
+        return self.sampling_rate * self.num_records
+
+    @property
+    def findings(self) -> Findings | None:
+        """What examinations of the training step have found; ``None`` before the first."""
+        return self.examiner.findings
+
+    @property
+    def journal(self) -> PrivacyJournal | None:
+        """The journal of the current fit; ``None`` without one, and between fits."""
+        return self.books.journal
+
+    def public_configuration(self) -> dict[str, Any]:
+        """What a privacy statement says about the mechanism: plain data, nothing that depends on the records."""
+        return public_configuration(cast("PrivateMixin", self))
+
+    def release_sum(self, total: Callable[[], Tensor], noise_multiplier: float, what: str) -> Tensor:
+        """A sum over all records of the train set, with Gaussian noise: see `Releases.release_sum`."""
+        return self.releases.release_sum(total, noise_multiplier, what)
+
+    def each_record(self) -> Iterator[Any]:
+        """Every record of the train set by itself: a batch of one, as Lightning would bring it to the device."""
+        return self.releases.each_record()
+
+    def _poisson(self) -> PoissonBatchSampler:
+        if self.train_loader is None:
+            raise RuntimeError("The sampling rate is known once the Trainer has loaded the train dataloader.")
+        return self.train_loader.poisson
+
+    def step_limit(self, event: DpEvent) -> int:
+        assert self.budget is not None
+        return self.budget.step_limit(self.ledger, event)
+
+    def public_state(self) -> dict[str, Any]:
+        """What the clipping rule has chosen so far, and what the denoiser remembers."""
+        step = self.private_step
+        return {
+            "clipping": dict(step.clipping_state if step else self._clipping_state),
+            "denoiser": dict(step.denoiser_state if step else self._denoiser_state),
+        }
+
+    def module_in_fit(self) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    def trainer_in_fit(self) -> Trainer:
+        trainer: Trainer = self.module_in_fit().trainer
+        return trainer

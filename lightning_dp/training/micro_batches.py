@@ -1,0 +1,169 @@
+"""Micro-batches: the user's ``training_step`` on the parts of a logical batch."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_dp.errors import (
+    FormChanged,
+    PrivacyConfigurationError,
+)
+from lightning_dp.gradients.forms import form_changed_in
+from lightning_dp.mechanism.step import PrivateStep
+from lightning_dp.training.independence.losses import PerRecordMeans
+from lightning_dp.training.independence.subject import loss_of, reduced
+from lightning_dp.training.independence.watch import Watch
+
+if TYPE_CHECKING:
+    from lightning_dp.training.strategy import PrivateMixin
+
+#: How often a step may turn out to run code that was not examined (LayerDrop skips other layers each time).
+_ATTEMPTS = 8
+
+
+class MicroBatches:
+    """Runs logical batches, in parts that fit into memory.
+
+    Args:
+        strategy: Whose batches.
+    """
+
+    def __init__(self, strategy: PrivateMixin) -> None:
+        self._strategy = strategy
+        #: Examples of the drawn batch that are this process's; ``None`` once a step was taken on it.
+        self.drawn: int | None = None
+        #: The most examples of any process's share.
+        self.largest_share = 0
+        #: Examples of the micro-batch whose backward pass Lightning asks for.
+        self.left_to_backward = 0
+
+    def run(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Runs the user's ``training_step`` on every micro-batch of the logical batch, and all backward passes but the
+        last, which Lightning asks for through `backward`."""
+        step, count = self._strategy.private_step, self.drawn
+        assert step is not None
+        if count is None:
+            raise PrivacyConfigurationError(
+                "The optimizer evaluated the loss more than once on one batch; each evaluation would be a further "
+                "release. Use an optimizer that takes one gradient per step."
+            )
+        self.drawn = None
+        assert self._strategy.logs is not None
+        self._strategy.logs.begin()
+        for seed in range(_ATTEMPTS):
+            try:
+                return self._logical_batch(step, batch, count, args, kwargs)
+            except (FormChanged, SystemError) as error:
+                reason = form_changed_in(error)
+                if reason is None:
+                    raise
+                # Nothing was charged, and nothing of this batch was released.
+                self._strategy.examiner.examine_drawn(batch, count, args, reason, seed)
+                self._strategy.logs.again()
+        return self._logical_batch(step, batch, count, args, kwargs)
+
+    def _logical_batch(
+        self, step: PrivateStep, batch: Any, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """All micro-batches of a logical batch of ``count`` records."""
+        assert self._strategy.noise_multiplier is not None
+        step.begin(
+            self._strategy.noise_multiplier,
+            self._strategy.sampling_rate,
+            self._strategy.expected_batch_size,
+            limit=None if self._strategy.budget is None else self._strategy.step_limit,
+        )
+        self.left_to_backward = 0
+        self._strategy.examiner.run_once(args)
+        results = self._strategy.trainer_in_fit()._results
+        # As many micro-batches in every process, so that each of them is at the same place.
+        largest = self.largest_share
+        copies = step.engine.copies
+        physical = (
+            max(1, self._strategy.options.max_physical_batch_size // copies)
+            if self._strategy.options.max_physical_batch_size
+            else largest
+        )
+        most = min(physical, step.engine.max_examples or largest)
+        parts = -(-largest // most) if largest else 0
+        weighted_loss: Any = 0.0
+        for part in range(parts):
+            start, stop = count * part // parts, count * (part + 1) // parts
+            if start == stop:
+                self._join_collectives(args, kwargs)
+                continue
+            rows = slice(start * copies, stop * copies)
+            micro_batch = batch if stop - start == count else self._strategy.take_examples(batch, count * copies, rows)
+            if results is not None:  # so that self.log weights its means by the micro-batch's size
+                results.batch, results.batch_size = micro_batch, None
+            size = (stop - start) * copies
+            with step.engine.forward(size), self._watch(size):
+                output = self._strategy.user_training_step(micro_batch, *args, **kwargs)
+            loss = reduced(loss_of(output), self._strategy.options.loss_reduction)
+            weighted_loss += loss.detach() * (
+                (stop - start) / count if self._strategy.options.loss_reduction == "mean" else 1
+            )
+            if stop < count:
+                with step.backward(self.loss_scale(stop - start)):
+                    self._strategy.precision_plugin.backward(loss, self._strategy.module_in_fit(), None)
+        if count == 0:  # of an empty draw, or share of one, the gradient is noise
+            return torch.zeros((), device=self._strategy.root_device, requires_grad=True)
+        if results is not None:
+            results.batch, results.batch_size = batch, None
+        self.left_to_backward = stop - start
+        shown = loss + (weighted_loss - loss.detach()) if parts > 1 else loss
+        return {**output, "loss": shown} if isinstance(output, dict) else shown
+
+    def _watch(self, rows: int) -> AbstractContextManager[Any]:
+        """Holds a step of so many rows to what was examined."""
+        if self._strategy.examiner.findings is None:  # nobody has looked at the step
+            return PerRecordMeans(rows, None, enabled=self._strategy.options.per_record_means)
+        known = self._strategy.examiner.understanding
+        return Watch(rows, known.losses, known.places, enabled=self._strategy.options.per_record_means)
+
+    def _join_collectives(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Runs ``training_step`` for nothing, on a record that was not drawn, where another process has one that was.
+
+        What the step exchanges between processes (a log with ``sync_dist=True``, say) would wait for this one. What it
+        logs counts like a batch of one record.
+        """
+        step, results = self._strategy.private_step, self._strategy.trainer_in_fit()._results
+        assert step is not None
+        copies = step.engine.copies
+        batch = self.load([0] * copies)
+        if results is not None:
+            results.batch, results.batch_size = batch, None
+        with step.engine.forward(copies), self._watch(copies):
+            self._strategy.user_training_step(batch, *args, **kwargs)
+
+    def load(self, records: list[int]) -> Any:
+        """The batch that consists of these records of the train set, as Lightning would bring it to the device."""
+        assert self._strategy.train_loader is not None
+        return self.transfer(
+            self._strategy.precision_plugin.convert_input(self._strategy.train_loader.collate_records(records))
+        )
+
+    def transfer(self, batch: Any) -> Any:
+        """Brings a collated batch to the device, through the transfer hooks."""
+        batch = self._strategy.module_in_fit()._on_before_batch_transfer(batch, dataloader_idx=0)
+        return self._strategy.batch_to_device(batch, dataloader_idx=0)
+
+    def loss_scale(self, examples: int) -> float:
+        """What makes the sum over an example's copies the gradient of their mean loss."""
+        return (
+            float(examples)
+            if self._strategy.options.loss_reduction == "mean"
+            else 1.0 / self._strategy.mechanism.augmentation_multiplicity
+        )
+
+    def refuse_skipped(self) -> None:
+        if self.drawn is not None:
+            raise PrivacyConfigurationError(
+                "A batch was drawn that no training step was taken on: on_train_batch_start returned -1, which skips "
+                "the rest of the epoch. Whether a step happens must not depend on the data. Use limit_train_batches, "
+                "or "
+                "trainer.should_stop on what has noise."
+            )

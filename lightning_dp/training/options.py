@@ -1,0 +1,95 @@
+"""The arguments of private training, spelled out once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_dp.gradients.engines import ENGINES
+from lightning_dp.mechanism.clipping import Bounding, FlatClipping
+from lightning_dp.mechanism.denoising import Denoiser
+from lightning_dp.mechanism.mechanism import Mechanism
+from lightning_dp.mechanism.noise import GaussianNoise, Noise
+
+
+@dataclass(frozen=True)
+class PrivacyOptions:
+    """What cannot change ε; see `privacy_options` for what each of them does.
+
+    Raises:
+        ValueError, TypeError: An option has a value that makes no sense.
+    """
+
+    max_physical_batch_size: int | None = None
+    engine: str = "bookkeeping"
+    loss_reduction: str = "mean"
+    self_check: bool = True
+    seed: int | None = None
+    journal: bool = True
+    per_record_means: bool = True
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine must be one of {ENGINES}, got {self.engine!r}.")
+        if self.loss_reduction not in ("mean", "sum"):
+            raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {self.loss_reduction!r}.")
+        if self.max_physical_batch_size is not None and self.max_physical_batch_size < 1:
+            raise ValueError(f"max_physical_batch_size must be at least 1, got {self.max_physical_batch_size}.")
+
+
+def privacy_options(
+    clipping: Bounding = FlatClipping(1.0),
+    noise: Noise = GaussianNoise(),
+    denoiser: Denoiser | None = None,
+    max_physical_batch_size: int | None = None,
+    engine: str = "bookkeeping",
+    loss_reduction: str = "mean",
+    self_check: bool = True,
+    seed: int | None = None,
+    journal: bool = True,
+    secure_rng: bool = False,
+    augmentation_multiplicity: int = 1,
+    per_record_means: bool = True,
+) -> tuple[Mechanism, PrivacyOptions]:
+    """What decides ε, and what cannot change it.
+
+    Args:
+        clipping: How contributions are bounded.
+        noise: The noise. Without a multiplier, `PrivacyBudget` chooses one.
+        denoiser: What is done to the noisy gradient before the optimizer sees it; ``None``: nothing.
+        max_physical_batch_size: The most examples that pass through the model at once, every augmentation counted; the
+            result does not depend on it. ``None``: the whole logical batch.
+        engine: ``"bookkeeping"``, fast, for layers that have a rule; ``"per_example"``, slow, for any.
+        loss_reduction: Whether the loss that ``training_step`` returns is a ``"mean"`` or a ``"sum"`` over examples.
+        self_check: Whether the training step is examined before the first private step: whether examples influence one
+            another, and whether the engine sees every gradient.
+        seed: Makes sampling and noise reproducible, for tests and debugging. **The guarantee then holds only while the
+            seed is secret.** `seed_everything` has no influence on either. Steps that a crash has lost are charged and
+            not repeated: the resumed run draws what follows them.
+        journal: Whether every step is written to ``privacy_journal.jsonl``, beside the logs, before its result is used,
+            so that steps that a crash loses are charged when training is resumed.
+        secure_rng: Whether sampling and noise come from a cryptographic generator, and Gaussian noise is hardened
+            against attacks on its floating-point numbers (see `hardened_gaussian_` in
+            `lightning_dp.mechanism.noise` for what that claims). Slower; needs ``pip install 'lightning-dp[secure]'``.
+        augmentation_multiplicity: How many times, K, every record of a batch is loaded, to be augmented anew each time
+            by the data set or by ``on_after_batch_transfer``. What is bounded is the gradient of the record's mean loss
+            over the K: sensitivity, noise and ε are those of ``K = 1``. The batch that ``training_step`` sees has K
+            rows per record, one after another: collation, transfer hooks and ``take_examples`` must keep their order,
+            which the self-check looks at. Source: De et al. 2022, section 3.2, "Unlocking High-Accuracy Differentially
+            Private Image Classification through Scale".
+        per_record_means: Whether a cross-entropy that is a mean over the batch's targets, weighted by class or without
+            those that are ignored, is understood as the mean over records of each record's own mean. Without, such
+            losses are refused: what they divide by depends on the other records.
+
+    Raises:
+        TypeError, ValueError: An argument is of another kind, or two do not go together.
+    """
+    mechanism = Mechanism(clipping, noise, denoiser, augmentation_multiplicity, secure_rng)
+    options = PrivacyOptions(
+        max_physical_batch_size, engine, loss_reduction, self_check, seed, journal, per_record_means
+    )
+    if max_physical_batch_size is not None and max_physical_batch_size < augmentation_multiplicity:
+        raise ValueError(
+            f"max_physical_batch_size={max_physical_batch_size} is less than augmentation_multiplicity="
+            f"{augmentation_multiplicity}: all augmentations of a record pass through the model together."
+        )
+    return mechanism, options

@@ -1,0 +1,44 @@
+"""What a privacy statement says about a training's mechanism."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from dp_accounting import NeighboringRelation
+
+from lightning_dp.mechanism.mechanism import describe
+from lightning_dp.training.run_directory import software_versions
+
+if TYPE_CHECKING:
+    from lightning_dp.training.strategy import PrivateMixin
+
+
+def public_configuration(strategy: PrivateMixin) -> dict[str, Any]:
+    """What a privacy statement says about the mechanism: plain data, nothing that depends on the records."""
+    step = strategy.private_step
+    groups = step.groups if step is not None else [()]
+    state = step.clipping_state if step is not None else None
+    bound = step.clipping if step is not None else strategy.mechanism.clipping
+    return {
+        "clipping": describe(strategy.mechanism.clipping),
+        "sensitivity": bound.sensitivity(NeighboringRelation.ADD_OR_REMOVE_ONE, groups, state),
+        "groups": len(groups),
+        "noise": {**describe(strategy.mechanism.noise), "multiplier": strategy.noise_multiplier},
+        "denoiser": None if strategy.mechanism.denoiser is None else describe(strategy.mechanism.denoiser),
+        "num_records": strategy.num_records,
+        "sampling_rate": strategy.sampling_rate,
+        "expected_batch_size": strategy.expected_batch_size,
+        "engine": strategy.options.engine,
+        "loss_reduction": strategy.options.loss_reduction,
+        "max_physical_batch_size": strategy.options.max_physical_batch_size,
+        "augmentation_multiplicity": strategy.mechanism.augmentation_multiplicity,
+        "self_check": strategy.options.self_check,
+        "independence": strategy.examiner.statement(),
+        "seed_given": strategy.seed is not None,
+        "secure_rng": strategy.randomness.secure,
+        "journal": strategy.options.journal,
+        "precision": str(strategy.trainer_in_fit().precision),
+        "model": type(strategy.module_in_fit()).__name__,
+        "trainable_parameters": sum(p.numel() for p in step.engine.parameters.values()) if step else None,
+        "software": software_versions(),
+    }
