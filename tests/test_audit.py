@@ -346,7 +346,7 @@ class Shuffled(PoissonBatchSampler):
     def __iter__(self) -> Any:
         self.sizes = deque()
         size = round(self.sampling_rate * self.num_records)
-        order = self.randomness.numpy("sampling", self._first_step()).permutation(self.num_records)
+        order = self._randomness.numpy("sampling", self._first_step()).permutation(self.num_records)
         for start in range(0, self.num_records, size):
             batch = order[start : start + size].tolist()
             self.sizes.append((len(batch), len(batch), list(batch)))
@@ -372,7 +372,7 @@ class Remembers(PrivateStrategy):
     """Saves where its noise comes from."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        generator = self.randomness.torch("noise", len(self.ledger), torch.device("cpu"))
+        generator = self._randomness.torch("noise", len(self.ledger), torch.device("cpu"))
         super().save_checkpoint({**checkpoint, "state": generator.get_state()}, *args, **kwargs)
 
 
