@@ -33,6 +33,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 digits: $(INSTALLED)  ## the digits recipe as shipped, three seeds
 	$(BIN)/python benchmarks/seeds.py recipes/digits/dp_sgd.yaml --seeds 1 2 3

@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
-from lightning_dp.mechanism.backprop import clipped_backward, layer_bounds
-from lightning_dp.mechanism.backprop.clipped_backward import InputClip
+from lightning_dp.mechanism.backprop import clipped_backward, clipped_output, layer_bounds
+from lightning_dp.mechanism.backprop.input_clip import InputClip
 from lightning_dp.mechanism.backprop.layer_bounds import ConvolutionLayerBound, LinearBound
 from lightning_dp.mechanism.backprop.rule import BackpropClipping, BoundBackpropClipping
 from lightning_dp.mechanism.noise import GaussianNoise
@@ -847,7 +847,7 @@ def test_inputs_are_changed_in_place_where_autograd_keeps_them_and_nowhere_else(
     output = module(torch.rand(*shape) + 0.1)
     assert module.seen is not None
     input = module.seen[0]
-    assert clipped_backward._is_what_autograd_keeps(module.layer, input, 4) == same
+    assert clipped_output.is_what_autograd_keeps(module.layer, input, 4) == same
     if same:
         input.data.zero_()
         output.sum().backward()

@@ -12,19 +12,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_dp.accounting.ledger import PrivacyLedger
-from lightning_dp.errors import (
-    PrivacyConfigurationError,
-)
+from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.journal.files import relative_path
 from lightning_dp.journal.writer import PrivacyJournal
 from lightning_dp.mechanism.mechanism import describe
-from lightning_dp.training.spent import (
-    DataMark,
-    Spending,
-    note_spending,
-    spent_by,
-    statistics_of,
-)
+from lightning_dp.training.spent import DataMark, Spending, note_spending, spent_by, statistics_of
 
 if TYPE_CHECKING:
     from lightning_dp.training.strategy import PrivateMixin

@@ -20,7 +20,7 @@ from lightning_dp.mechanism.step import PrivateStep
 from lightning_dp.training import steering
 from lightning_dp.training.books import Books
 from lightning_dp.training.checks.self_check import Examiner
-from lightning_dp.training.independence.examination import Findings
+from lightning_dp.training.independence.findings import Findings
 from lightning_dp.training.loader import PoissonDataLoader
 from lightning_dp.training.micro_batches import MicroBatches
 from lightning_dp.training.options import privacy_options

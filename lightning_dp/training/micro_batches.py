@@ -7,10 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_dp.errors import (
-    FormChanged,
-    PrivacyConfigurationError,
-)
+from lightning_dp.errors import FormChanged, PrivacyConfigurationError
 from lightning_dp.gradients.forms import form_changed_in
 from lightning_dp.mechanism.step import PrivateStep
 from lightning_dp.training.independence.losses import PerRecordMeans

@@ -13,10 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_dp.accounting.cost import event_epsilon
-from lightning_dp.errors import (
-    PrivacyConfigurationError,
-    PrivacyLimitReached,
-)
+from lightning_dp.errors import PrivacyConfigurationError, PrivacyLimitReached
 from lightning_dp.mechanism.noise import GaussianNoise
 from lightning_dp.statistics.base import PrivateStatistic, unfilled
 

@@ -9,15 +9,11 @@ from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.plugins import CheckpointIO, Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy, StrategyRegistry
 
-from lightning_dp.errors import (
-    PrivacyConfigurationError,
-)
+from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.mechanism.clipping import Bounding, FlatClipping
 from lightning_dp.mechanism.denoising import Denoiser
 from lightning_dp.mechanism.noise import GaussianNoise, Noise
-from lightning_dp.training.spent import (
-    follow_checkpoints,
-)
+from lightning_dp.training.spent import follow_checkpoints
 from lightning_dp.training.strategy import PrivateMixin
 
 

@@ -19,9 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_dp.errors import (
-    PrivacyConfigurationError,
-)
+from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.mechanism.step import PrivateStep
 from lightning_dp.mechanism.sums import Wire
 from lightning_dp.training import steering
@@ -30,14 +28,9 @@ from lightning_dp.training.checks import configuration
 from lightning_dp.training.checks import model as model_checks
 from lightning_dp.training.checks.fingerprint import fingerprint_of
 from lightning_dp.training.configured import ConfiguredStrategy
-from lightning_dp.training.loader import (
-    PoissonIterator,
-    poisson_loader,
-)
+from lightning_dp.training.loader import PoissonIterator, poisson_loader
 from lightning_dp.training.run_directory import run_directory
-from lightning_dp.training.spent import (
-    CHECKPOINT_KEY,
-)
+from lightning_dp.training.spent import CHECKPOINT_KEY
 
 
 class PrivateMixin(ConfiguredStrategy):

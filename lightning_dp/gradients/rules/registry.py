@@ -18,7 +18,7 @@ Refusal = Callable[[Any], str | None]
 Entry = TypeVar("Entry")
 
 
-_RULES: dict[type[nn.Module], Rule] = {}
+RULES: dict[type[nn.Module], Rule] = {}
 
 
 _RULES_BY_NAME: dict[str, Rule] = {}
@@ -31,7 +31,7 @@ def register_rule(*types: type[nn.Module]) -> Callable[[Rule], Rule]:
     """Registers a rule for these module types (exactly these: a subclass may compute something else)."""
 
     def register(rule: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(types, rule))
+        RULES.update(dict.fromkeys(types, rule))
         return rule
 
     return register
@@ -59,7 +59,7 @@ def register_refusal(*types: type[nn.Module]) -> Callable[[Refusal], Refusal]:
 
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of this module's type; see `registered_for`."""
-    return registered_for(module, _RULES, _RULES_BY_NAME)
+    return registered_for(module, RULES, _RULES_BY_NAME)
 
 
 def registered_for(
@@ -90,4 +90,4 @@ def refusal_for(module: nn.Module) -> str | None:
 
 def registered_types() -> list[type[nn.Module]]:
     """The module types that have a rule."""
-    return list(_RULES)
+    return list(RULES)

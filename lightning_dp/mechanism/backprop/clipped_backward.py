@@ -15,98 +15,28 @@ from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.gradients.engine import SummingEngine, set_aside
 from lightning_dp.gradients.model import getattr_path, trainable
 from lightning_dp.gradients.precision import is_asynchronous, rounds_products
-from lightning_dp.gradients.recorder import same_memory, unwatched, with_batch
+from lightning_dp.gradients.recorder import same_memory, with_batch
 from lightning_dp.gradients.shared_outputs import note_expanded
-from lightning_dp.mechanism.backprop.layer_bounds import LayerBound, norms_of
+from lightning_dp.mechanism.backprop.clipped_output import (
+    LARGEST_NORM,
+    ClippedOutput,
+    LayerUse,
+    all_usable,
+    around_the_bounds,
+    calls_changed,
+    check_call,
+    clipped_argument,
+    expanded_input,
+    hidden_from_modes,
+    is_what_autograd_keeps,
+    refuse_global_hooks,
+    scaled_output,
+    weighted_rows,
+)
+from lightning_dp.mechanism.backprop.input_clip import InputClip, first_argument, per_example, with_first_argument
+from lightning_dp.mechanism.backprop.layer_bounds import norms_of
 from lightning_dp.mechanism.backprop.limits import Limit, components_of_ties
 from lightning_dp.mechanism.clipping import scale_down
-
-# -- the forward and backward passes -----------------------------------------------------------------------------------
-
-
-class InputClip:
-    """A forward pre-hook that scales every example's input down to a norm: what a trained layer keeps doing."""
-
-    def __init__(self, bound: LayerBound, max_norm: float) -> None:
-        self.bound, self.max_norm = bound, max_norm
-        #: Off while a private step clips by itself.
-        self.active = True
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if not self.active:
-            return None
-        input = first_argument(args, kwargs)
-        norms = self.bound.input_norms(module, input.detach())  # a constant of the backward pass, as in training
-        factors = scale_down(norms, self.max_norm).to(input.dtype)
-        return with_first_argument(args, kwargs, input * _per_example(factors, input))
-
-
-def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The layer's input, however it was passed."""
-    return args[0] if args else next(iter(kwargs.values()), None)
-
-
-def with_first_argument(args: tuple[Any, ...], kwargs: dict[str, Any], value: Any) -> tuple[Any, dict[str, Any]]:
-    """The arguments with another input."""
-    if args:
-        return (value, *args[1:]), kwargs
-    return args, {name: value if i == 0 else other for i, (name, other) in enumerate(kwargs.items())}
-
-
-def _per_example(values: Tensor, like: Tensor) -> Tensor:
-    """One number per example, to be broadcast over a tensor of examples."""
-    return values.view(-1, *[1] * (like.dim() - 1))
-
-
-class _Use:
-    """One call of one layer."""
-
-    __slots__ = ("component", "done", "engine", "factors", "input", "name", "seen", "version")
-
-    def __init__(
-        self, engine: ClippedBackward, name: str, component: int, factors: Tensor | None, seen: Tensor
-    ) -> None:
-        self.engine, self.name, self.component, self.factors = engine, name, component, factors
-        self.seen: Tensor | None = seen
-        self.version = seen._version
-        self.input: Tensor | None = None
-        self.done = False
-
-
-class _ClippedOutput(torch.autograd.Function):
-    """``c · y + (1 - c) · b`` for the output ``y = W x + b`` of a layer: that of the clipped input, without a copy of
-    the input. Backwards, it bounds every example's gradient before the layer's own gradients are formed from it; the
-    factor c counts as a constant."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, bias: Tensor | None, use: _Use, shape: torch.Size, in_place: bool) -> Tensor:
-        ctx.use, ctx.shape = use, shape
-        bound = use.engine.limits[use.name].bound
-        if not in_place:
-            return scaled_output(bound, output, bias, use.factors, in_place)
-        ctx.mark_dirty(output)
-        scaled_output(bound, output.view(shape), bias, use.factors, in_place)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        grad, rest = ctx.use.engine.bounded(ctx.use, grads[0].reshape(ctx.shape), ctx.needs_input_grad[1])
-        return grad.view(grads[0].shape), rest, None, None, None
-
-
-def scaled_output(
-    bound: LayerBound, output: Tensor, bias: Tensor | None, factors: Tensor | None, in_place: bool
-) -> Tensor:
-    """The output for an input scaled by ``factors``, from that for the input as it was."""
-    if factors is None:
-        return output if in_place else output.clone()
-    scale = _per_example(factors, output)
-    output = output.mul_(scale) if in_place else output * scale
-    if bias is not None:
-        shape = [1] * output.dim()
-        shape[bound.bias_dimension] = -1
-        output.addcmul_(1 - scale, bias.view(shape))
-    return output
 
 
 class ClippedBackward(SummingEngine):
@@ -132,7 +62,7 @@ class ClippedBackward(SummingEngine):
         self._unit = self._scale = 1.0
         self._calls: Counter[int] = Counter()
         self._usual_calls: Counter[int] | None = None
-        self._open: dict[str, _Use | None] = {}
+        self._open: dict[str, LayerUse | None] = {}
         self._bad: Tensor | None = None
         #: Inputs of this forward pass that nobody has looked at, as autograd keeps them.
         self._unchecked: list[Tensor] = []
@@ -171,7 +101,7 @@ class ClippedBackward(SummingEngine):
                 handles.append(module.register_forward_hook(self._after(name), with_kwargs=True, prepend=True))
             for parameter in self.parameters.values():
                 self._stand_ins[parameter] = parameter.detach().requires_grad_()
-            _refuse_global_hooks()
+            refuse_global_hooks()
             yield
         finally:
             for name in self._layers:
@@ -190,24 +120,19 @@ class ClippedBackward(SummingEngine):
         for component in self._components.values():
             if self._calls[component] != self._usual_calls[component]:
                 names = [name for name, c in self._components.items() if c == component]
-                raise UnsupportedModelError(
-                    f"Layer {', '.join(map(repr, names))}: called {self._calls[component]} times in this forward pass "
-                    f"and {self._usual_calls[component]} times in the first. BackpropClipping divides the bound by "
-                    "the number of calls, which must not depend on the data: pad all sequences to one length, or use "
-                    "FlatClipping."
-                )
+                raise calls_changed(names, self._calls[component], self._usual_calls[component])
 
     def _clear_unusable_inputs(self) -> None:
         """Zeros where examples that are left out have something that is not finite, which times zero would not be zero.
 
         On a device, whether there are any is not looked at before, once for all layers. Autograd keeps their inputs
-        already, and they are changed in place (`_is_what_autograd_keeps`): what else depends on them are the same
+        already, and they are changed in place (`is_what_autograd_keeps`): what else depends on them are the same
         examples' own gradients, which count for nothing.
         """
         inputs, self._unchecked = self._unchecked, []
         if inputs and self._bad is not None and bool(self._bad.any()):
             for input in inputs:
-                input.masked_fill_(_per_example(self._bad, input), 0)
+                input.masked_fill_(per_example(self._bad, input), 0)
 
     @contextmanager
     def backward(self, scale: float = 1.0) -> Iterator[None]:
@@ -227,11 +152,11 @@ class ClippedBackward(SummingEngine):
                 yield
                 unbounded = [name for name, p in self.parameters.items() if p.grad is not None]
         except CheckpointError as error:
-            raise _around_the_bounds(list(self.parameters)) from error
+            raise around_the_bounds(list(self.parameters)) from error
         finally:
             self._listening = False
         if unbounded:
-            raise _around_the_bounds(unbounded)
+            raise around_the_bounds(unbounded)
         self._sums = {name: s.grad for name, s in summands.items() if s.grad is not None}
         self._stand_ins = {}
         self._note_measured()
@@ -252,21 +177,8 @@ class ClippedBackward(SummingEngine):
         """Measures the input, and puts stand-ins in the place of the layer's parameters."""
         limit = self.limits[name]
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            with unwatched():
-                return measured(module, args, kwargs)
-
         def measured(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            input = first_argument(args, kwargs)
-            if not isinstance(input, Tensor):
-                raise UnsupportedModelError(
-                    f"Layer '{name}' ({type(module).__name__}) was called without a tensor as its first argument."
-                )
-            if sum(value is not None for value in (*args, *kwargs.values())) > 1:
-                raise UnsupportedModelError(
-                    f"Layer '{name}' ({type(module).__name__}) was called with more than its input (offsets, weights "
-                    "per sample), for which no bound is proven. Use FlatClipping."
-                )
+            input = clipped_argument(name, module, args, kwargs)
             recorded = torch.is_grad_enabled()
             if recorded:
                 index = self._calls_of[name]
@@ -276,58 +188,44 @@ class ClippedBackward(SummingEngine):
                 bound, seen = limit.bound, input.detach()
                 norms = bound.input_norms(module, seen) if bound.clips_input else norms_of(seen)
                 if recorded and is_asynchronous(norms):
-                    bad = ~(norms <= _LARGEST)
+                    bad = ~(norms <= LARGEST_NORM)
                     self._leave_out(bad)
                     norms = norms.masked_fill(bad, 0)
-                    if bound.clips_input and _is_what_autograd_keeps(module, input, self._batch_size):
+                    if bound.clips_input and is_what_autograd_keeps(module, input, self._batch_size):
                         self._unchecked.append(input.data)  # whose changes autograd does not count
                     else:
-                        input = input.masked_fill(_per_example(bad, input), 0)
-                elif not _all_usable(norms):
-                    bad = ~(norms <= _LARGEST)
+                        input = input.masked_fill(per_example(bad, input), 0)
+                elif not all_usable(norms):
+                    bad = ~(norms <= LARGEST_NORM)
                     if recorded:
                         self._leave_out(bad)
-                    input = input.masked_fill(_per_example(bad, input), 0)
+                    input = input.masked_fill(per_example(bad, input), 0)
                     norms = norms.masked_fill(bad, 0)
                 if limit.input_norm is not None:
                     factors = scale_down(norms, limit.input_norm)
             if recorded:
                 for own, parameter in self._own[name].items():
                     module._parameters[own] = self._stand_ins[parameter]  # type: ignore[assignment]
-            self._open[name] = _Use(self, name, self._components[name], factors, input)
+            self._open[name] = LayerUse(self, name, self._components[name], factors, input)
             return with_first_argument(args, kwargs, input)
 
-        return hook
+        return hidden_from_modes(measured)
 
     def _after(self, name: str) -> Any:
         """Scales the output, and sees to it that the gradient that comes back is bounded."""
         limit = self.limits[name]
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            with unwatched():
-                return scaled(module, args, kwargs, output)
-
         def scaled(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             use = self._open.pop(name, None)
             bias = getattr(module, "bias", None)
             self._put_back(name)
-            if use is None or not _is_unchanged(first_argument(args, kwargs), use.seen, use.version):
-                raise UnsupportedModelError(
-                    f"Layer '{name}' ({type(module).__name__}): a forward pre-hook changed its input after it was "
-                    "clipped. Register it before the training step, or change the input in a module of its own."
-                )
-            if output.dtype not in (torch.float32, torch.float64):
-                raise UnsupportedModelError(
-                    f"Layer '{name}' ({type(module).__name__}) computes in {output.dtype}, in which autograd's sum "
-                    "over the batch is rounded by more than its bound. Use precision='32-true' with BackpropClipping, "
-                    "or FlatClipping."
-                )
+            use = check_call(name, module, first_argument(args, kwargs), use, output)
             if not torch.is_grad_enabled():
                 output = scaled_output(limit.bound, output, bias, use.factors, in_place=False)
             else:
                 if not limit.bound.clips_input:
                     assert use.seen is not None
-                    use.input = _expanded(use.seen.detach(), self._batch_size)
+                    use.input = expanded_input(use.seen.detach(), self._batch_size)
                 use.seen = None  # the layer keeps of it what it needs
                 self._calls[use.component] += 1
                 self._calls_of[name] += 1
@@ -340,30 +238,28 @@ class ClippedBackward(SummingEngine):
                 in_place = not output.is_leaf and (base is None or same_memory(base, output))
                 whole = output if base is None or not in_place else base
                 scaled_bias = bias if use.factors is not None else None
-                output = _ClippedOutput.apply(whole, scaled_bias, use, shape, in_place).view(shape)
+                output = ClippedOutput.apply(whole, scaled_bias, use, shape, in_place).view(shape)
                 if is_shared:
                     note_expanded(output)
             return output
 
-        return hook
+        return hidden_from_modes(scaled)
 
     def _put_back(self, name: str) -> None:
         """Puts the layer's parameters back where their stand-ins were."""
-        module = self._layers[name]
-        for own, parameter in self._own[name].items():
-            module._parameters[own] = parameter
+        self._layers[name]._parameters.update(self._own[name])
 
     def _leave_out(self, examples: Tensor) -> None:
         examples = examples.expand(self._batch_size)
         self._bad = examples if self._bad is None else self._bad | examples
 
-    def _limit(self, use: _Use) -> float:
+    def _limit(self, use: LayerUse) -> float:
         """C_up for this call, in units of the gradients at hand."""
         limit = self.limits[use.name].upstream_norm / (self._calls[use.component] * self._scale)
         return limit * (1 - self._rounding)
 
-    def bounded(self, use: _Use, grad: Tensor, with_bias: bool) -> tuple[Tensor, Tensor | None]:
-        """The gradient at the layer's own output, and what the bias is owed besides."""
+    def clip_upstream(self, use: LayerUse, grad: Tensor, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+        """Returns the clipped upstream gradient and a correction for the bias."""
         bound, module = self.limits[use.name].bound, self._layers[use.name]
         if torch.is_grad_enabled():
             raise UnsupportedModelError(
@@ -371,14 +267,14 @@ class ClippedBackward(SummingEngine):
                 "not bounded. Use FlatClipping with engine='per_example'."
             )
         if not self._listening:  # a backward pass of the step's own (an attack, say): its stand-ins' gradients are lost
-            return grad if use.factors is None else grad * _per_example(use.factors, grad), None
+            return grad if use.factors is None else grad * per_example(use.factors, grad), None
         if use.done:
             raise UnsupportedModelError(f"Layer '{use.name}': more than one backward pass through one forward.")
         use.done = True
         norms, summed = bound.measure(module, use.input if use.input is not None else grad, grad)
         factors = scale_down(norms, self._limit(use))
-        if is_asynchronous(norms) or not _all_usable(norms):
-            self._leave_out(~(norms <= _LARGEST))
+        if is_asynchronous(norms) or not all_usable(norms):
+            self._leave_out(~(norms <= LARGEST_NORM))
         if self._bad is not None:
             factors = factors.masked_fill(self._bad, 0)
             summed = None if summed is None else summed.masked_fill(self._bad[:, None], 0)
@@ -386,35 +282,12 @@ class ClippedBackward(SummingEngine):
             self._measured.append((norms, factors))
         use.input = None
         if use.factors is None:
-            return self._weighted(grad, factors), None
+            return weighted_rows(grad, factors, self._bad), None
         rest = ((1 - use.factors) * factors) @ summed if with_bias and summed is not None else None
         weights = factors * use.factors
         # Numbers that are stored with fewer digits would round upwards: such an example is left out.
         weights = weights.where(weights > _SMALLEST, 0.0)
-        return self._weighted(grad, weights), rest
-
-    def _weighted(self, grad: Tensor, weights: Tensor) -> Tensor:
-        """Every example's gradient times its weight, and exact zeros for those that are left out."""
-        weighted = grad * _per_example(weights, grad)
-        return weighted if self._bad is None else weighted.masked_fill_(_per_example(self._bad, grad), 0)
-
-
-def _is_what_autograd_keeps(module: nn.Module, input: Tensor, batch_size: int) -> bool:
-    """Whether the backward pass of a linear map will read this very memory, which holds results of this forward pass
-    alone, an example's in a row of its own.
-
-    Not of batches and buffers (which nothing was computed for), nor where a layer pads or copies its input by itself.
-    """
-    if input.grad_fn is None or len(input) != batch_size or 0 in input.stride():
-        return False
-    if getattr(module, "padding_mode", "zeros") != "zeros" or isinstance(getattr(module, "padding", 0), str):
-        return False
-    return input.is_contiguous() or (input.dim() == 4 and input.is_contiguous(memory_format=torch.channels_last))
-
-
-#: Examples with larger norms than that are left out like those that are not finite: squares of single precision end
-#: soon after, and what normalises such numbers makes NaN of them.
-_LARGEST = 1e15
+        return weighted_rows(grad, weights, self._bad), rest
 
 
 #: What is taken off the bound of the upstream gradient where factors of float32 are rounded. On GPUs (TF32) they are
@@ -425,38 +298,3 @@ _ROUNDING_GPU, _ROUNDING_CPU = 2**-8, 2**-5
 
 #: Weights below that are taken as zero.
 _SMALLEST = 1e-34
-
-
-def _expanded(input: Tensor, batch_size: int) -> Tensor:
-    """An input that was found to be of the batch, or shared by all its examples."""
-    return input if input.shape[0] == batch_size else input.expand(batch_size, *input.shape[1:])
-
-
-def _all_usable(norms: Tensor) -> bool:
-    """Whether there is nothing to leave out: one number to wait for."""
-    return bool(norms.amax() <= _LARGEST)
-
-
-def _is_unchanged(input: Any, seen: Tensor | None, version: int) -> bool:
-    """Whether a layer saw what its hook returned; PyTorch itself wraps it when there are full backward hooks."""
-    if not isinstance(input, Tensor) or seen is None or input._version != version:
-        return False
-    return input.data_ptr() == seen.data_ptr() and input.shape == seen.shape and input.stride() == seen.stride()
-
-
-def _around_the_bounds(names: list[str]) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"Parameters {names}: a gradient came to them around their layers' bounds. A forward pass outside "
-        "training_step that the loss depends on does that, and so does activation checkpointing, which runs layers "
-        "again within the backward pass. Call the layers in training_step, use max_physical_batch_size to save memory, "
-        "or use FlatClipping."
-    )
-
-
-def _refuse_global_hooks() -> None:
-    hooks = nn.modules.module
-    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
-        raise UnsupportedModelError(
-            "Hooks on all modules (register_module_forward_hook) could change what a layer sees or returns after it "
-            "was bounded. Remove them during training, or register them on single modules."
-        )

@@ -21,7 +21,8 @@ from torch import nn
 from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.gradients.model import getattr_path, trainable, trained_layers
 from lightning_dp.gradients.rules.registry import registered_for
-from lightning_dp.mechanism.backprop.clipped_backward import ClippedBackward, InputClip
+from lightning_dp.mechanism.backprop.clipped_backward import ClippedBackward
+from lightning_dp.mechanism.backprop.input_clip import InputClip
 from lightning_dp.mechanism.backprop.layer_bounds import (
     BOUNDS_BY_NAME,
     CONVOLUTION_BOUNDS,

@@ -12,18 +12,14 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.checkpoint import CheckpointError
 
-from lightning_dp.errors import (
-    ACTIVATION_CHECKPOINTING,
-    FormChanged,
-    PrivacyConfigurationError,
-    UnsupportedModelError,
-)
+from lightning_dp.errors import ACTIVATION_CHECKPOINTING, FormChanged, PrivacyConfigurationError, UnsupportedModelError
 from lightning_dp.training import steering
 from lightning_dp.training.batches import Layout, find_layout
 from lightning_dp.training.checks.contributions import check_contributions
 from lightning_dp.training.independence.collation import check_collation, check_copies_stay_together
-from lightning_dp.training.independence.examination import Findings, examine
+from lightning_dp.training.independence.examination import examine
 from lightning_dp.training.independence.exchange import check_exchange
+from lightning_dp.training.independence.findings import Findings
 from lightning_dp.training.independence.shadow import random_state_kept
 from lightning_dp.training.independence.shadow import seed_everything as seed_records
 from lightning_dp.training.independence.subject import Subject, Understanding, choose_records, fresh

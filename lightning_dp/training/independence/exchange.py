@@ -25,7 +25,8 @@ from lightning_dp.gradients.engines import PerExample
 from lightning_dp.gradients.forms import form_changed_in
 from lightning_dp.training.batches import Rows, leaves_with_layout
 from lightning_dp.training.independence.answers import check_answers
-from lightning_dp.training.independence.examination import Findings, examine
+from lightning_dp.training.independence.examination import examine
+from lightning_dp.training.independence.findings import Findings
 from lightning_dp.training.independence.passes import Seen, close, first_difference, is_low_precision, run_pass
 from lightning_dp.training.independence.shadow import AlignedRandomness, Shadow, random_state_kept, seed_everything
 from lightning_dp.training.independence.subject import Subject, loss_of, record_size, reduced, stand_in

@@ -1,0 +1,174 @@
+"""Whose every number of a batch is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from lightning_dp.errors import UnsupportedModelError
+from lightning_dp.training.batches import (
+    Concatenated,
+    Items,
+    Layout,
+    Opaque,
+    Rows,
+    Shared,
+    find_layout,
+    holds_examples,
+    leaves_with_layout,
+)
+from lightning_dp.training.independence import owners
+from lightning_dp.training.independence.findings import Findings
+from lightning_dp.training.independence.owners import State
+from lightning_dp.training.independence.subject import Subject
+from lightning_dp.training.independence.tracer import RowTracer
+
+#: What mixes records before the step begins: it reaches one record at a time as well.
+OF_METRIC = "the state of a metric, which earlier records have left"
+
+
+OF_COLLATION = "what collate_fn computes from the whole batch"
+
+
+#: Lines of a message about one kind of problem.
+_SHOWN = 4
+
+
+class BatchOwners:
+    """Tells a tracer which numbers of a batch belong to which record.
+
+    Args:
+        subject: The step and the records.
+        tracer: What is told.
+        found: What could not be followed is noted here.
+        drawn: Whether the batch was drawn, and is not that of the subject's records.
+    """
+
+    def __init__(self, subject: Subject, tracer: RowTracer, found: Findings, rows: int, drawn: bool) -> None:
+        self._subject, self._tracer, self._found, self._drawn = subject, tracer, found, drawn
+        self._rows, self._records = rows, rows // subject.copies
+        self._layout: Layout | None = None
+
+    def find_layout(self, batch: Any) -> Layout:
+        """From the same records, and three of them once more: lengths do not change."""
+        records = self._subject.records
+        more = [*records, *records[:3]]
+        large = self._subject.collated(more)
+        copies = self._subject.copies
+        return find_layout(batch, self._rows, large, len(more) * copies)
+
+    def own(self, batch: Any, layout: Layout) -> None:
+        """Tells the tracer which numbers of the batch are whose."""
+        opaque = []
+        if not holds_examples(layout):
+            self._refuse_opaque(batch)
+        other = self._of_others() if not self._drawn else None
+        elsewhere = list(leaves_with_layout(other, layout)) if other is not None else []
+        for place, (leaf, where, example) in enumerate(leaves_with_layout(batch, layout)):
+            if isinstance(where, Shared):
+                same = place >= len(elsewhere) or same_values(leaf, elsewhere[place][0])
+                if not same and isinstance(leaf, Tensor):
+                    why = OF_COLLATION
+                    self._tracer.set(leaf, State(owners.constant(owners.MIXED, leaf.dim()), why=why))
+                elif not same:
+                    self._found.decisions["collate_fn"] = f"a {type(leaf).__name__} that depends on the whole batch"
+                continue
+            if isinstance(where, Opaque) or not isinstance(leaf, Tensor):
+                opaque.append(type(leaf).__name__)
+            elif isinstance(where, Items) and example is not None:
+                record = example // self._subject.copies
+                self._tracer.own(leaf, owners.constant(record, leaf.dim()))
+            elif isinstance(where, Rows):
+                self._tracer.own(leaf, owners.rows(leaf.shape[where.dim], leaf.dim(), self._records, where.dim))
+            elif isinstance(where, Concatenated):
+                self._own_concatenated(leaf)
+        kinds = sorted(set(opaque) - {"int", "float", "bool", "NoneType"})
+        if kinds:
+            self._tracer.opaque = True
+            self._found.unseen.append(
+                f"what the step does with {', '.join(kinds)} objects in the batch is not followed"
+            )
+
+    def note_labels(self, batch: Any, layout: Layout) -> None:
+        """Tells the tracer which tensors hold the records' own numbers."""
+        try:
+            leaves = list(leaves_with_layout(batch, layout))
+        except (KeyError, TypeError, AttributeError):  # a transfer hook made another batch of it
+            return
+        for place, (leaf, where, _) in enumerate(leaves):
+            if isinstance(where, Rows) and isinstance(leaf, Tensor) and leaf.numel() and not leaf.is_complex():
+                self._tracer.labels[place] = leaf
+
+    def _of_others(self) -> Any:
+        """The batch of as many records in another mixture."""
+        records = self._subject.records
+        others = records[max(1, len(records) // 2) :] or records
+        return self._subject.collated([others[i % len(others)] for i in range(len(records))])
+
+    def _refuse_opaque(self, batch: Any) -> None:
+        """A batch in which no entry can be told to be one record's."""
+        raise UnsupportedModelError(
+            f"The batch ({type(batch).__name__}) holds nothing of which one entry belongs to one record: records "
+            "cannot "
+            "be told apart. Return tensors, lists, tuples, mappings or dataclasses from the collate function, with one "
+            "entry per record."
+        )
+
+    def _own_concatenated(self, leaf: Tensor) -> None:
+        """Records follow one another, with as many entries as each has: found by leaving some out."""
+        subject = self._subject
+        bounds = [0]
+        if not self._drawn:
+            for count in range(1, self._records + 1):
+                part = subject.collated(subject.records[:count])
+                found = [x for x in _tensors_of(part) if x.dtype == leaf.dtype and x.dim() == leaf.dim()]
+                fitting = [len(x) for x in found if x.dim() and torch.equal(x, leaf[: len(x)])]
+                if not fitting:
+                    break
+                bounds.append(max(fitting))
+        if len(bounds) != self._records + 1 or bounds[-1] != len(leaf):
+            self._tracer.own(leaf, owners.constant(owners.MIXED, leaf.dim()))
+            return
+        owner = torch.cat(
+            [
+                torch.full((b - a,), i, dtype=owners.DTYPE)
+                for i, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))
+            ]
+        )
+        self._tracer.own(leaf, owner.view([-1] + [1] * (leaf.dim() - 1)), ragged=True)
+
+
+def _tensors_of(tree: Any) -> list[Tensor]:
+    from lightning_dp.training.batches import parts_of
+
+    if isinstance(tree, Tensor):
+        return [tree]
+    parts = parts_of(tree)
+    if parts is None:
+        return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return [tensor for part in parts.values() for tensor in _tensors_of(part)]
+
+
+def is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor holds whole numbers."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def same_values(one: Any, other: Any) -> bool:
+    """Whether two kept things are equal, NaN to NaN."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        if one.shape != other.shape:
+            return False
+        same = one.detach() == other.detach()
+        if one.is_floating_point() and other.is_floating_point():
+            same |= one.isnan() & other.isnan()
+        return bool(same.all())
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return bool(np.array_equal(one, other))
+    if type(one) is not type(other):
+        return False
+    return bool(one == other) or one != one
