@@ -53,7 +53,7 @@ from typing import Any
 import jsonargparse
 from seeds import interval, run
 
-from lightning_dp.recipes import compose, find_recipe
+from lightning_dp.recipes import find_recipe, read_recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -178,7 +178,7 @@ def missing(rows: Sequence[Row], store: Sequence[Stored], redo: bool = False) ->
 
 def fingerprint(recipe: Path) -> str:
     """Tells a recipe's model, data and training from others', whatever it logs and prints."""
-    composed = compose(recipe)
+    composed = read_recipe(recipe)
     silent = ("logger", "log_every_n_steps", "enable_model_summary", "enable_progress_bar")
     trainer = {key: value for key, value in composed.get("trainer", {}).items() if key not in silent}
     text = json.dumps({**composed, "trainer": trainer}, sort_keys=True)

@@ -27,7 +27,7 @@ class JournalError(RuntimeError):
 
 
 class RecipeError(ValueError):
-    """A recipe cannot be composed, or there is none of that name."""
+    """A recipe cannot be read, or there is none of that name."""
 
 
 class ReplicasDiverged(RuntimeError):

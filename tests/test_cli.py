@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from lightning_dp.cli.command import main
-from lightning_dp.recipes import compose, shipped_recipes
+from lightning_dp.recipes import read_recipe, shipped_recipes
 from tests.test_zoo_tables import records
 from tests.test_zoo_tables import write as write_table
 from tests.test_zoo_text import write as write_texts
@@ -100,7 +100,7 @@ def test_fit_then_resume_validate_test_and_predict(
 
 def test_the_strategy_can_be_configured_in_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    config = compose(DIGITS)
+    config = read_recipe(Path(DIGITS))
     noise = {"class_path": "lightning_dp.GaussianNoise", "init_args": {"multiplier": 2.0}}
     clipping = {"class_path": "lightning_dp.FlatClipping", "init_args": {"max_norm": 0.5}}
     config["trainer"] |= {
@@ -116,7 +116,7 @@ def test_the_strategy_can_be_configured_in_yaml(tmp_path: Path, monkeypatch: pyt
 
 def test_training_without_privacy_is_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    config = compose(DIGITS)
+    config = read_recipe(Path(DIGITS))
     config["trainer"] |= {"callbacks": [], "max_epochs": 1, "enable_progress_bar": False}
     (tmp_path / "plain.yaml").write_text(yaml.safe_dump(config))
     main(["fit", "--config", "plain.yaml"])

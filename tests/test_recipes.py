@@ -1,4 +1,4 @@
-"""How recipes are composed, listed and copied, and that the shipped ones say what they are."""
+"""How recipes are listed and copied, and that the shipped ones say what they are."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lightning_dp import recipes
 from lightning_dp.cli.command import COMMANDS, main
 from lightning_dp.errors import RecipeError
-from lightning_dp.recipes import compose, headline, merge, self_contained, shipped_recipes, to_yaml
+from lightning_dp.recipes import headline, read_recipe, shipped_recipes
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(shipped_recipes())
@@ -44,79 +42,6 @@ def privacy_of(configuration: dict[str, Any]) -> dict[str, Any]:
     [callback] = configuration["trainer"]["callbacks"]
     assert callback["class_path"] == "lightning_dp.DifferentialPrivacy"
     return dict(callback["init_args"])
-
-
-# -- composition -------------------------------------------------------------------------------------------------------
-
-
-def test_a_later_file_overrides_an_earlier_one_and_the_file_itself_both(tmp_path: Path) -> None:
-    file = write(
-        tmp_path,
-        _one="a: 1\nb: {x: 1, y: 1}\nc: [1, 2]\n",
-        _two="b: {y: 2, z: 2}\nc: [3]\nd: 2\n",
-        recipe="defaults: [_one.yaml, _two.yaml]\nd: null\nb: {z: 1e-5}\n",
-    )
-    assert compose(file) == {"a": 1, "b": {"x": 1, "y": 2, "z": 1e-5}, "c": [3], "d": None}
-
-
-def test_defaults_are_relative_to_the_file_that_names_them(tmp_path: Path) -> None:
-    (tmp_path / "shared" / "deep").mkdir(parents=True)
-    (tmp_path / "mine").mkdir()
-    write(tmp_path / "shared" / "deep", _deep="a: 1\nb: 1\n")
-    write(tmp_path / "shared", _part="defaults: deep/_deep.yaml\nb: 2\n")
-    assert compose(write(tmp_path / "mine", recipe="defaults: [../shared/_part.yaml]\n")) == {"a": 1, "b": 2}
-
-
-def test_two_parts_may_build_on_the_same_third(tmp_path: Path) -> None:
-    write(tmp_path, _root="a: 1\n", _left="defaults: [_root.yaml]\nl: 1\n", _right="defaults: [_root.yaml]\nr: 1\n")
-    assert compose(write(tmp_path, top="defaults: [_left.yaml, _right.yaml]\n")) == {"a": 1, "l": 1, "r": 1}
-
-
-def test_arguments_of_another_class_are_dropped() -> None:
-    base = {"net": {"class_path": "A", "init_args": {"width": 3}}}
-    assert merge(base, {"net": {"class_path": "B"}}) == {"net": {"class_path": "B"}}
-    same = {"net": {"class_path": "A", "init_args": {"depth": 1}}}
-    assert merge(base, same)["net"]["init_args"] == {"width": 3, "depth": 1}
-    assert merge({"net": {"init_args": {"depth": 1}}}, base)["net"]["init_args"] == {"width": 3, "depth": 1}
-    assert base == {"net": {"class_path": "A", "init_args": {"width": 3}}}
-
-
-@pytest.mark.parametrize(
-    ("files", "says"),
-    [
-        ({"b": "defaults: [a.yaml]\n", "a": "defaults: [b.yaml]\n"}, r"lead back .*a\.yaml -> .*b\.yaml -> .*a\.yaml"),
-        ({"a": "defaults: [a.yaml]\n"}, r"lead back"),
-        ({"a": "defaults: [absent.yaml]\n"}, r"a\.yaml: defaults names absent\.yaml"),
-        ({"b": "defaults: [absent.yaml]\n", "a": "defaults: [b.yaml]\n"}, r"b\.yaml: defaults names absent\.yaml"),
-        ({"a": "defaults: 3\n"}, r"must be a list of files, got 3"),
-        ({"b": "[1]\n", "a": "defaults: [b.yaml]\n"}, r"b\.yaml holds no mapping"),
-        ({"b": "a: [\n", "a": "defaults: [b.yaml]\n"}, r"b\.yaml is not YAML"),
-    ],
-)
-def test_what_cannot_be_composed_is_an_error_that_names_the_file(
-    files: dict[str, str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = write(tmp_path, **files)
-    with pytest.raises(RecipeError, match=says):
-        compose(file)
-    with pytest.raises(SystemExit):
-        main(["fit", "--config", str(file)])
-    assert re.search(says, capsys.readouterr().err)
-
-
-scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(
-    st.characters(codec="utf-8", exclude_categories=["C", "Z"]) | st.just(" "), max_size=8
-) | st.sampled_from(["1e-5", "1.0e-05", "yes", "null", "2020-01-01", "0x1f", "-1E3", "a: b", "# no"])  # fmt: skip
-trees = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3)
-)
-
-
-@given(st.dictionaries(st.sampled_from("abc"), trees, min_size=1, max_size=3))
-def test_what_is_written_is_read_as_the_same_data(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
-    file = tmp_path_factory.getbasetemp() / "round_trip.yaml"
-    file.write_text(to_yaml({"first": 1, **data}), encoding="utf-8")
-    assert compose(file) == {"first": 1, **data}
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -158,7 +83,6 @@ def test_the_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == NAMES
     assert all(line.endswith(headline(shipped_recipes()[line.split()[0]])) for line in lines)
-    assert not any(part.startswith("_") for name in NAMES for part in name.split("/"))
     assert "recipes" in COMMANDS
 
 
@@ -197,7 +121,6 @@ def test_in_a_wheel_the_recipes_lie_within_the_package(tmp_path: Path, monkeypat
     package = tmp_path / "site-packages" / "lightning_dp"
     (package / "recipes_data" / "mnist").mkdir(parents=True)
     (package / "recipes_data" / "mnist" / "a.yaml").write_text("# A.\n")
-    (package / "recipes_data" / "mnist" / "_part.yaml").write_text("# Not a recipe.\n")
     monkeypatch.setattr(recipes, "__file__", str(package / "recipes.py"))
     assert list(shipped_recipes()) == ["mnist/a"]
     monkeypatch.setattr(recipes, "__file__", str(tmp_path / "elsewhere" / "lightning_dp" / "recipes.py"))
@@ -239,7 +162,28 @@ def test_a_shipped_recipe_parses_and_its_first_line_is_true(
     assert stated is not None, line
     assert float(stated[1]) == privacy["epsilon"]
     assert float(stated[2]) == privacy["delta"]
-    copy = tmp_path / "copy.yaml"
-    copy.write_text(self_contained(recipe))
-    assert "defaults" not in yaml.safe_load(copy.read_text())
-    assert parsed(capsys, "--config", str(copy)) == found
+
+
+#: What all recipes share, and what those of one optimizer do; each file says it itself.
+SHARED = {
+    "seed_everything": 1,
+    "trainer": {"devices": 1, "enable_model_summary": False},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shared_values_are_equal_in_all_recipes(name: str) -> None:
+    recipe = read_recipe(shipped_recipes()[name])
+    assert recipe["seed_everything"] == SHARED["seed_everything"]
+    assert recipe["trainer"] | SHARED["trainer"] == recipe["trainer"]
+    model = recipe["model"]["init_args"]
+    if model.get("optimizer") == "sgd":
+        assert (model["momentum"], model["decay"]) == (0.9, True)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "- 1", None])
+def test_what_is_no_recipe_is_an_error_that_names_the_file(text: str | None, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(RecipeError, match="mine.yaml"):
+        read_recipe(tmp_path / "mine.yaml")

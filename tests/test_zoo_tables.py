@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_dp import DifferentialPrivacy
-from lightning_dp.recipes import compose, shipped_recipes
+from lightning_dp.recipes import read_recipe, shipped_recipes
 from lightning_dp.zoo import MLP, AdultDataModule, Classifier
 from lightning_dp.zoo.tables import CATEGORIES, EDGES, FEATURES, LABELS, encode_adult
 from tests.conftest import fit, trainer
@@ -121,5 +121,5 @@ def test_a_private_training_runs(folder: Path) -> None:
 
 @pytest.mark.parametrize("recipe", [name for name in shipped_recipes() if name.startswith("adult/")])
 def test_networks_of_the_recipes_take_the_features(recipe: str) -> None:
-    net = compose(shipped_recipes()[recipe])["model"]["init_args"]["net"]
+    net = read_recipe(shipped_recipes()[recipe])["model"]["init_args"]["net"]
     assert net["init_args"]["sizes"][0] == FEATURES

@@ -40,8 +40,6 @@ def audit_command(arguments: Sequence[str]) -> None:
 
     from lightning.pytorch.cli import LightningCLI
 
-    from lightning_dp.recipes import RecipeParser
-
     cli = LightningCLI(
         pl.LightningModule,
         pl.LightningDataModule,
@@ -49,7 +47,6 @@ def audit_command(arguments: Sequence[str]) -> None:
         subclass_mode_data=True,
         run=False,
         args=[*(f"--config={config}" for config in options.config), *others],
-        parser_class=RecipeParser,
     )
     cli.datamodule.prepare_data()
     cli.datamodule.setup("fit")

@@ -17,7 +17,6 @@ from lightning_dp.cli.card import card_command
 from lightning_dp.cli.plot import plot_command
 from lightning_dp.cli.recipes import recipes_command
 from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
-from lightning_dp.recipes import RecipeParser
 from lightning_dp.training.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_dp.training.callbacks.lookup import trainer_callbacks
 from lightning_dp.training.callbacks.monitor import PrivacyMonitor
@@ -101,7 +100,6 @@ def main(args: list[str] | None = None) -> None:
             subclass_mode_model=True,
             subclass_mode_data=True,
             args=args,
-            parser_class=RecipeParser,
             parser_kwargs={"prog": "lightning-dp", "description": _description()},
         )
     except (UnsupportedModelError, PrivacyConfigurationError) as error:
