@@ -372,7 +372,7 @@ class Remembers(PrivateStrategy):
     """Saves where its noise comes from."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        generator = self._randomness.torch("noise", len(self.ledger), torch.device("cpu"))
+        generator = self.randomness.torch("noise", len(self.ledger), torch.device("cpu"))
         super().save_checkpoint({**checkpoint, "state": generator.get_state()}, *args, **kwargs)
 
 

@@ -172,8 +172,8 @@ def test_what_cannot_be_the_mean_is_refused() -> None:
         with pytest.raises(ValueError, match="takes records"):
             layer.fill(records)
     with pytest.raises(ValueError, match="not finite"):
-        layer.keep(torch.full((6,), math.nan))
-    assert not layer.filled
+        layer.set_value(torch.full((6,), math.nan))
+    assert not layer.is_released
     layer.fill(torch.randn(30, 6))
     with pytest.raises(ValueError, match="in_features is 6, and a record has 1 features"):
         layer(torch.randn(4, 1))
@@ -184,7 +184,7 @@ def test_nothing_is_left_of_a_trial_run_that_failed_between_two_releases() -> No
     module = Net(nn.Sequential(first, second, nn.Linear(3, 3)))
     with pytest.raises(ValueError, match="in_features is 3"):
         fit(trainer(strategy=private(), fast_dev_run=True), module, loader())
-    assert not first.filled and first.mean.isnan().all()
+    assert not first.is_released and first.mean.isnan().all()
 
 
 def test_training_without_privacy_is_refused() -> None:

@@ -211,7 +211,7 @@ def test_every_projection_is_released_and_charged_by_itself(seen: list[Tensor]) 
     module.other = PrivateProjection(6, 2, 3.0)
     fit(trainer(strategy=strategy), module, loader())
     assert strategy.ledger.statistics() == [(GaussianDpEvent(2.0), 1), (GaussianDpEvent(3.0), 1)]
-    assert len(seen) == 2 and module.other.filled
+    assert len(seen) == 2 and module.other.is_released
 
 
 def test_directions_are_known_when_validation_is_tried_out() -> None:
@@ -242,10 +242,10 @@ def test_a_crash_before_the_noise_charges_and_shows_nothing(tmp_path: Path, monk
         fit(trainer(strategy=strategy, default_root_dir=tmp_path), module, loader())
     assert list(strategy.ledger) == [(GaussianDpEvent(2.0), 1)]
     assert list(JournalContents(tmp_path / JOURNAL_NAME).ledger()) == [(GaussianDpEvent(2.0), 1)]
-    assert not module.projection.filled and module.projection.weight.isnan().all()
+    assert not module.projection.is_released and module.projection.weight.isnan().all()
     again = private()
     fit(trainer(strategy=again, default_root_dir=tmp_path), module, loader())
-    assert module.projection.filled
+    assert module.projection.is_released
     assert sum(count for _, count in again.ledger.statistics()) == 2, "both were charged"
     assert again.ledger.steps == 5
 
@@ -258,7 +258,7 @@ def test_what_the_journal_cannot_keep_is_not_released(monkeypatch: pytest.Monkey
     module, strategy = Projected(), private()
     with pytest.raises(JournalError, match="full"):
         fit(trainer(strategy=strategy), module, loader())
-    assert not module.projection.filled and not len(strategy.ledger)
+    assert not module.projection.is_released and not len(strategy.ledger)
 
 
 def test_a_resumed_fit_charges_nothing_again(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_a_resumed_fit_charges_nothing_again(tmp_path: Path) -> None:
     assert list(resumed.ledger) == [(GaussianDpEvent(2.0), 1), (subsampled_gaussian(2.0, 0.2), 10)]
     assert torch.equal(again.projection.weight, module.projection.weight)
     loaded = Projected.load_from_checkpoint(tmp_path / "one.ckpt")
-    assert loaded.projection.filled
+    assert loaded.projection.is_released
 
 
 def test_a_resumed_fit_under_a_seed_is_the_uninterrupted_one(tmp_path: Path) -> None:
@@ -357,7 +357,7 @@ def test_what_the_budget_has_no_room_for_is_not_released() -> None:
     module, strategy = Projected(0.5), private()
     with pytest.raises(PrivacyLimitReached, match=r"no room for the release of 3 principal components.*Give it more"):
         fit(trainer(strategy=strategy, callbacks=[PrivacyBudget(1.0, DELTA)]), module, loader())
-    assert not module.projection.filled and not len(strategy.ledger)
+    assert not module.projection.is_released and not len(strategy.ledger)
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------
@@ -448,10 +448,10 @@ def projected() -> Net:
 def test_nothing_is_left_of_what_a_trial_run_released() -> None:
     module = projected()
     fit(trainer(strategy=PrivateStrategy(noise=GaussianNoise(1.0)), fast_dev_run=True), module, loader())
-    assert not module.net[0].filled
+    assert not module.net[0].is_released
     private = PrivateStrategy(noise=GaussianNoise(1.0))
     fit(trainer(strategy=private, max_steps=2), module, loader())
-    assert module.net[0].filled
+    assert module.net[0].is_released
     assert len(private.ledger.statistics()) == 1
 
 
@@ -466,7 +466,7 @@ def test_a_checkpoint_without_directions_is_not_resumed_with_others(tmp_path: Pa
     module = projected()
     first = trainer(strategy=PrivateStrategy(noise=GaussianNoise(1.0)), max_steps=2)
     fit(first, module, loader())
-    module.net[0].empty()
+    module.net[0].reset()
     first.save_checkpoint(tmp_path / "last.ckpt")
     again = PrivateStrategy(noise=GaussianNoise(1.0))
     with pytest.raises(PrivacyConfigurationError, match="holds a statistic that was released"):

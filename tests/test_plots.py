@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
 from lightning_dp.cli.command import main
-from lightning_dp.reporting.logs import RunLog, read_run, wandb_records
+from lightning_dp.reporting.logs import RunLog, read_run
 from lightning_dp.reporting.plots import accuracy_metric, draw
 
 
@@ -83,34 +82,3 @@ def test_runs_without_epsilon_are_an_error(tmp_path: Path) -> None:
     path.write_text("epoch,step,val_accuracy\n0,1,0.5\n")
     with pytest.raises(ValueError, match="No privacy/epsilon.*PrivacyMonitor"):
         draw([read_run(path)])
-
-
-def chunks(data: bytes, sizes: list[int]) -> bytes:
-    """A wandb file with one record per size, written by the format's definition."""
-    out, block = bytearray(b":W&B\xe1\xbe\x00"), 2**15
-    for number, size in enumerate(sizes):
-        record, first = bytes([number % 256]) * size, True
-        while True:
-            left = block - len(out) % block
-            if left < 7:
-                out += bytes(left)
-                continue
-            piece, record = record[: left - 7], record[left - 7 :]
-            kind = (1 if first else 4) if not record else (2 if first else 3)
-            out += struct.pack("<IHB", 0, len(piece), kind) + piece
-            first = False
-            if not record:
-                break
-    return bytes(out)
-
-
-@pytest.mark.parametrize("sizes", [[1, 2, 3], [32768 - 14, 5], [32768 - 7 - 7 - 3, 40, 1], [100_000, 7, 32_761, 0, 4]])
-def test_records_that_span_blocks_are_read_whole(sizes: list[int], tmp_path: Path) -> None:
-    path = tmp_path / "run-x.wandb"
-    path.write_bytes(chunks(b"", sizes))
-    assert [len(record) for record in wandb_records(path)] == sizes
-    path.write_bytes(path.read_bytes()[:-1])  # cut off by a crash
-    assert [len(record) for record in wandb_records(path)] == sizes[:-1]
-    path.write_bytes(b"something else")
-    with pytest.raises(ValueError, match="no run file"):
-        list(wandb_records(path))

@@ -17,7 +17,7 @@ def plot_command(arguments: Sequence[str]) -> None:
         prog="lightning-dp plot",
         description="Draws ε against steps, and accuracy against ε, for the runs whose logs are named.",
     )
-    parser.add_argument("runs", nargs="+", type=Path, help="log folders or files: CSV, TensorBoard, wandb (offline)")
+    parser.add_argument("runs", nargs="+", type=Path, help="log folders or files: CSV, TensorBoard")
     parser.add_argument("--metric", help="drawn against ε; default: an accuracy, of validation if there is one")
     parser.add_argument("--names", nargs="+", help="what to call the runs in the legend")
     parser.add_argument("--out", type=Path, default=Path("privacy"),

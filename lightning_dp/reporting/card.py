@@ -39,6 +39,7 @@ _STATED_ELSEWHERE = frozenset(
         "sampling_rate",
         "expected_batch_size",
         "independence",
+        "statistics",
         "software",
     )
 )
@@ -138,6 +139,7 @@ def privacy_card(
             "by_mechanism": [{"event": _in_words(event), "steps": count} for event, count in mechanisms.items()],
         },
         "independence": _independence(configuration),
+        "statistics_of": list(configuration.get("statistics", [])),
         "statistics": [{"event": _in_words(event), "times": count} for event, count in statistics.items()],
         "not_covered": _not_covered(configuration, training_metrics, validation_metrics),
         "configuration": {key: value for key, value in configuration.items() if key not in _STATED_ELSEWHERE},

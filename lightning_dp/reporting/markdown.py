@@ -66,7 +66,7 @@ def render_card(card: Mapping[str, Any]) -> str:
         "| mechanism of a step | steps |",
         "|---|---|",
         *(f"| {entry['event']} | {entry['steps']} |" for entry in steps["by_mechanism"]),
-        *_statistics(card["statistics"]),
+        *_statistics(card["statistics"], card.get("statistics_of", [])),
         "",
         *_independence_lines(card.get("independence", {})),
         "## What the guarantee does not cover",
@@ -115,19 +115,22 @@ def _independence_lines(found: Mapping[str, Any]) -> list[str]:
     return lines if lines[-1] == "" else [*lines, ""]
 
 
-def _statistics(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+def _statistics(entries: Sequence[Mapping[str, Any]], layers: Sequence[str]) -> list[str]:
     if not entries:
         return []
     return [
         "",
-        "Statistics of all records (a mean, or second moments) were released with noise. They are no steps of "
-        "training, "
-        "and are charged too:",
+        f"Statistics of all records were released with noise{_named(layers)}. They are no steps of training, and are "
+        "charged too:",
         "",
         "| mechanism of a statistic | times |",
         "|---|---|",
         *(f"| {entry['event']} | {entry['times']} |" for entry in entries),
     ]
+
+
+def _named(layers: Sequence[str]) -> str:
+    return f", for {', '.join(dict.fromkeys(layers))}" if layers else ""
 
 
 def _call(stage: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_dp.accounting.ledger import PrivacyLedger
 
 #: Records that are added up at once.
-_TOGETHER = 1024
+_RECORDS_AT_ONCE = 1024
 
 
 class Releaser(Protocol):
@@ -53,9 +53,9 @@ class PrivateStatistic(nn.Module, ABC):
         ValueError: An argument is out of its range.
     """
 
-    #: Name of the buffer with what is kept, and what that is, for messages.
-    kept: ClassVar[str]
-    what: ClassVar[str]
+    #: Name of the buffer that holds the statistic, and what it is called in messages.
+    buffer_name: ClassVar[str]
+    label: ClassVar[str]
 
     def __init__(self, in_features: int, noise_multiplier: float, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -67,29 +67,29 @@ class PrivateStatistic(nn.Module, ABC):
             )
         self.in_features, self.noise_multiplier = in_features, float(noise_multiplier)
         #: Whether the statistic is known: it was released, or came with a checkpoint.
-        self.filled = False
+        self.is_released = False
         #: The run of a ledger that released the statistic, and what that cost; ``None``: it is public, or not known.
         self.released: tuple[str, DpEvent] | None = None
-        self.register_buffer(self.kept, torch.full(shape, math.nan))
+        self.register_buffer(self.buffer_name, torch.full(shape, math.nan))
 
     @abstractmethod
     def release(self, strategy: Releaser) -> None:
         """Releases the statistic, and fills the layer, in every process with the same numbers."""
 
-    def known(self) -> Tensor:
-        """What is kept.
+    def value(self) -> Tensor:
+        """The statistic.
 
         Raises:
-            RuntimeError: Nothing yet.
+            RuntimeError: It has not been released yet.
         """
-        if not self.filled:
+        if not self.is_released:
             raise RuntimeError(
-                f"{type(self).__name__} has no {self.what} yet. A private strategy releases them at the start of a fit "
+                f"{type(self).__name__} has no {self.label} yet. A private strategy releases them when a fit starts "
                 "(DifferentialPrivacy(…) or PrivateStrategy(…)); load a checkpoint of one, or use fill() with what is "
                 "public."
             )
-        kept: Tensor = getattr(self, self.kept)
-        return kept
+        value: Tensor = getattr(self, self.buffer_name)
+        return value
 
     def inputs_of(self, batch: Any) -> Tensor:
         """What the layer will see of a batch of one record: the batch, or its first entry, as it is loaded. Override it
@@ -113,7 +113,7 @@ class PrivateStatistic(nn.Module, ABC):
         Records come one by one: none can influence what another one adds.
         """
         total: Tensor | float = 0.0
-        while rows := [self._row(batch) for batch in islice(records, _TOGETHER)]:
+        while rows := [self._row(batch) for batch in islice(records, _RECORDS_AT_ONCE)]:
             total = added(unit_rows(torch.stack(rows))) + total
         if not isinstance(total, Tensor):
             return added(torch.zeros(1, self.in_features, dtype=torch.float64, device="cpu"))
@@ -128,25 +128,25 @@ class PrivateStatistic(nn.Module, ABC):
         # In double precision at once: records of several types would be stacked as a type that not all fit into.
         return inputs.detach().flatten().cpu().double()
 
-    def empty(self) -> None:
+    def reset(self) -> None:
         """Forgets the statistic."""
-        getattr(self, self.kept).fill_(math.nan)
-        self.filled, self.released = False, None
+        getattr(self, self.buffer_name).fill_(math.nan)
+        self.is_released, self.released = False, None
 
-    def keep(self, statistic: Tensor) -> None:
+    def set_value(self, statistic: Tensor) -> None:
         """Fills the layer.
 
         Raises:
             ValueError: A statistic of another shape, or one that is not finite.
         """
-        kept = getattr(self, self.kept)
+        kept = getattr(self, self.buffer_name)
         if statistic.shape != kept.shape or not statistic.isfinite().all():
             raise ValueError(
                 f"{type(self).__name__} keeps finite numbers of shape {tuple(kept.shape)}, and was given "
                 f"{tuple(statistic.shape)}{'' if statistic.isfinite().all() else ', some of them not finite'}."
             )
         kept.copy_(statistic)
-        self.filled = True
+        self.is_released = True
 
     def get_extra_state(self) -> dict[str, Any]:
         """What the release has cost: it goes where the statistic goes."""
@@ -167,7 +167,7 @@ class PrivateStatistic(nn.Module, ABC):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         state_dict.setdefault(f"{prefix}_extra_state", {})  # checkpoints of before statistics kept their cost
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.filled = bool(getattr(self, self.kept).isfinite().all())
+        self.is_released = bool(getattr(self, self.buffer_name).isfinite().all())
 
 
 def unit_rows(records: Tensor) -> Tensor:
@@ -185,4 +185,4 @@ def unit_rows(records: Tensor) -> Tensor:
 
 def unfilled(modules: Iterable[nn.Module]) -> list[PrivateStatistic]:
     """The layers whose statistic is yet to be released."""
-    return [module for module in modules if isinstance(module, PrivateStatistic) and not module.filled]
+    return [module for module in modules if isinstance(module, PrivateStatistic) and not module.is_released]

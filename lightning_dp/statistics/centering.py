@@ -33,14 +33,14 @@ class PrivateCentering(PrivateStatistic):
         ValueError: An argument is out of its range.
     """
 
-    kept, what = "mean", "means"
+    buffer_name, label = "mean", "means"
     mean: Tensor
 
     def __init__(self, in_features: int, noise_multiplier: float) -> None:
         super().__init__(in_features, noise_multiplier, (in_features,))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        mean = self.known()
+        mean = self.value()
         rows = inputs.flatten(1).to(mean.dtype)
         if rows.shape[1] != self.in_features:
             raise ValueError(
@@ -54,7 +54,7 @@ class PrivateCentering(PrivateStatistic):
         """Takes the mean of public records ``(n, *)``, each scaled to unit length."""
         if records.dim() < 2 or not len(records):
             raise ValueError(f"PrivateCentering.fill takes records (n, *), and was given {tuple(records.shape)}.")
-        self.keep(unit_rows(records).mean(0))
+        self.set_value(unit_rows(records).mean(0))
 
     def release(self, strategy: Releaser) -> None:
         """Releases the mean of the train set, and fills the layer, in every process with the same numbers."""
@@ -63,7 +63,7 @@ class PrivateCentering(PrivateStatistic):
             return self.add_up(strategy.each_record(), lambda rows: rows.sum(0))
 
         noisy = strategy.release_sum(total, self.noise_multiplier, f"the mean of {self.in_features} features")
-        self.keep(strategy.share(noisy / strategy.num_records))
+        self.set_value(strategy.share(noisy / strategy.num_records))
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, noise_multiplier={self.noise_multiplier:g}"

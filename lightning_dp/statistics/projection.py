@@ -37,7 +37,7 @@ class PrivateProjection(PrivateStatistic):
         ValueError: An argument is out of its range.
     """
 
-    kept, what = "weight", "directions"
+    buffer_name, label = "weight", "directions"
     weight: Tensor
 
     def __init__(self, in_features: int, components: int, noise_multiplier: float, equalized: bool = False) -> None:
@@ -49,12 +49,12 @@ class PrivateProjection(PrivateStatistic):
         self.components, self.equalized = components, equalized
 
     def forward(self, inputs: Tensor) -> Tensor:
-        directions = self.known()
+        directions = self.value()
         return inputs.flatten(1).to(directions.dtype) @ directions.T
 
     def fill(self, moment: Tensor) -> None:
         """Takes the directions from a second moment ``(d, d)``: one with noise, or of public records."""
-        self.keep(principal_directions(moment, self.components, self.equalized))
+        self.set_value(principal_directions(moment, self.components, self.equalized))
 
     def release(self, strategy: Releaser) -> None:
         """Releases the second moment of the train set, and fills the layer, in every process with the same numbers."""
@@ -64,7 +64,7 @@ class PrivateProjection(PrivateStatistic):
 
         noisy = strategy.release_sum(total, self.noise_multiplier, f"{self.components} principal components")
         moment = symmetric(noisy, self.in_features)
-        self.keep(strategy.share(principal_directions(moment, self.components, self.equalized)))
+        self.set_value(strategy.share(principal_directions(moment, self.components, self.equalized)))
 
     def extra_repr(self) -> str:
         options = f"noise_multiplier={self.noise_multiplier:g}, equalized={self.equalized}"

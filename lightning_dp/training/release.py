@@ -54,7 +54,7 @@ class Releases:
         if self._strategy.books.resumed is not None and self._strategy.ledger.statistics():
             raise PrivacyConfigurationError(
                 f"The checkpoint's ledger holds a statistic that was released, and its {type(layers[0]).__name__} no "
-                f"{layers[0].what}: to go on would release and charge them again, and train on others. Resume from a "
+                f"{layers[0].label}: to go on would release and charge them again, and train on others. Resume from a "
                 "checkpoint that has them, or load its weights into a training of its own."
             )
         # Before the first release: should a later one fail, those before it are forgotten as well.
@@ -127,5 +127,5 @@ class Releases:
     def close(self) -> None:
         """No journal knows what a trial run released: nothing of it may be left."""
         for layer in self.released:
-            layer.empty()
+            layer.reset()
         self.released = []

@@ -21,7 +21,7 @@ def run_directory(trainer: Trainer) -> str:
 
 def software_versions() -> dict[str, str]:
     """Versions of Python and of the packages that take part in a private step."""
-    packages = ("lightning-dp", "torch", "lightning", "dp-accounting", "opacus", "numpy")
+    packages = ("lightning-dp", "torch", "lightning", "dp-accounting", "numpy", "scipy", "randomgen")
     found = {"python": platform.python_version()}
     for package in packages:
         with suppress(metadata.PackageNotFoundError):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from dp_accounting import NeighboringRelation
 
 from lightning_dp.mechanism.mechanism import describe
+from lightning_dp.statistics.base import PrivateStatistic
 from lightning_dp.training.run_directory import software_versions
 
 if TYPE_CHECKING:
@@ -34,6 +35,11 @@ def public_configuration(strategy: PrivateMixin) -> dict[str, Any]:
         "augmentation_multiplicity": strategy.mechanism.augmentation_multiplicity,
         "self_check": strategy.options.self_check,
         "independence": strategy.examiner.statement(),
+        "statistics": [
+            f"{type(layer).__name__} ({layer.label})"
+            for layer in strategy.module_in_fit().modules()
+            if isinstance(layer, PrivateStatistic)
+        ],
         "seed_given": strategy.seed is not None,
         "secure_rng": strategy.randomness.secure,
         "journal": strategy.options.journal,
