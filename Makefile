@@ -25,9 +25,9 @@ test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(TOGETHER) -m slow
 
 test-device: $(INSTALLED)  ## what depends on the device, with LIGHTNING_DP_TEST_DEVICE=cuda on a GPU
-	$(BIN)/python -m pytest -m "not slow" tests/test_device.py tests/test_distributed.py tests/test_layers.py \
-		tests/test_engines.py tests/test_coverage.py tests/test_clipping.py tests/test_backprop.py tests/test_dfa.py \
-		tests/test_noise.py tests/test_encoding.py tests/test_denoising.py tests/test_pipeline.py tests/test_strategy.py
+	$(BIN)/python -m pytest -m "not slow" tests/training/test_device.py tests/training/test_distributed.py tests/gradients/test_layers.py \
+		tests/gradients/test_engines.py tests/gradients/test_coverage.py tests/mechanism/test_clipping.py tests/mechanism/test_backprop.py tests/test_dfa.py \
+		tests/mechanism/test_noise.py tests/mechanism/test_encoding.py tests/mechanism/test_denoising.py tests/mechanism/test_step.py tests/training/test_strategy.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -13,28 +12,20 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import settings
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.tensors import DEVICE
+
 _scratch = tempfile.TemporaryDirectory(prefix="lightning_dp_tests_")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-
-#: Where Trainers train, and where the tests below make models and tensors: see ``make test-device``.
-DEVICE = torch.device(os.environ.get("LIGHTNING_DP_TEST_DEVICE", "cpu"), 0)
-ON_DEVICE = ("layers", "engines", "coverage", "clipping", "backprop", "noise", "encoding", "pipeline", "device")
-if DEVICE.type != "cpu":
-    torch.backends.cudnn.allow_tf32 = False  # the oracle is compared with in single precision
-    settings.register_profile("device", deadline=None)  # a kernel's first call takes long
-    settings.load_profile("device")
 
 
 @pytest.fixture(autouse=True)
 def _fixed_seed_and_device(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(0)
     if DEVICE.type != "cpu":  # a Trainer brings modules to its device, and back again
-        trains = {"trainer", "fit"}.intersection(request.function.__code__.co_names)
-        elsewhere = request.module.__name__.rpartition("test_")[2] in ON_DEVICE and not trains
+        elsewhere = request.node.get_closest_marker("on_device") and not request.node.get_closest_marker("trains")
         torch.set_default_device(DEVICE if elsewhere else "cpu")
 
 

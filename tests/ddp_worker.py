@@ -41,7 +41,8 @@ from lightning_dp import (
 )
 from lightning_dp.mechanism import sums
 from lightning_dp.training import distributed
-from tests.conftest import DEVICE, Net, dataset, loader, trainer
+from tests.conftest import Net, dataset, loader, trainer
+from tests.tensors import DEVICE
 
 RECORDS, EXPECTED = 41, 12
 

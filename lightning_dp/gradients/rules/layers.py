@@ -3,8 +3,8 @@
 A rule is a function ``rule(module, input, grad_output) -> {parameter name: PerExampleGradient}``, registered for a
 module type. ``input`` is the layer's first argument and ``grad_output`` the gradient of the loss at its output, both
 with the batch in the leading dimension; the gradients are those of the same loss. To add a layer, write its rule here:
-`tests/test_layers.py` checks every registered rule against autograd, one example at a time, as soon as it is given an
-example module in ``EXAMPLES`` there.
+`tests/gradients/test_layers.py` checks every registered rule against autograd, one example at a time, as soon as it is
+given an example module in ``EXAMPLES`` there.
 
 A rule may come with a *refusal*: a function that returns a sentence when a module of that type, in this configuration,
 has no per-example gradient or keeps statistics of the batch.

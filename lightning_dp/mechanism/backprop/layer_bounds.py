@@ -1,7 +1,7 @@
 """Bounds per layer type: what a layer's gradient can amount to, by its input and the gradient at its output.
 
 `lightning_dp.mechanism.backprop` clips what is measured here. To add a layer type, write its `LayerBound` with its
-proof and register it in `bounds_by_type`; ``tests/test_backprop.py`` checks every one, on models that hold it.
+proof and register it in `bounds_by_type`; ``tests/mechanism/test_backprop.py`` checks every one.
 """
 
 from __future__ import annotations

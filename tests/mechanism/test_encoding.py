@@ -38,9 +38,12 @@ from lightning_dp.mechanism.encoding.encoder import _MANTISSA, Encoder
 from lightning_dp.mechanism.noise import NOISES, Noise
 from lightning_dp.mechanism.randomness import Randomness
 from lightning_dp.zoo import MLP, FeedbackClassifier
-from tests.conftest import DEVICE, Net, assert_close, dataset, fit, loader, oracle_gradients, trainer
+from tests.conftest import Net, assert_close, dataset, fit, loader, oracle_gradients, trainer
+from tests.mechanism.test_backprop import MODELS
 from tests.steps import make_step
-from tests.test_backprop import MODELS
+from tests.tensors import DEVICE
+
+pytestmark = pytest.mark.on_device
 
 CODEBOOKS: list[Codebook] = [
     FlatCodebook(),
@@ -367,6 +370,7 @@ def test_codebooks_and_bounds_that_bound_nothing_are_refused(make: Any, says: st
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("noise", [GaussianNoise(), StudentTNoise(9), StudentTNoise(3), LaplaceNoise()], ids=repr)
 def test_a_budget_chooses_the_scale_and_is_kept(noise: Noise, tmp_path: Path) -> None:
     strategy = PrivateStrategy(GradientEncoding(PowerLawCodebook()), noise)
@@ -381,6 +385,7 @@ def test_a_budget_chooses_the_scale_and_is_kept(noise: Noise, tmp_path: Path) ->
     assert PrivacyLedger.from_state_dict(state).epsilon(1e-3) == spent
 
 
+@pytest.mark.trains
 def test_a_budget_stops_training_of_which_the_scale_was_given() -> None:
     strategy = PrivateStrategy(GradientEncoding(), StudentTNoise(9, 1.2))
     fit(trainer(strategy=strategy, callbacks=[PrivacyBudget(3.0, 1e-3)], max_epochs=1000), Net(), loader())
@@ -392,6 +397,7 @@ def test_a_budget_stops_training_of_which_the_scale_was_given() -> None:
     assert more.epsilon(1e-3) > 3.0
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("noise", [StudentTNoise(9, 1.0), LaplaceNoise(1.0)], ids=repr)
 def test_noise_that_needs_coordinates_is_refused_without(noise: Noise) -> None:
     with pytest.raises(PrivacyConfigurationError, match="FlatClipping with .*Use clipping=GradientEncoding"):
@@ -418,6 +424,7 @@ class Endless(StudentTNoise):
         return EndlessDensity()
 
 
+@pytest.mark.trains
 def test_noise_without_moments_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     run = trainer(strategy=PrivateStrategy(GradientEncoding(), Endless(9, 1.0)))
     with pytest.raises(PrivacyConfigurationError, match="Endless has no entry in"):
@@ -451,6 +458,7 @@ def test_a_resumed_run_with_other_noise_chooses_its_scale_anew(tmp_path: Path) -
     assert other.noise_multiplier != first.noise_multiplier and len(other.ledger) == 20
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("noise", [StudentTNoise(9, 2.0), LaplaceNoise(2.0)], ids=repr)
 def test_the_noise_of_a_step_has_the_scale_of_the_ledger(noise: Noise) -> None:
     """Through the Trainer, on gradients that are zero: scale times sensitivity, over q·N; and no other."""
@@ -474,6 +482,7 @@ def test_the_noise_of_a_step_has_the_scale_of_the_ledger(noise: Noise) -> None:
         assert stats.kstest(moved * wrong, distribution.cdf).pvalue < 1e-6
 
 
+@pytest.mark.trains
 @pytest.mark.slow
 def test_it_learns_also_by_feedback_alignment_and_in_one_callback() -> None:
     module = FeedbackClassifier(MLP([6, 16, 3]), classes=3, learning_rate=0.05)

@@ -24,12 +24,16 @@ from lightning_dp.mechanism.clipping import Bounding
 from lightning_dp.mechanism.noise import DEVICE_BLOCK
 from lightning_dp.mechanism.randomness import Randomness
 from lightning_dp.training.strategy import PrivateMixin
-from tests.conftest import DEVICE, Net, fit, loader, trainer
+from tests.conftest import Net, fit, loader, trainer
+from tests.mechanism.test_noise import is_gaussian_of_std
+from tests.mechanism.test_step import take
 from tests.steps import make_step
-from tests.test_noise import is_gaussian_of_std
-from tests.test_pipeline import take
+from tests.tensors import DEVICE
 
-pytestmark = pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: LIGHTNING_DP_TEST_DEVICE=cuda")
+pytestmark = [
+    pytest.mark.on_device,
+    pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU: LIGHTNING_DP_TEST_DEVICE=cuda"),
+]
 
 RULES = [FlatClipping(0.3), PerLayerClipping(0.3), AdaptiveClipping(0.3), BackpropClipping(1.0, 0.1)]
 

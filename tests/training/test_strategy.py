@@ -37,9 +37,10 @@ from lightning_dp import (
 from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
 from lightning_dp.mechanism.randomness import Randomness
 from lightning_dp.mechanism.sampling import draw_poisson_sample
-from tests.conftest import DEVICE, Net, assert_close, dataset, fit, loader, oracle_gradients, trainer
-from tests.test_layers import EXAMPLES, randn
-from tests.test_noise import is_gaussian_of_std
+from tests.conftest import Net, assert_close, dataset, fit, loader, oracle_gradients, trainer
+from tests.gradients.test_layers import EXAMPLES, randn
+from tests.mechanism.test_noise import is_gaussian_of_std
+from tests.tensors import DEVICE
 
 
 def strategy(multiplier: float | None = 0.0, max_norm: float = 0.3, **kwargs: Any) -> PrivateStrategy:

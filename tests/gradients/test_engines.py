@@ -18,6 +18,8 @@ from lightning_dp.gradients.linear import OuterProducts
 from lightning_dp.gradients.precision import rounds_products
 from tests.conftest import assert_close, oracle_gradients
 
+pytestmark = pytest.mark.on_device
+
 
 class Recurrent(nn.Module):
     """One layer called a different number of times on inputs of different length."""

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import DifferentialPrivacy, FlatClipping, GaussianNoise, PrivateCentering, PrivateStrategy
 from tests.conftest import Net, fit, loader, trainer
-from tests.test_noise import is_gaussian_of_std
-from tests.test_pca import NUMBERS, random_loader
+from tests.mechanism.test_noise import is_gaussian_of_std
+from tests.statistics.test_projection import NUMBERS, random_loader
 
 DELTA = 1e-3
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_dp.zoo import CIFAR10DataModule, Upright
 from lightning_dp.zoo.feature_cache import FeatureCache
-from tests.test_zoo import images_on_disk
+from tests.zoo.test_zoo import images_on_disk
 
 
 class Scaled(nn.Module):

@@ -13,7 +13,7 @@ import torch
 from lightning_dp.training.distributed import parameter_hash
 from tests import ddp_worker
 from tests.conftest import Net, assert_close
-from tests.test_noise import is_gaussian_of_std
+from tests.mechanism.test_noise import is_gaussian_of_std
 
 #: What is trained with every number of processes; the rest with two.
 EVERYWHERE = [

@@ -28,6 +28,8 @@ from lightning_dp.zoo.wide_resnet import StandardizedConv2d
 from tests.conftest import assert_close, oracle_gradients
 from tests.steps import make_step
 
+pytestmark = pytest.mark.on_device
+
 BATCH = 6
 
 

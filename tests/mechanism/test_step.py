@@ -21,8 +21,10 @@ from lightning_dp.mechanism.clipping import Bounding, FlatClipping
 from lightning_dp.mechanism.noise import GaussianNoise
 from lightning_dp.mechanism.randomness import Randomness
 from lightning_dp.mechanism.step import PrivateStep
+from tests.mechanism.test_noise import is_gaussian_of_std
 from tests.steps import make_step
-from tests.test_noise import is_gaussian_of_std
+
+pytestmark = pytest.mark.on_device
 
 
 def private_step(model: nn.Module, ledger: PrivacyLedger, max_norm: float = 0.5) -> PrivateStep:

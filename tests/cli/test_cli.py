@@ -14,11 +14,11 @@ import yaml
 
 from lightning_dp.cli.command import main
 from lightning_dp.recipes import read_recipe, shipped_recipes
-from tests.test_zoo_tables import records
-from tests.test_zoo_tables import write as write_table
-from tests.test_zoo_text import write as write_texts
+from tests.zoo.test_tables import records
+from tests.zoo.test_tables import write as write_table
+from tests.zoo.test_text import write as write_texts
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECIPES = list(shipped_recipes().values())
 DIGITS = str(ROOT / "recipes" / "digits" / "dp_sgd.yaml")
 
@@ -144,7 +144,7 @@ def test_a_missing_data_folder_is_named(tiny_data: Path, monkeypatch: pytest.Mon
 
 
 def test_a_refusal_is_a_sentence_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = str(Path(__file__).parents[1] / "recipes" / "digits" / "dp_sgd.yaml")
+    recipe = str(Path(__file__).parents[2] / "recipes" / "digits" / "dp_sgd.yaml")
     monkeypatch.setattr("sys.argv", ["lightning-dp", "fit", "--config", recipe, "--trainer.overfit_batches", "2"])
     with pytest.raises(SystemExit, match="^lightning-dp: overfit_batches repeats the same batches"):
         main()

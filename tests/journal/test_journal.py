@@ -29,7 +29,7 @@ from lightning_dp.training import books as books_module
 from tests.conftest import Net, fit, loader, trainer
 from tests.steps import make_step
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ONE, OTHER = subsampled_gaussian(1.0, 0.1), subsampled_gaussian(2.0, 0.1)
 
 

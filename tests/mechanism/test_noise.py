@@ -21,6 +21,8 @@ from lightning_dp.mechanism.noise import (
 )
 from lightning_dp.mechanism.randomness import Randomness
 
+pytestmark = pytest.mark.on_device
+
 
 def draw(noise: Noise, multiplier: float, sensitivity: float, size: int = 20_000) -> torch.Tensor:
     out = torch.empty(size)

@@ -11,7 +11,7 @@ from lightning_dp.zoo import CenteredLinear, Classifier, EqualizedFeatures, Patc
 from lightning_dp.zoo.patches import _SMOOTH
 from lightning_dp.zoo.scattering import dead_leaves
 from tests.conftest import assert_close, fit, trainer
-from tests.test_pca import random_loader
+from tests.statistics.test_projection import random_loader
 
 
 def small(power: float = 0.7, cells: int = 2, generated: int = 400) -> EqualizedFeatures:

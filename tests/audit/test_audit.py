@@ -44,7 +44,7 @@ from lightning_dp.mechanism.sampling import PoissonBatchSampler
 from lightning_dp.mechanism.step import PrivateStep
 from lightning_dp.training import loader as loader_module
 from tests.conftest import Net, fit, loader, trainer
-from tests.test_sampling import fits_binomial
+from tests.mechanism.test_sampling import fits_binomial
 
 # -- bounds ------------------------------------------------------------------------------------------------------------
 
@@ -311,7 +311,7 @@ def test_wrong_labels_are_found_in_a_model_trained_with_little_noise(tmp_path: P
 
 
 def test_the_command_audits_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = str(Path(__file__).parents[1] / "recipes" / "digits" / "dp_sgd.yaml")
+    recipe = str(Path(__file__).parents[2] / "recipes" / "digits" / "dp_sgd.yaml")
     options = ["--canaries", "50", "--trials", "50", "--out", str(tmp_path)]
     overridden = [f"--trainer.logger.init_args.save_dir={tmp_path}", "--trainer.max_epochs=1"]
     main(["audit", "--config", recipe, *options, *overridden, "--trainer.enable_progress_bar=false"])

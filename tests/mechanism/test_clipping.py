@@ -25,6 +25,8 @@ from lightning_dp.mechanism.noise import GaussianNoise
 from lightning_dp.mechanism.randomness import Randomness
 from tests.steps import make_step
 
+pytestmark = pytest.mark.on_device
+
 ADD_OR_REMOVE, REPLACE = NeighboringRelation.ADD_OR_REMOVE_ONE, NeighboringRelation.REPLACE_ONE
 
 #: Every clipping rule; a new one inherits the tests below.

@@ -14,7 +14,7 @@ from lightning_dp import FlatClipping, GaussianNoise, PrivacyConfigurationError,
 from tests.conftest import fit, trainer
 from tests.interference import CHECKED, KINDS, NOT_SEEN, PROVEN, REFUSED, Kind
 
-PAGE = Path(__file__).parents[1] / "docs" / "independence.md"
+PAGE = Path(__file__).parents[3] / "docs" / "independence.md"
 BEGIN, END = "<!-- kinds: begin -->", "<!-- kinds: end -->"
 
 

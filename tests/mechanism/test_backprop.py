@@ -31,6 +31,8 @@ from lightning_dp.training.single_device import PrivateStrategy
 from tests.conftest import Net, assert_close, fit, loader, trainer
 from tests.steps import make_step
 
+pytestmark = pytest.mark.on_device
+
 
 class Tokens(nn.Module):
     """Embeddings of tokens (with padding) and of positions, whose leading dimension is one; a norm; a sequence."""
@@ -431,6 +433,7 @@ def trained(rule: Any = RULES[0], net: nn.Module | None = None, **kwargs: Any) -
     return module, run
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 def test_every_model_trains_with_the_self_check(rule: BackpropClipping, name: str) -> None:
@@ -483,6 +486,7 @@ def test_the_module_goes_on_to_compute_what_was_trained() -> None:
     assert torch.allclose(pickle.loads(pickle.dumps(fresh.net))(inputs), expected, atol=1e-6)
 
 
+@pytest.mark.trains
 def test_a_trainer_that_only_tests_clips_too() -> None:
     module = Net()
     module.test_step = lambda batch, batch_idx: None  # type: ignore[method-assign]
@@ -610,6 +614,7 @@ def test_norms_per_layer() -> None:
     )
 
 
+@pytest.mark.trains
 def test_low_precision_is_refused_before_the_first_step() -> None:
     run = trainer(strategy=PrivateStrategy(RULES[0], GaussianNoise(1.0)), precision="bf16-mixed")
     with pytest.raises(PrivacyConfigurationError, match="in low precision"):
@@ -753,6 +758,7 @@ def test_padding_that_was_changed_after_the_layer_was_made_counts(kind: Any) -> 
     assert grads_of(rule, model, image)["weight"].norm() <= 0.1 * (1 + 1e-4)
 
 
+@pytest.mark.trains
 def test_no_gradient_is_visible_before_the_noise_even_within_the_backward_pass() -> None:
     seen = []
 

@@ -11,7 +11,7 @@ import torch
 from lightning_dp import FlatClipping, GaussianNoise, GradientEncoding, LaplaceNoise, PrivateStrategy
 from lightning_dp.mechanism.randomness import Randomness
 from tests.conftest import Net, fit, loader, trainer
-from tests.test_noise import is_gaussian_of_std
+from tests.mechanism.test_noise import is_gaussian_of_std
 
 CPU = torch.device("cpu")
 

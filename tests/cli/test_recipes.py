@@ -18,7 +18,7 @@ from lightning_dp.cli.command import COMMANDS, main
 from lightning_dp.errors import RecipeError
 from lightning_dp.recipes import headline, read_recipe, shipped_recipes
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NAMES = sorted(shipped_recipes())
 
 

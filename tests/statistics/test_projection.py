@@ -39,7 +39,7 @@ from lightning_dp.statistics import projection as pca
 from lightning_dp.statistics.projection import principal_directions, second_moment, symmetric, upper_triangle
 from lightning_dp.training.release import Releases
 from tests.conftest import Net, dataset, fit, loader, trainer
-from tests.test_noise import is_gaussian_of_std
+from tests.mechanism.test_noise import is_gaussian_of_std
 
 DELTA = 1e-3
 

@@ -157,7 +157,7 @@ TERMINATED = ("setup", "on_train_start", "on_after_backward", "on_train_batch_en
 
 SCRIPT = """
 import os, signal, sys
-from tests.test_bad_input import TERMINATED, Interrupt, Validated, fit, loader, private, trainer
+from tests.training.test_bad_input import TERMINATED, Interrupt, Validated, fit, loader, private, trainer
 
 for stage in TERMINATED:
     if os.fork():
@@ -177,7 +177,7 @@ for stage in TERMINATED:
 def test_sigterm_at_any_stage_loses_nothing(tmp_path: Path) -> None:
     """Lightning ends a training that is asked to end after the step that it is in."""
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=200)
     taken = {}
     for stage in TERMINATED:
         journal = tmp_path / stage / JOURNAL_NAME
