@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loggers.logger import Logger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -57,8 +59,28 @@ def loader(size: int = 40, batch_size: int = 8, **kwargs: Any) -> DataLoader[Any
     return DataLoader(dataset(size), batch_size=batch_size, shuffle=True, **kwargs)
 
 
+class OneFolder(Logger):
+    """Logs nothing; every run that has it keeps its files in the one folder."""
+
+    name = version = ""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        super().__init__()
+        self._folder = os.fspath(folder)
+
+    @property
+    def save_dir(self) -> str:
+        return self._folder
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+
 def trainer(**kwargs: Any) -> pl.Trainer:
-    """A quiet Trainer, with a directory of its own, so that it finds no other training's journal."""
+    """A quiet Trainer, with a directory of its own; one that is named holds all runs of a test."""
+    if "default_root_dir" in kwargs and not kwargs.get("logger"):
+        kwargs["logger"] = OneFolder(kwargs["default_root_dir"])
     defaults: dict[str, Any] = {
         "default_root_dir": tempfile.mkdtemp(dir=_scratch.name),
         "accelerator": "cpu" if DEVICE.type == "cpu" else "gpu",

@@ -66,8 +66,8 @@ class PrivateMixin(ConfiguredStrategy):
                     "If "
                     "they do, ε is false. The privacy card says so."
                 )
-            self.books.run_directory = run_directory(
-                trainer
+            self.books.run_directory = self.share(
+                run_directory(trainer)
             )  # before a search for learning rates puts the loggers away
         elif self.lightning_module is not None:
             self.mechanism.clipping.attach(self.lightning_module)

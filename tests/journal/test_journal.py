@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from hypothesis import given, settings
@@ -634,3 +635,31 @@ def test_killed_at_random_points_nothing_is_missing_and_training_resumes(tmp_pat
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=900)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert done.stdout.count(f"{kills // 2} kills") == 2
+
+
+def plain_trainer(root: Path, **kwargs: Any) -> Any:
+    """A Trainer without any logger."""
+    return pl.Trainer(
+        default_root_dir=root, logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+        devices=1, **{"max_epochs": 1, **kwargs},
+    )  # fmt: skip
+
+
+def test_without_a_logger_every_fit_has_a_directory_of_its_own(tmp_path: Path) -> None:
+    for number, size in enumerate((40, 60)):  # the second neither pays for the first, nor minds its other records
+        run = plain_trainer(tmp_path, callbacks=[DifferentialPrivacy(3.0, 1e-3)])
+        fit(run, Net(), loader(size))
+        folder = tmp_path / "private_runs" / f"version_{number}"
+        assert sorted(file.name for file in folder.iterdir()) == ["privacy_card.json", "privacy_card.md", JOURNAL_NAME]
+        assert len(run.strategy.ledger) == len(JournalContents(folder / JOURNAL_NAME).ledger()) == -(-size // 8)
+
+
+def test_without_a_logger_a_checkpoint_continues_its_training_in_a_directory_of_its_own(tmp_path: Path) -> None:
+    first = plain_trainer(tmp_path, strategy=private())
+    fit(first, Net(), loader())
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    again = plain_trainer(tmp_path, strategy=private(), max_epochs=2)
+    fit(again, Net(), loader(), ckpt_path=tmp_path / "half.ckpt")
+    assert len(again.strategy.ledger) == 10
+    assert again.strategy.ledger.epsilon(1e-3) > first.strategy.ledger.epsilon(1e-3)
+    assert len(JournalContents(tmp_path / "private_runs" / "version_1" / JOURNAL_NAME).ledger()) == 10

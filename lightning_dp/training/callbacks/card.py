@@ -13,7 +13,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.reporting import dashboards
 from lightning_dp.reporting.card import privacy_card, write_card
-from lightning_dp.training.run_directory import run_directory
 from lightning_dp.training.strategy import PrivateMixin
 
 
@@ -24,7 +23,7 @@ class PrivacyCard(Callback):
     logged without noise by their names.
 
     Args:
-        path: The directory for the two files. ``None``: beside the folder of the checkpoints.
+        path: The directory for the two files. ``None``: that of the run, where the journal is.
         delta: The δ at which ε is stated. ``None``: that of the Trainer's `PrivacyBudget` or `PrivacyMonitor`.
     """
 
@@ -73,7 +72,7 @@ class PrivacyCard(Callback):
         self._note(strategy, delta=self.delta, target_epsilon=self._target_epsilon)
 
     def _directory(self, trainer: pl.Trainer) -> str:
-        return run_directory(trainer) if self.path is None else self.path
+        return _private_strategy(trainer).books.run_directory if self.path is None else self.path
 
     def _note(self, strategy: PrivateMixin, **facts: Any) -> None:
         if strategy.journal is not None:
