@@ -631,7 +631,15 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path, directory: 
 
 @pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_at_random_points_nothing_is_missing_and_training_resumes(tmp_path: Path, kills: int) -> None:
-    command = [sys.executable, "-m", "tests.kill_points", "--kills", str(kills), "--directory", str(tmp_path / "kills")]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.journal.kill_points",
+        "--kills",
+        str(kills),
+        "--directory",
+        str(tmp_path / "kills"),
+    ]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=900)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert done.stdout.count(f"{kills // 2} kills") == 2

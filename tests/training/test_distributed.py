@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from lightning_dp.training.distributed import parameter_hash
-from tests import ddp_worker
 from tests.conftest import Net, assert_close
 from tests.mechanism.test_noise import is_gaussian_of_std
+from tests.training import ddp_worker
 
 #: What is trained with every number of processes; the rest with two.
 EVERYWHERE = [

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from lightning_dp.journal.contents import JOURNAL_NAME, JournalContents
-from tests import ddp_script
+from tests.training import ddp_script
 
 SCRIPT = str(Path(ddp_script.__file__))
 #: What a process needs to end after another one has failed: the timeout of the script's process group, and some.

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from lightning_dp import FlatClipping, GaussianNoise, PrivacyConfigurationError, PrivateStrategy, UnsupportedModelError
 from tests.conftest import fit, trainer
-from tests.interference import CHECKED, KINDS, NOT_SEEN, PROVEN, REFUSED, Kind
+from tests.training.independence.interference import CHECKED, KINDS, NOT_SEEN, PROVEN, REFUSED, Kind
 
 PAGE = Path(__file__).parents[3] / "docs" / "independence.md"
 BEGIN, END = "<!-- kinds: begin -->", "<!-- kinds: end -->"

@@ -1,4 +1,4 @@
-"""What every process of a distributed test does: ``torchrun … tests/ddp_worker.py FOLDER CASE…`` runs the cases one
+"""What every process of a distributed test does: ``torchrun … tests/training/ddp_worker.py FOLDER CASE…`` runs the cases one
 after the other in one process group, and writes what each gave into ``FOLDER/CASE.RANK``."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, random_split
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from lightning_dp import (
     AdaptiveClipping,

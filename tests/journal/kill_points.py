@@ -1,6 +1,6 @@
 """Kills trainings with SIGKILL at random points, resumes them, and compares what they revealed with what is charged.
 
-    python -m tests.kill_points --kills 200 --directory runs/kills
+    python -m tests.journal.kill_points --kills 200 --directory runs/kills
 
 A process that has imported everything forks a child for every training. A child is killed from outside after a random
 time, or by itself in the middle of one of its writes to the journal, before one of its syncs, or after it. The first
