@@ -42,7 +42,7 @@ def processes_of(folder: Path) -> list[str]:
 
 
 def steps_in_journal(folder: Path) -> int:
-    return len(JournalContents(folder / JOURNAL_NAME).ledger())
+    return len(JournalContents(folder / "private_runs" / "version_0" / JOURNAL_NAME).ledger())
 
 
 def free_port() -> str:
