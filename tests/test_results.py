@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -170,3 +171,61 @@ def test_a_real_run_is_measured_with_its_card(
     assert stored["card"]["num_records"] == 1437
     assert "torch" in stored["software"]
     assert "GaussianNoise" in results.report([row], [], [stored])
+
+
+# -- figures that stand elsewhere --------------------------------------------------------------------------------------
+
+
+def stored_accuracies(results: ModuleType) -> dict[str, list[str]]:
+    """By recipe, what the store says of every row with three seeds, as it is written: ``98.88 % ± 0.12``."""
+    rows, _ = results.read_table(ROOT / "benchmarks" / "results.yaml")
+    found: dict[str, list[str]] = {}
+    for figures in results.gather(rows, results.read_store(ROOT / "docs" / "results.jsonl")):
+        mean, half = figures.accuracy if len(figures.runs) > 1 else (100 * figures.runs[0]["test_accuracy"], 0.0)
+        found.setdefault(figures.row.recipe, []).append(f"{mean:.2f} % ± {half:.2f}")
+    return found
+
+
+def test_the_readme_states_what_is_stored(results: ModuleType) -> None:
+    stored = stored_accuracies(results)
+    lines = re.findall(r"^\| `(\w+/\w+)`[^|]*\| ([\d.]+ % ± [\d.]+) ", (ROOT / "README.md").read_text(), re.M)
+    assert len(lines) == 4
+    for recipe, figure in lines:
+        assert figure in stored[recipe], (recipe, stored[recipe])
+
+
+def rounds_to(figure: str, exact: str) -> bool:
+    """Whether ``98.9 % ± 0.1`` is ``98.88 % ± 0.12`` with fewer digits."""
+    return all(
+        abs(float(short) - float(long)) <= 0.5 * 10.0 ** -len(short.partition(".")[2]) + 1e-9
+        for short, long in zip(re.findall(r"[\d.]+", figure), re.findall(r"[\d.]+", exact), strict=True)
+    )
+
+
+def test_recipes_say_what_is_stored(results: ModuleType) -> None:
+    stored = stored_accuracies(results)
+    for name, file in shipped_recipes().items():
+        expected = re.search(r"Expect ([\d.]+ % ± [\d.]+) ", file.read_text(encoding="utf-8").partition("\n")[0])
+        if expected is not None:
+            assert any(rounds_to(expected[1], exact) for exact in stored[name]), (name, expected[1], stored[name])
+
+
+def test_the_page_of_recipes_says_what_is_stored(results: ModuleType) -> None:
+    stored = stored_accuracies(results)
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| `(\w+/\w+)\.yaml`[^|]*\| ([\d.]+ % ± [\d.]+)", page, re.M)
+    assert len(lines) > 15
+    for recipe, figure in lines:
+        assert any(rounds_to(figure, exact) for exact in stored[recipe]), (recipe, figure, stored[recipe])
+
+
+def test_goals_of_ours_are_called_that(results: ModuleType) -> None:
+    """A paper's figure stands as a quoted row as well."""
+    rows, quoted = results.read_table(ROOT / "benchmarks" / "results.yaml")
+    figures = {(row.data, row.accuracy, row.source) for row in quoted}
+    for row in rows:
+        if row.compared_with:
+            source = row.compared_with.partition(",")[0]
+            assert any(
+                (data, accuracy) == (row.data, row.target) and source in about for data, accuracy, about in figures
+            ), f"{row.recipe}: {row.target} is no figure of {row.compared_with} that is quoted"

@@ -1,5 +1,5 @@
-"""What every process of a distributed test does: ``torchrun … tests/training/ddp_worker.py FOLDER CASE…`` runs the cases
-one after the other in one process group, and writes what each gave into ``FOLDER/CASE.RANK``."""
+"""What every process of a distributed test does: ``torchrun … tests/training/ddp_worker.py FOLDER CASE…`` runs the
+cases one after the other in one process group, and writes what each gave into ``FOLDER/CASE.RANK``."""
 
 from __future__ import annotations
 
