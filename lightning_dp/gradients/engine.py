@@ -13,7 +13,7 @@ from lightning_dp.gradients.forms import CallForms
 
 
 class Engine(ABC):
-    """What the trainable parameters of a module owe to every example, one micro-batch at a time.
+    """Computes, per example, the gradients of a module's trainable parameters, one micro-batch at a time.
 
     There are two kinds: a `PerExampleEngine` supplies per-example gradients, which a clipping rule weighs and adds up;
     a `SummingEngine` bounds during the backward pass, and supplies the sum.

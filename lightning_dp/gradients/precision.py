@@ -16,7 +16,7 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def is_asynchronous(tensor: Tensor) -> bool:
-    """Whether to look at a number of it makes the program wait for a device, which then runs out of work."""
+    """True on accelerators, where reading a value forces a host-device sync."""
     return tensor.device.type != "cpu"
 
 

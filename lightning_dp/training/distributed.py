@@ -20,11 +20,9 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.plugins import CheckpointIO, ClusterEnvironment, Precision
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy, StrategyRegistry
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor, nn
 from torch.distributed.constants import default_pg_timeout
 
@@ -33,6 +31,7 @@ from lightning_dp.errors import PrivacyConfigurationError, ReplicasDiverged
 from lightning_dp.mechanism.clipping import Bounding, FlatClipping
 from lightning_dp.mechanism.denoising import Denoiser
 from lightning_dp.mechanism.noise import GaussianNoise, Noise
+from lightning_dp.training.lightning_api import MultiProcessingLauncher, start_method_of, sync_module_states
 from lightning_dp.training.strategy import MIXINS, PrivateMixin
 
 #: Private steps between two comparisons of the replicas' parameters.
@@ -62,14 +61,14 @@ class PrivateParallelMixin(PrivateMixin):
 
     def _was_launched(self) -> bool:
         """Whether a process of this training, rather than the user, has started this one."""
-        if isinstance(self._launcher, _MultiProcessingLauncher):
+        if isinstance(self._launcher, MultiProcessingLauncher):
             return multiprocessing.parent_process() is not None
         # Lightning starts the same command again. Under torchrun or SLURM, others see to the end of a process.
         return isinstance(self.cluster_environment, LightningEnvironment) and self.local_rank > 0 and _repeats_parent()
 
     def configure_ddp(self) -> None:
         """Every process starts from the first one's parameters and buffers; nothing is wrapped."""
-        _sync_module_states(self.module_in_fit())
+        sync_module_states(self.module_in_fit())
 
     def share(self, value: Any) -> Any:
         return self.broadcast(value)
@@ -154,8 +153,8 @@ class PrivateParallelMixin(PrivateMixin):
 
     def _configure_launcher(self) -> None:
         super()._configure_launcher()
-        if isinstance(self._launcher, _MultiProcessingLauncher):
-            self._launcher = _Launcher(self, start_method=self._launcher._start_method)  # type: ignore[arg-type]
+        if isinstance(self._launcher, MultiProcessingLauncher):
+            self._launcher = _Launcher(self, start_method=start_method_of(self._launcher))  # type: ignore[arg-type]
 
 
 #: What errors say that the communication's libraries raise when another process is gone, or does not answer.
@@ -203,7 +202,7 @@ def parameter_hash(module: nn.Module) -> Tensor:
 _HASHED = 2**20
 
 
-class _Launcher(_MultiProcessingLauncher):
+class _Launcher(MultiProcessingLauncher):
     """Brings back what the strategy knows from the processes that it started: the ledger, and what checkpoints keep."""
 
     def get_extra_results(self, trainer: Trainer) -> dict[str, Any]:

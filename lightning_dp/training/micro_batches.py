@@ -10,6 +10,7 @@ import torch
 from lightning_dp.errors import FormChanged, PrivacyConfigurationError
 from lightning_dp.gradients.forms import form_changed_in
 from lightning_dp.mechanism.step import PrivateStep
+from lightning_dp.training import lightning_api
 from lightning_dp.training.independence.losses import PerRecordMeans
 from lightning_dp.training.independence.subject import loss_of, reduced
 from lightning_dp.training.independence.watch import Watch
@@ -75,7 +76,7 @@ class MicroBatches:
         )
         self.left_to_backward = 0
         self._strategy.examiner.run_once(args)
-        results = self._strategy.trainer_in_fit()._results
+        trainer = self._strategy.trainer_in_fit()
         # As many micro-batches in every process, so that each of them is at the same place.
         largest = self.largest_share
         copies = step.engine.copies
@@ -94,8 +95,7 @@ class MicroBatches:
                 continue
             rows = slice(start * copies, stop * copies)
             micro_batch = batch if stop - start == count else self._strategy.take_examples(batch, count * copies, rows)
-            if results is not None:  # so that self.log weights its means by the micro-batch's size
-                results.batch, results.batch_size = micro_batch, None
+            lightning_api.weigh_logs_by(trainer, micro_batch)
             size = (stop - start) * copies
             with step.engine.forward(size), self._watch(size):
                 output = self._strategy.user_training_step(micro_batch, *args, **kwargs)
@@ -108,8 +108,7 @@ class MicroBatches:
                     self._strategy.precision_plugin.backward(loss, self._strategy.module_in_fit(), None)
         if count == 0:  # of an empty draw, or share of one, the gradient is noise
             return torch.zeros((), device=self._strategy.root_device, requires_grad=True)
-        if results is not None:
-            results.batch, results.batch_size = batch, None
+        lightning_api.weigh_logs_by(trainer, batch)
         self.left_to_backward = stop - start
         shown = loss + (weighted_loss - loss.detach()) if parts > 1 else loss
         return {**output, "loss": shown} if isinstance(output, dict) else shown
@@ -127,12 +126,11 @@ class MicroBatches:
         What the step exchanges between processes (a log with ``sync_dist=True``, say) would wait for this one. What it
         logs counts like a batch of one record.
         """
-        step, results = self._strategy.private_step, self._strategy.trainer_in_fit()._results
+        step, trainer = self._strategy.private_step, self._strategy.trainer_in_fit()
         assert step is not None
         copies = step.engine.copies
         batch = self.load([0] * copies)
-        if results is not None:
-            results.batch, results.batch_size = batch, None
+        lightning_api.weigh_logs_by(trainer, batch)
         with step.engine.forward(copies), self._watch(copies):
             self._strategy.user_training_step(batch, *args, **kwargs)
 
@@ -145,7 +143,7 @@ class MicroBatches:
 
     def transfer(self, batch: Any) -> Any:
         """Brings a collated batch to the device, through the transfer hooks."""
-        batch = self._strategy.module_in_fit()._on_before_batch_transfer(batch, dataloader_idx=0)
+        batch = lightning_api.before_transfer(self._strategy.module_in_fit(), batch)
         return self._strategy.batch_to_device(batch, dataloader_idx=0)
 
     def loss_scale(self, examples: int) -> float:

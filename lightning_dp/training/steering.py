@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_dp.errors import PrivacyConfigurationError
+from lightning_dp.training import lightning_api
 from lightning_dp.training.spent import DataMark
 
 _WAYS_OUT = (
@@ -60,10 +61,10 @@ class Logs:
 
     def __init__(self, trainer: pl.Trainer, examined: Callable[[], set[str]]) -> None:
         self._trainer, self._examined = trainer, examined
-        self._results: Any = trainer._results
+        self._results = lightning_api.logged_results(trainer)
         self._made = self._known = 0
         if self._results is not None:
-            self._results.log = self._log
+            lightning_api.intercept_logs(self._results, self._log)
 
     def begin(self) -> None:
         """A step begins."""
@@ -76,7 +77,7 @@ class Logs:
     def close(self) -> None:
         """Steps aside."""
         if self._results is not None:
-            vars(self._results).pop("log", None)
+            lightning_api.stop_intercepting(self._results)
 
     def _log(self, fx: str, name: str, *args: Any, **kwargs: Any) -> None:
         if fx == "training_step":
@@ -88,7 +89,7 @@ class Logs:
             for who, monitor in monitors(self._trainer):
                 if monitor in _shown_as(name):
                     raise _steered(who, monitor, fx)
-        type(self._results).log(self._results, fx, name, *args, **kwargs)
+        lightning_api.collect_log(self._results, fx, name, *args, **kwargs)
 
 
 def _shown_as(name: str) -> tuple[str, str, str]:

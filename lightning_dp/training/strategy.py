@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.mechanism.step import PrivateStep
 from lightning_dp.mechanism.sums import Wire
-from lightning_dp.training import steering
+from lightning_dp.training import lightning_api, steering
 from lightning_dp.training.batches import take_rows
 from lightning_dp.training.checks import configuration
 from lightning_dp.training.checks import model as model_checks
@@ -114,10 +114,9 @@ class PrivateMixin(ConfiguredStrategy):
 
     def on_train_start(self) -> None:
         super().on_train_start()
-        loaders = self.trainer_in_fit().fit_loop._combined_loader
-        assert loaders is not None
-        others = [loader for loader in loaders.flattened if loader is not self.train_loader]
-        if others and len(loaders.flattened) == 1:
+        loaders = lightning_api.train_loaders(self.trainer_in_fit())
+        others = [loader for loader in loaders if loader is not self.train_loader]
+        if others and len(loaders) == 1:
             raise PrivacyConfigurationError(
                 "The train dataloader was exchanged after it was set up (BatchSizeFinder and Tuner.scale_batch_size do "
                 "that): the batch size decides the sampling rate, and so ε. Choose it beforehand; what fits into "
@@ -218,8 +217,7 @@ class PrivateMixin(ConfiguredStrategy):
 
     def iterator(self) -> PoissonIterator:
         """The iterator that Lightning takes train batches from."""
-        combined: Any = self.trainer_in_fit().fit_loop._combined_loader
-        iterator: PoissonIterator = combined._iterator.iterators[0]
+        iterator: PoissonIterator = lightning_api.train_iterator(self.trainer_in_fit())
         return iterator
 
     # -- checkpoints -----------------------------------------------------------------------------------------------

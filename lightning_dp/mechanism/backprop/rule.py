@@ -2,7 +2,7 @@
 
 The weight gradient of a linear map is ``EᵀA``, with the layer's input ``A`` and the gradient ``E`` at its output. When
 both are scaled down per example, the gradient that autograd adds up by itself has a bounded sensitivity: there are no
-per-example gradients, no records, and a step costs little more than one without privacy.
+per-example gradients, no records. (What a step costs, measured: docs/speed.md.)
 
 The method is that of Stevens et al. 2022, "Backpropagation Clipping for Deep Learning with Differential Privacy",
 whose second version was withdrawn for an error in its code; what differs here is in ``docs/backprop_clipping.md``.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_dp.errors import ACTIVATION_CHECKPOINTING, FormChanged, PrivacyConfigurationError, UnsupportedModelError
-from lightning_dp.training import steering
+from lightning_dp.training import lightning_api, steering
 from lightning_dp.training.batches import Layout, find_layout
 from lightning_dp.training.checks.contributions import check_contributions
 from lightning_dp.training.independence.collation import check_collation, check_copies_stay_together
@@ -206,14 +205,9 @@ class Examiner:
         if findings.unseen:
             rank_zero_warn(f"lightning_dp: not checked: {'; '.join(findings.unseen)}. The privacy card says so.")
 
-    @contextmanager
-    def _standing_in(self, shadow: Any) -> Iterator[None]:
+    def _standing_in(self, shadow: Any) -> AbstractContextManager[None]:
         """Hooks that the Trainer calls reach the shadow of the module, and not the module."""
-        module, self._strategy._lightning_module = self._strategy._lightning_module, shadow
-        try:
-            yield
-        finally:
-            self._strategy._lightning_module = module
+        return lightning_api.standing_in(self._strategy, shadow)
 
     def batch_layout(self) -> Layout:
         """Where the examples are in a transferred batch, found from two sizes."""

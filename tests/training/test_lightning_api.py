@@ -1,0 +1,92 @@
+"""Lightning's private names do what is relied on, in the version that is installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
+
+from lightning_dp.training import lightning_api
+from tests.conftest import Net, fit, loader, trainer
+
+
+class Logging(Net):
+    seen: Any = None
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        self.seen = dataloader_idx
+        return batch
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("count", 1.0, on_step=False, on_epoch=True, reduce_fx="sum")
+        return super().training_step(batch, batch_idx)
+
+
+class Looks(Callback):
+    def __init__(self, look: Any) -> None:
+        self.look, self.found = look, None
+
+    def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
+        self.found = self.look(trainer, module)
+
+
+def looked(look: Any, **kwargs: Any) -> Any:
+    callback = Looks(look)
+    run = trainer(callbacks=[callback], **kwargs)
+    fit(run, Logging(), loader())
+    return callback.found, run
+
+
+def test_loaders_and_iterator_are_those_of_the_fit() -> None:
+    (loaders, batch), _ = looked(
+        lambda trainer, module: (lightning_api.train_loaders(trainer), type(lightning_api.train_iterator(trainer))),
+    )
+    assert [len(one) for one in loaders] == [5]
+    assert "Iter" in batch.__name__
+
+
+def test_logs_are_collected_intercepted_and_weighted() -> None:
+    names: list[tuple[str, str]] = []
+
+    def look(trainer: Any, module: Any) -> None:
+        results = lightning_api.logged_results(trainer)
+
+        def log(hook: str, name: str, *args: Any, **kwargs: Any) -> None:
+            names.append((hook, name))
+            lightning_api.collect_log(results, hook, name, *args, **kwargs)
+
+        lightning_api.intercept_logs(results, log)
+        lightning_api.weigh_logs_by(trainer, torch.zeros(7, 2))
+        assert results.batch.shape == (7, 2)
+
+    _, run = looked(look)
+    assert names == [("training_step", "count")] * 5
+    assert run.callback_metrics["count"] == 5
+    results = run.fit_loop.epoch_loop._results
+    lightning_api.stop_intercepting(results)
+    assert "log" not in vars(results)
+
+
+def test_the_hook_before_the_transfer_is_the_modules() -> None:
+    (seen, batch), _ = looked(
+        lambda trainer, module: (lightning_api.before_transfer(module, [1]), module.seen),
+    )
+    assert (seen, batch) == ([1], 0)
+
+
+def test_a_shadow_stands_in_for_the_module() -> None:
+    def look(trainer: Any, module: Any) -> bool:
+        other = Net()
+        with lightning_api.standing_in(trainer.strategy, other):
+            inside = trainer.lightning_module is other
+        return inside and trainer.lightning_module is module
+
+    assert looked(look)[0] is True
+
+
+def test_a_launcher_says_how_it_starts_processes() -> None:
+    strategy = DDPStrategy(start_method="spawn")
+    launcher = lightning_api.MultiProcessingLauncher(strategy, start_method="spawn")
+    assert lightning_api.start_method_of(launcher) == "spawn"
