@@ -5,16 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_dp.errors import PrivacyConfigurationError
-from lightning_dp.gradients.engine import Engine, SummingEngine
+from lightning_dp.gradients.engine import Engine
 from lightning_dp.mechanism.clipping import Bounding
-from lightning_dp.mechanism.denoising import Denoiser
-from lightning_dp.mechanism.noise import NOISES, Noise
 
 
 def check_trainer(trainer: Any) -> None:
@@ -55,39 +52,6 @@ def check_precision(trainer: pl.Trainer, clipping: Bounding) -> None:
             f"precision='{trainer.precision}' with {type(clipping).__name__}: autograd adds up the batch in low "
             "precision, and rounds the sum by more than one record may move it. Use precision='32-true', or a rule "
             "that adds up in float32 (FlatClipping)."
-        )
-
-
-def check_mechanism(clipping: Bounding, noise: Noise, denoiser: Denoiser | None) -> None:
-    """Refuses noise that cannot be accounted for with this rule, and denoisers that do not know this noise."""
-    name = type(noise).__name__
-    if type(noise) not in NOISES.values():
-        raise PrivacyConfigurationError(
-            f"{name} has no entry in lightning_dp.noise.NOISES, so that no ledger can store what it costs."
-        )
-    try:
-        noise.event(1.0, clipping.magnitudes())
-    except ValueError as error:
-        raise PrivacyConfigurationError(f"{type(clipping).__name__} with {error}") from error
-    if denoiser is not None:
-        try:
-            denoiser.check(noise)
-        except ValueError as error:
-            raise PrivacyConfigurationError(str(error)) from error
-    if not np.isfinite(noise.density().log_moments(1.0, 2)).all():
-        raise PrivacyConfigurationError(
-            f"{name}: the ratio of its density and the same density shifted has no finite moment of order 2, so that "
-            "no Rényi divergence bounds what it reveals. Use GaussianNoise, LaplaceNoise or StudentTNoise."
-        )
-
-
-def check_augmentations(engine: Engine, clipping: Bounding, multiplicity: int) -> None:
-    """Refuses several augmentations of a record where they cannot be averaged before they are bounded."""
-    if multiplicity > 1 and isinstance(engine, SummingEngine):
-        raise PrivacyConfigurationError(
-            f"augmentation_multiplicity={multiplicity}: {type(clipping).__name__} forms its sum within the backward "
-            "pass, where every augmentation would count as a record of its own. Use a rule that bounds per-example "
-            "gradients, such as FlatClipping, or augmentation_multiplicity=1."
         )
 
 
