@@ -118,7 +118,7 @@ def test_private_updates_are_those_of_clipped_feedback_gradients(rule: str, engi
     run = trainer(strategy=strategy, max_steps=1, max_epochs=-1)
     data = DataLoader(TensorDataset(inputs, labels), batch_size=8)  # rate 1: everyone is drawn
     expected: dict[str, Tensor] = {}
-    bound = RULES[rule].bind(module)
+    bound = RULES[rule].for_module(module)
     for i in range(8):
         if rule == "backpropagation clipping":
             a = inputs[i] * min(1.0, 1.0 / inputs[i].norm().item())

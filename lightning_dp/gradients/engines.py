@@ -17,7 +17,7 @@ from lightning_dp.gradients.base import Dense, PerExampleGradient
 from lightning_dp.gradients.engine import PerExampleEngine, set_aside
 from lightning_dp.gradients.model import getattr_path, trainable, trained_layers
 from lightning_dp.gradients.precision import full_precision
-from lightning_dp.gradients.recorder import Call, Recorder
+from lightning_dp.gradients.recorder import LayerCall, Recorder
 from lightning_dp.gradients.rules.attention import calls_linear, of_linear_map
 from lightning_dp.gradients.rules.recompute import recompute
 from lightning_dp.gradients.rules.registry import rule_for
@@ -54,7 +54,7 @@ class BookKeeping(PerExampleEngine):
             for own_name in trainable(child):
                 self._users.setdefault(self._names[id(getattr_path(child, own_name))], []).append(layer)
 
-    def make_recorder(self, consume: Callable[[str, Call], None] | None) -> Recorder:
+    def make_recorder(self, consume: Callable[[str, LayerCall], None] | None) -> Recorder:
         """A recorder of this engine's layers."""
         without_rule = [
             name for name, layer in self.layers.items() if rule_for(layer) is None and not calls_linear(layer)
@@ -81,12 +81,12 @@ class BookKeeping(PerExampleEngine):
                 "use engine='per_example', which is slow but takes any layer."
             )
 
-    def consume(self, layer: str, call: Call) -> None:
+    def consume(self, layer: str, call: LayerCall) -> None:
         """Takes note of one call of a layer, whose gradient is known."""
         with full_precision(call.input.device):
             self._consume(layer, call)
 
-    def _consume(self, layer: str, call: Call) -> None:
+    def _consume(self, layer: str, call: LayerCall) -> None:
         form = None if self.forms is None else self.forms.layers.get(layer)
         per_example = None if form is None else form.per_example
         for name, gradient in gradients_of(self.layers[layer], layer, call, per_example).items():
@@ -107,7 +107,7 @@ class BookKeeping(PerExampleEngine):
 
 
 def gradients_of(
-    module: nn.Module, layer: str, call: Call, per_example: Sequence[bool] | None = None
+    module: nn.Module, layer: str, call: LayerCall, per_example: Sequence[bool] | None = None
 ) -> Mapping[str, PerExampleGradient]:
     """The gradients, by the layer's own parameter names, that follow from one call of it.
 

@@ -26,7 +26,7 @@ from lightning_dp.gradients.source import here
 
 
 @dataclass(slots=True, eq=False)
-class Call:
+class LayerCall:
     """One call of one layer: its input, and (after the backward) the gradient at its output."""
 
     input: Tensor
@@ -115,13 +115,13 @@ class Recorder:
         self,
         layers: Mapping[str, nn.Module],
         with_arguments: Collection[str] = (),
-        consume: Callable[[str, Call], None] | None = None,
+        consume: Callable[[str, LayerCall], None] | None = None,
     ) -> None:
         self._layers = dict(layers)
         self._with_arguments = set(with_arguments)
         self._consume = consume
         self._parameters = [getattr_path(m, name) for m in layers.values() for name in trainable(m)]
-        self._calls: dict[str, list[Call]] = {}
+        self._calls: dict[str, list[LayerCall]] = {}
         self._listening = self._recording = False
         #: How layers are called, once that has been found; see `lightning_dp.gradients.forms`.
         self.forms: CallForms | None = None
@@ -187,7 +187,7 @@ class Recorder:
         """How often the layer was called in this forward pass."""
         return len(self._calls.get(layer, ()))
 
-    def take(self) -> dict[str, list[Call]]:
+    def take(self) -> dict[str, list[LayerCall]]:
         """The calls that contributed to the loss, by layer; the recorder forgets them."""
         calls, self._calls = self._calls, {}
         kept = {name: [call for call in calls if call.grad_output is not None] for name, calls in calls.items()}
@@ -201,7 +201,12 @@ class Recorder:
             )
 
     def _record(
-        self, name: str, call: Call, output: Tensor, anchor: Tensor, arrange: Callable[[Tensor], Tensor] | None = None
+        self,
+        name: str,
+        call: LayerCall,
+        output: Tensor,
+        anchor: Tensor,
+        arrange: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Keeps a call until the gradient at its output is known; returns the output to go on with.
 
@@ -251,7 +256,7 @@ class Recorder:
                 return output
             if (input.dim() == 3 and input.shape[1] != batch_size) or (input.dim() == 2 and len(input) % batch_size):
                 raise _no_batch(name, module, input, batch_size)
-            call = Call(arrange(input.detach()), input._version, linear=linear_map(module, weight, bias))
+            call = LayerCall(arrange(input.detach()), input._version, linear=linear_map(module, weight, bias))
             return self._record(name, call, output, anchor, arrange)
 
         return linear
@@ -278,7 +283,7 @@ class Recorder:
             form = None if self.forms is None else self.forms.layers.get(name)
             reduction = form.reduction if form is not None and name in self._with_arguments else None
             if output.dim() == 0 and reduction is not None:
-                call = Call(input.detach(), input._version, arguments=(args, kwargs))
+                call = LayerCall(input.detach(), input._version, arguments=(args, kwargs))
                 share = 1.0 / batch_size if reduction == "mean" else 1.0
                 return self._record(name, call, output, anchor, lambda grad: (grad * share).expand(batch_size))
             if output.dim() == 0:
@@ -293,7 +298,7 @@ class Recorder:
             if output.shape[0] != batch_size:
                 # A layer whose input is the same for all examples (position numbers): every example gets its own copy.
                 output = output.expand(batch_size, *output.shape[1:])
-            call = Call(input.detach(), input._version)
+            call = LayerCall(input.detach(), input._version)
             if name in self._with_arguments:
                 call.arguments = (args, kwargs)
             output = self._record(name, call, output, anchor)

@@ -41,7 +41,7 @@ class Bounding(ABC):
     #: Whether the sums keep their bound when the model computes in less than float32.
     allows_low_precision: ClassVar[bool] = True
 
-    def bind(self, module: nn.Module) -> Bounding:
+    def for_module(self, module: nn.Module) -> Bounding:
         """The rule for this module: itself, unless its bounds depend on the module's layers.
 
         Raises:

@@ -72,7 +72,7 @@ class Mechanism:
             PrivacyConfigurationError: The noise cannot be accounted for with this rule, or the denoiser does not know
                 this noise.
         """
-        bound = replace(self, clipping=self.clipping.bind(module))
+        bound = replace(self, clipping=self.clipping.for_module(module))
         bound._check()
         return bound
 

@@ -73,13 +73,13 @@ class PrivateMixin(ConfiguredStrategy):
             self.mechanism.clipping.attach(self.lightning_module)
         super().setup(trainer)
         if fitting:
-            self._bind(trainer)
+            self._make_step(trainer)
             self._is_set_up = True
             if self.books.is_due:  # a setup hook asked for the train loader: the checkpoint was not loaded then
                 self.books.open(trainer)
             self.releases.fill(trainer)
 
-    def _bind(self, trainer: Trainer) -> None:
+    def _make_step(self, trainer: Trainer) -> None:
         """Binds the private step to the parameters that are trainable now."""
         module = self.module_in_fit()
         mechanism = self.mechanism.for_module(module)
@@ -164,7 +164,7 @@ class PrivateMixin(ConfiguredStrategy):
         if self._checked_fingerprint != fingerprint_of(self.module_in_fit(), self._optimized_parameters()):
             # A callback froze, unfroze or exchanged layers: bound exactly what is trained from now on.
             model_checks.check_model(self.lightning_module, self.options.engine)
-            self._bind(self.trainer_in_fit())
+            self._make_step(self.trainer_in_fit())
             self.examiner.is_pending = self.options.self_check
 
     def on_train_end(self) -> None:

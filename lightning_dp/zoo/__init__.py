@@ -2,9 +2,9 @@
 
 from lightning_dp.zoo.classifier import Classifier, FeedbackClassifier
 from lightning_dp.zoo.data import CIFAR10DataModule, DigitsDataModule, MNISTDataModule, Upright
+from lightning_dp.zoo.features.patches import EqualizedFeatures, PatchFeatures
+from lightning_dp.zoo.features.scattering import Scattering2D
 from lightning_dp.zoo.models import MLP, CenteredLinear, FeatureClassifier, ProjectedMLP, TanhCNN
-from lightning_dp.zoo.patches import EqualizedFeatures, PatchFeatures
-from lightning_dp.zoo.scattering import Scattering2D
 from lightning_dp.zoo.tables import AdultDataModule
 from lightning_dp.zoo.text import BagOfWords, SST2DataModule, TextTransformer
 from lightning_dp.zoo.wide_resnet import StandardizedConv2d, WideResNet

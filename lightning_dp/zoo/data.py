@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from lightning_dp.zoo.feature_cache import FeatureCache
+from lightning_dp.zoo.features.cache import FeatureCache
 
 #: Name of the environment variable with a folder of data sets, one subfolder each, in the layout of the hub.
 DATA_FOLDER_VARIABLE = "LIGHTNING_DP_DATA"

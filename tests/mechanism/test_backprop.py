@@ -23,7 +23,7 @@ from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
 from lightning_dp.mechanism.backprop import clipped_backward, clipped_output, layer_bounds
 from lightning_dp.mechanism.backprop.input_clip import InputClip
 from lightning_dp.mechanism.backprop.layer_bounds import ConvolutionLayerBound, LinearBound
-from lightning_dp.mechanism.backprop.rule import BackpropClipping, BoundBackpropClipping
+from lightning_dp.mechanism.backprop.rule import BackpropClipping, ModuleBackpropClipping
 from lightning_dp.mechanism.noise import GaussianNoise
 from lightning_dp.mechanism.randomness import Randomness
 from lightning_dp.mechanism.step import PrivateStep
@@ -132,7 +132,7 @@ RULES = [
 
 
 def private_step(rule: BackpropClipping, model: nn.Module) -> PrivateStep:
-    bound = rule if isinstance(rule, BoundBackpropClipping) else rule.bind(model)
+    bound = rule if isinstance(rule, ModuleBackpropClipping) else rule.for_module(model)
     engine = bound.make_engine("bookkeeping", model)
     return make_step(engine, bound, GaussianNoise(), PrivacyLedger(), Randomness())
 
@@ -210,7 +210,7 @@ def test_one_record_uses_no_more_privacy_than_the_ledger_says(rule: BackpropClip
     for extra in EXTRAS:
         used = privacy_used(rule, model, batch, extra_record(extra, shape, model), stds)
         assert used <= 0.5 * 1.08, extra  # 8 %: the measured std of parameters with few coordinates
-    bound = rule.bind(model)
+    bound = rule.for_module(model)
     sensitivities = bound.sensitivities
     for extra in EXTRAS:  # and exactly, one by one, by the stated sensitivities
         record = extra_record(extra, shape, model)
@@ -229,19 +229,19 @@ class _PerToken(LinearBound):
         return grad.norm(dim=-1).flatten(1).amax(1), grad.sum(1)
 
 
-def _sensitivity_over_batch_size(bound: BoundBackpropClipping) -> BoundBackpropClipping:
+def _sensitivity_over_batch_size(bound: ModuleBackpropClipping) -> ModuleBackpropClipping:
     return replace(bound, sensitivities={name: s / 5 for name, s in bound.sensitivities.items()})
 
 
-def _layers_apart(bound: BoundBackpropClipping) -> BoundBackpropClipping:
-    class Apart(BoundBackpropClipping):
+def _layers_apart(bound: ModuleBackpropClipping) -> ModuleBackpropClipping:
+    class Apart(ModuleBackpropClipping):
         def shares(self, groups: Any, sizes: Any) -> list[float]:
             return [1.0] * len(groups)
 
     return Apart(**{f.name: getattr(bound, f.name) for f in fields(bound)})
 
 
-def _per_token(bound: BoundBackpropClipping) -> BoundBackpropClipping:
+def _per_token(bound: ModuleBackpropClipping) -> ModuleBackpropClipping:
     limits = {name: replace(limit, bound=_PerToken()) for name, limit in bound.limits.items()}
     return replace(bound, limits=limits)
 
@@ -249,13 +249,15 @@ def _per_token(bound: BoundBackpropClipping) -> BoundBackpropClipping:
 @pytest.mark.parametrize(
     ("mistake", "length"), [(_sensitivity_over_batch_size, 1), (_layers_apart, 1), (_per_token, 7)]
 )
-def test_the_black_box_test_sees_the_known_mistakes(mistake: Callable[..., BoundBackpropClipping], length: int) -> None:
+def test_the_black_box_test_sees_the_known_mistakes(
+    mistake: Callable[..., ModuleBackpropClipping], length: int
+) -> None:
     """The withdrawn paper's sensitivity, layers accounted one by one, and clipping per token."""
     model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4)))
     for layer in model:
         nn.init.orthogonal_(layer.weight)  # keeps norms, so that one record can reach every layer's bound
         nn.init.zeros_(layer.bias)
-    right = BackpropClipping(2.0, 0.1).bind(model)
+    right = BackpropClipping(2.0, 0.1).for_module(model)
     batch, record = torch.randn(5, length, 6), torch.full((length, 6), 1e6)
     used = {}
     for what, rule in {"right": right, "wrong": mistake(right)}.items():
@@ -269,7 +271,7 @@ def test_all_parameters_together_are_one_mechanism_of_the_multiplier(rule: Backp
     """``Σ_g S_g² / σ_g² = z⁻²`` with measured σ_g; rejected at 2/3 and 3/2 of the noise."""
     model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(16, 40))
     multiplier = 1.3
-    stds, bound = measured_stds(rule, model, multiplier, steps=100), rule.bind(model)
+    stds, bound = measured_stds(rule, model, multiplier, steps=100), rule.for_module(model)
     found = math.hypot(*(bound.sensitivities[name] / std for name, std in stds.items())) ** -1
     assert found == pytest.approx(multiplier, rel=0.03)
     assert 1.5 * found != pytest.approx(multiplier, rel=0.03) != found / 1.5
@@ -322,7 +324,7 @@ def naive_measure(layer: nn.Module, input: Tensor, grad: Tensor, kind: str) -> T
 def naive_sum(rule: BackpropClipping, model: nn.Module, inputs: Tensor, uses: dict[str, int]) -> dict[str, Tensor]:
     """One example at a time: clip the input, go on; clip the gradient that comes back, go on."""
     totals = {name: torch.zeros_like(p) for name, p in model.named_parameters() if p.requires_grad}
-    limits = rule.bind(model).limits
+    limits = rule.for_module(model).limits
     for example in inputs:
         handles = []
         for name, limit in limits.items():
@@ -581,7 +583,7 @@ class Custom(nn.Linear):
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*")
 def test_layers_without_a_proven_bound_are_named(make: Callable[[], nn.Module], says: str) -> None:
     with pytest.raises(UnsupportedModelError, match=says):
-        BackpropClipping(1.0, 1.0).bind(nn.Sequential(make()))
+        BackpropClipping(1.0, 1.0).for_module(nn.Sequential(make()))
 
 
 @pytest.mark.parametrize(
@@ -592,12 +594,12 @@ def test_layers_without_a_proven_bound_are_named(make: Callable[[], nn.Module], 
         (lambda: BackpropClipping({"0": -1.0}, 1.0), "BackpropClipping: 0 must be positive"),
         (lambda: BackpropClipping(1.0, 1.0, convolution="folded"), "convolution must be one of"),
         (lambda: BackpropClipping(1.0, 1.0, allocation="none"), "allocation must be one of"),
-        (lambda: BackpropClipping({"0": 1.0}, 1.0).bind(Net()), r"missing \['net.0', 'net.2'\], unknown \['0'\]"),
-        (lambda: BackpropClipping(1.0, {"net.0": 1.0}).bind(Net()), r"missing \['net.2'\]"),
+        (lambda: BackpropClipping({"0": 1.0}, 1.0).for_module(Net()), r"missing \['net.0', 'net.2'\], unknown \['0'\]"),
+        (lambda: BackpropClipping(1.0, {"net.0": 1.0}).for_module(Net()), r"missing \['net.2'\]"),
         (lambda: BackpropClipping(1.0, 1.0).group_sensitivities([]), "depends on the model"),
-        (lambda: BackpropClipping(1.0, 1.0).bind(Net()).make_engine("per_example", Net()), "leave engine out"),
+        (lambda: BackpropClipping(1.0, 1.0).for_module(Net()).make_engine("per_example", Net()), "leave engine out"),
         (
-            lambda: BackpropClipping(1.0, 1.0, "raw").bind(nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")),
+            lambda: BackpropClipping(1.0, 1.0, "raw").for_module(nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect")),
             "repeats pixels",
         ),
     ],
@@ -608,7 +610,7 @@ def test_bounds_that_bound_nothing_are_refused(make: Callable[[], Any], says: st
 
 
 def test_norms_per_layer() -> None:
-    bound = BackpropClipping({"net.0": 2.0, "net.2": 3.0}, {"net.0": 0.1, "net.2": 0.2}).bind(Net())
+    bound = BackpropClipping({"net.0": 2.0, "net.2": 3.0}, {"net.0": 0.1, "net.2": 0.2}).for_module(Net())
     assert bound.sensitivities == pytest.approx(
         {"net.0.weight": 0.2, "net.0.bias": 0.1, "net.2.weight": 0.6, "net.2.bias": 0.2}
     )

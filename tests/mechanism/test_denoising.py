@@ -162,7 +162,7 @@ def test_other_records_with_the_same_noisy_gradient_give_the_same_result(rule: D
     def results(records: Tensor) -> list[Tensor]:
         model = nn.Linear(6, 4)
         nn.init.ones_(model.weight)
-        bound = clipping.bind(model)
+        bound = clipping.for_module(model)
         step = make_step(
             bound.make_engine("bookkeeping", model),
             bound,

@@ -176,7 +176,7 @@ def released(
     rule: GradientEncoding, model: nn.Module, inputs: Tensor, micro: int | None = None, engine: str = "bookkeeping"
 ) -> Tensor:
     """What a private step releases without noise, times the divisor, for a loss that is a mean over the examples."""
-    bound = rule.bind(model)
+    bound = rule.for_module(model)
     step = make_step(bound.make_engine(engine, model), bound, GaussianNoise(0.0), PrivacyLedger(), Randomness())
     step.begin(0.0, 0.5, 1.0)
     for part in inputs.split(micro or len(inputs)) if len(inputs) else ():
@@ -201,7 +201,7 @@ def test_a_record_more_adds_one_vector_of_the_codebook_at_most(name: str, codebo
     coordinates = sum(p.numel() for p in model.parameters())
     others = torch.randn(4, *shape, dtype=torch.float64)
     rule = GradientEncoding(codebook, 0.3, top_k=max(1, coordinates // 2))
-    bound, before = rule.bind(model), released(rule, model, others)
+    bound, before = rule.for_module(model), released(rule, model, others)
     sizes = []
     for scale in (0.0, 1e-3, 1.0, 1e3, 1e8, math.inf):
         record = torch.randn(1, *shape, dtype=torch.float64) * scale
@@ -219,7 +219,7 @@ def test_the_black_box_test_rejects_a_bound_that_is_too_small() -> None:
     rule = GradientEncoding(FlatCodebook(), 0.3)
     others, record = torch.randn(4, 6, dtype=torch.float64), torch.randn(1, 6, dtype=torch.float64) * 50
     added = released(rule, model, torch.cat([record, others])) - released(rule, model, others)
-    entries = rule.bind(model).entries
+    entries = rule.for_module(model).entries
     assert is_within(added, entries, 0.3) and not is_within(added, entries, 0.2)
 
 
@@ -231,7 +231,7 @@ def test_the_sum_equals_that_of_single_examples_by_autograd(name: str) -> None:
     rule = GradientEncoding(PowerLawCodebook((0.7,)), 0.3)
     rows = oracle_gradients(model, lambda i: model(inputs[i : i + 1]).pow(2).sum(), 5)
     flat = torch.cat([row.flatten(1) for row in rows.values()], 1)
-    entries = rule.bind(model).entries
+    entries = rule.for_module(model).entries
     expected = torch.stack([by_the_definition(row, entries, 0.3)[0] for row in flat]).sum(0)
     for micro in (None, 1, 2):
         assert_close(released(rule, model, inputs, micro), expected, 1e-5)
@@ -243,7 +243,7 @@ def test_memory_is_that_of_a_few_gradients(monkeypatch: pytest.MonkeyPatch) -> N
     model, seen = nn.Linear(60, 50), []
     monkeypatch.setattr("lightning_dp.mechanism.encoding.encoder._ENCODED", 9000)
     monkeypatch.setattr("lightning_dp.mechanism.encoding.encoder._MATERIALISED", 10_000)
-    bound = GradientEncoding(PowerLawCodebook()).bind(model)
+    bound = GradientEncoding(PowerLawCodebook()).for_module(model)
     engine = bound.make_engine("bookkeeping", model)
     encode = engine._encode
     engine._encode = lambda rows: (seen.append(len(rows)), encode(rows))[1]  # type: ignore[assignment]
@@ -266,7 +266,7 @@ def test_gradients_that_are_not_finite_count_nothing() -> None:
     bad = inputs.clone()
     bad[1, 2] = math.nan
     assert_close(released(rule, model, bad), released(rule, model, inputs[[0, 2, 3]]))
-    bound = rule.bind(model)
+    bound = rule.for_module(model)
     step = make_step(
         bound.make_engine("bookkeeping", model),
         bound,
@@ -350,16 +350,16 @@ class Wrong(Codebook):
         (lambda: GradientEncoding(max_norm=0.0), "max_norm must be positive"),
         (lambda: GradientEncoding(top_k=0), "top_k must be at least 1"),
         (lambda: GradientEncoding("flat"), "codebook must be one such as"),  # type: ignore[arg-type]
-        (lambda: GradientEncoding(top_k=100).bind(nn.Linear(3, 3)), "top_k=100 exceeds the 12 trainable"),
+        (lambda: GradientEncoding(top_k=100).for_module(nn.Linear(3, 3)), "top_k=100 exceeds the 12 trainable"),
         (lambda: PowerLawCodebook((-1.0,)), "non-negative"),
         (lambda: PowerLawCodebook(()), "non-negative"),
         (lambda: RandomCodebook(0), "size must be at least 1"),
         (lambda: RandomCodebook(2, (2.0, 1.0)), "ascending"),
         (lambda: RandomCodebook(2, (1.0,)), "two non-negative"),  # type: ignore[arg-type]
         (lambda: learn_codebook(torch.ones(5), "book"), "one row each"),
-        (lambda: GradientEncoding(Wrong((12,), ((1.0,),))).bind(nn.Linear(3, 3)), "of norm 1"),
-        (lambda: GradientEncoding(Wrong((6, 6), ((0.1, 0.4),))).bind(nn.Linear(3, 3)), "descending"),
-        (lambda: GradientEncoding(Wrong((1,), ((1.0,),))).bind(nn.Linear(3, 3)), "must have 12 coordinates"),
+        (lambda: GradientEncoding(Wrong((12,), ((1.0,),))).for_module(nn.Linear(3, 3)), "of norm 1"),
+        (lambda: GradientEncoding(Wrong((6, 6), ((0.1, 0.4),))).for_module(nn.Linear(3, 3)), "descending"),
+        (lambda: GradientEncoding(Wrong((1,), ((1.0,),))).for_module(nn.Linear(3, 3)), "must have 12 coordinates"),
     ],
 )
 def test_codebooks_and_bounds_that_bound_nothing_are_refused(make: Any, says: str) -> None:

@@ -140,7 +140,7 @@ def one_of_several(
     **arguments: Any,
 ) -> PrivateStep:
     """The step of a process of several, whose others are not there."""
-    bound = rule.bind(model)
+    bound = rule.for_module(model)
     engine = bound.make_engine("bookkeeping", model)
     noise, ledger = GaussianNoise(), PrivacyLedger()
     return make_step(engine, bound, noise, ledger, Randomness(1), add_up, charge, **arguments)

@@ -41,8 +41,8 @@ RULES = [FlatClipping(0.3), PerLayerClipping(0.3), AdaptiveClipping(0.3), Backpr
 class AddsUp(PrivateDDPStrategy):
     """Sends its sums, although there is nobody to send them to."""
 
-    def _bind(self, trainer: Any) -> None:
-        super()._bind(trainer)
+    def _make_step(self, trainer: Any) -> None:
+        super()._make_step(trainer)
         assert self.private_step is not None
         self.private_step._add_up = self.add_up
 

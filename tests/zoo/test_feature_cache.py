@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.zoo import CIFAR10DataModule, Upright
-from lightning_dp.zoo.feature_cache import FeatureCache
+from lightning_dp.zoo.features.cache import FeatureCache
 from tests.zoo.test_zoo import images_on_disk
 
 

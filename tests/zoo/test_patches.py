@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.zoo import CenteredLinear, Classifier, EqualizedFeatures, PatchFeatures, Scattering2D
-from lightning_dp.zoo.patches import _SMOOTH
-from lightning_dp.zoo.scattering import dead_leaves
+from lightning_dp.zoo.features.patches import _SMOOTH
+from lightning_dp.zoo.features.scattering import dead_leaves
 from tests.conftest import assert_close, fit, trainer
 from tests.statistics.test_projection import random_loader
 

@@ -26,7 +26,7 @@ from lightning_dp.zoo import (
     WideResNet,
 )
 from lightning_dp.zoo.data import TensorTable, ViewTable, augmented, upright
-from lightning_dp.zoo.scattering import dead_leaves
+from lightning_dp.zoo.features.scattering import dead_leaves
 from lightning_dp.zoo.wide_resnet import standardized
 from tests.conftest import assert_close, fit, oracle_gradients, trainer
 

@@ -88,7 +88,7 @@ class BackpropClipping(Bounding):
             if getattr(self, name) not in known:
                 raise ValueError(f"BackpropClipping: {name} must be one of {known}, got {getattr(self, name)!r}.")
 
-    def bind(self, module: nn.Module) -> BoundBackpropClipping:
+    def for_module(self, module: nn.Module) -> ModuleBackpropClipping:
         layers, problems = trained_layers(module), []
         registry = bounds_by_type(self.convolution)
         bounds: dict[str, LayerBound] = {}
@@ -113,7 +113,7 @@ class BackpropClipping(Bounding):
         input_norms = _by_layer("input_norm", self.input_norm, clipped, layers)
         upstream_norms = _by_layer("upstream_norm", self.upstream_norm, list(layers), layers)
         limits = {name: Limit(bounds[name], input_norms.get(name), upstream_norms[name]) for name in layers}
-        return BoundBackpropClipping(
+        return ModuleBackpropClipping(
             **{f.name: getattr(self, f.name) for f in fields(BackpropClipping)},
             limits=limits,
             sensitivities=_sensitivities(module, limits),
@@ -128,7 +128,7 @@ class BackpropClipping(Bounding):
         Args:
             module: The module, with the layer names that were trained.
         """
-        for name, limit in self.bind(module).limits.items():
+        for name, limit in self.for_module(module).limits.items():
             layer = module.get_submodule(name)
             for handle, hook in list(layer._forward_pre_hooks.items()):
                 if isinstance(hook, InputClip):
@@ -137,12 +137,14 @@ class BackpropClipping(Bounding):
                 layer.register_forward_pre_hook(InputClip(limit.bound, limit.input_norm), with_kwargs=True)
 
     def group_sensitivities(self, groups: Sequence[Group], state: State = NO_STATE) -> list[float]:
-        raise ValueError("The sensitivity depends on the model's layers: BackpropClipping(…).bind(module) knows it.")
+        raise ValueError(
+            "The sensitivity depends on the model's layers: BackpropClipping(…).for_module(module) knows it."
+        )
 
 
 @dataclass(frozen=True)
-class BoundBackpropClipping(BackpropClipping):
-    """`BackpropClipping` for one module, whose sensitivities are known. Made by `BackpropClipping.bind`."""
+class ModuleBackpropClipping(BackpropClipping):
+    """`BackpropClipping` for one module, whose sensitivities are known. Made by `BackpropClipping.for_module`."""
 
     limits: Mapping[str, Limit] = field(default_factory=dict)
     sensitivities: Mapping[str, float] = field(default_factory=dict)

@@ -48,7 +48,7 @@ class GradientEncoding(Bounding):
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"GradientEncoding: top_k must be at least 1, got {self.top_k}.")
 
-    def bind(self, module: nn.Module) -> BoundGradientEncoding:
+    def for_module(self, module: nn.Module) -> ModuleGradientEncoding:
         coordinates = sum(p.numel() for p in module.parameters() if p.requires_grad)
         top_k = coordinates if self.top_k is None else self.top_k
         if top_k > coordinates:
@@ -58,7 +58,7 @@ class GradientEncoding(Bounding):
             )
         entries = self.codebook.entries(top_k)
         _check_entries(type(self.codebook).__name__, entries, top_k)
-        return BoundGradientEncoding(self.codebook, self.max_norm, self.top_k, entries)
+        return ModuleGradientEncoding(self.codebook, self.max_norm, self.top_k, entries)
 
     def group_sensitivities(self, groups: Sequence[Group], state: State = NO_STATE) -> list[float]:
         return [self.max_norm]
@@ -75,8 +75,8 @@ def _check_entries(name: str, entries: Magnitudes, size: int) -> None:
 
 
 @dataclass(frozen=True)
-class BoundGradientEncoding(GradientEncoding):
-    """`GradientEncoding` for one module. Made by `GradientEncoding.bind`."""
+class ModuleGradientEncoding(GradientEncoding):
+    """`GradientEncoding` for one module. Made by `GradientEncoding.for_module`."""
 
     entries: Magnitudes = field(default_factory=lambda: Magnitudes((), ()))
 

@@ -19,9 +19,7 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
-from lightning_dp.training.batches import (
-    Layout,
-)
+from lightning_dp.training.batches import Layout
 from lightning_dp.training.independence import owners
 from lightning_dp.training.independence.batch_owners import OF_COLLATION, OF_METRIC, BatchOwners, same_values
 from lightning_dp.training.independence.findings import Findings

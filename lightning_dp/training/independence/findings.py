@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lightning_dp.gradients.forms import CallForms
-from lightning_dp.training.batches import (
-    Layout,
-)
+from lightning_dp.training.batches import Layout
 from lightning_dp.training.independence.tracer import Read
 
 

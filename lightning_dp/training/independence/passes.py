@@ -18,7 +18,7 @@ from lightning_dp.gradients.engine import set_aside
 from lightning_dp.gradients.engines import BookKeeping
 from lightning_dp.gradients.forms import CallForms
 from lightning_dp.gradients.precision import wide
-from lightning_dp.gradients.recorder import Call
+from lightning_dp.gradients.recorder import LayerCall
 from lightning_dp.training.independence.shadow import AlignedRandomness, Shadow, seed_everything
 from lightning_dp.training.independence.subject import Subject, loss_of, reduced
 
@@ -29,7 +29,7 @@ WAY_OUT = "or use engine='per_example', which is slow but takes any layer"
 class Seen:
     """What one pass through a shadow showed."""
 
-    calls: dict[str, list[Call]]
+    calls: dict[str, list[LayerCall]]
     #: Per-example norms of the gradients of every parameter.
     norms: dict[str, Tensor]
     #: Whether random numbers were drawn, and whether some cannot be told apart by rows.
@@ -141,7 +141,7 @@ def rows_in(examples: Sequence[int] | None, copies: int) -> list[int] | None:
 
 
 def _compare_with_autograd(
-    engine: BookKeeping, gradients: Mapping[str, PerExampleGradient], calls: dict[str, list[Call]], size: int
+    engine: BookKeeping, gradients: Mapping[str, PerExampleGradient], calls: dict[str, list[LayerCall]], size: int
 ) -> None:
     """The engine's gradients with weights of one must add up to what autograd found."""
     largest = max((p.grad.norm().item() for p in engine.parameters.values() if p.grad is not None), default=0.0)
@@ -223,7 +223,7 @@ def first_difference(
             return False
         return close(b, a * factor if factor != 1 else a, scale, low, tolerance)
 
-    def pairs(name: str) -> list[tuple[Call, Call]]:
+    def pairs(name: str) -> list[tuple[LayerCall, LayerCall]]:
         made, remade = first.calls[name], second.calls.get(name, [])
         return list(zip(made, remade, strict=True)) if len(made) == len(remade) else []
 

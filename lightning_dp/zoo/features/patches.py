@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lightning_dp.zoo.scattering import dead_leaves
+from lightning_dp.zoo.features.scattering import dead_leaves
 
 #: Generated images whose features are computed at once: few, so that what lies between stays in a processor's cache.
 _AT_ONCE = 32

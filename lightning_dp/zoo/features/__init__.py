@@ -1,0 +1,1 @@
+"""Features that no data have shaped, and a folder that keeps them."""
