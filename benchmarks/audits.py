@@ -15,11 +15,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from tests.test_audit import MECHANISMS
 
 from lightning_dp import FlatClipping, GaussianNoise, PrivateStrategy, calibrate_noise
 from lightning_dp.audit.one_run import audit_mechanism
 from lightning_dp.audit.step import audit_module
+from tests.audit.test_audit import MECHANISMS
 from tests.conftest import loader, trainer
 
 

@@ -57,8 +57,10 @@ class Mechanism:
         if self.denoiser is not None and not isinstance(self.denoiser, Denoiser):
             raise TypeError(f"denoiser must be one such as LowPassDenoiser(), or None, got {self.denoiser!r}.")
         multiplicity = self.augmentation_multiplicity
-        if not isinstance(multiplicity, int) or multiplicity < 1:
+        if isinstance(multiplicity, bool) or not isinstance(multiplicity, int) or multiplicity < 1:
             raise ValueError(f"augmentation_multiplicity must be a whole number, at least 1, got {multiplicity!r}.")
+        if not isinstance(self.secure_rng, bool):
+            raise TypeError(f"secure_rng must be True or False, got {self.secure_rng!r}.")
         if self.secure_rng and not isinstance(self.noise, GaussianNoise):
             raise ValueError(
                 f"secure_rng=True hardens Gaussian noise, and nothing is known of {type(self.noise).__name__}. Use "

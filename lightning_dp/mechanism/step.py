@@ -79,7 +79,8 @@ class PrivateStep:
         self._number = 0
         self._scales: dict[str, float] = {}
         self._allowed: int | None = None
-        self._is_charged = False
+        #: Between `begin` and `release`.
+        self._is_under_way = self._is_charged = False
 
     @property
     def nonfinite_examples(self) -> int:
@@ -125,19 +126,22 @@ class PrivateStep:
         Raises:
             PrivacyLimitReached: The ledger is at its limit.
         """
+        self._is_under_way = self._is_charged = False
+        self.sums.forget()
         self._event = self.mechanism.event(multiplier, sampling_rate)
-        self._number, self._is_charged = len(self.ledger), False
-        self._scales = self.noise_scales(multiplier, expected_batch_size)
-        has_query = bool(self.clipping_state)
-        query_std = self.clipping.query_std(multiplier, expected_batch_size) if has_query else None
-        self.sums.begin(self._number, self._scales, expected_batch_size, query_std, self._spend)
-        self.contributions.begin(self.clipping_state)
+        self._number = len(self.ledger)
         self._allowed = None if limit is None else limit(self._event) - self._number
         if self._allowed is not None and self._allowed <= 0:
             raise PrivacyLimitReached(
                 f"The privacy budget allows no step after the {self.ledger.steps} that were taken. Nothing was "
                 "released."
             )
+        self._scales = self.noise_scales(multiplier, expected_batch_size)
+        has_query = bool(self.clipping_state)
+        query_std = self.clipping.query_std(multiplier, expected_batch_size) if has_query else None
+        self.sums.begin(self._number, self._scales, expected_batch_size, query_std, self._spend)
+        self.contributions.begin(self.clipping_state)
+        self._is_under_way = True
 
     def backward(self, scale: float = 1.0, last: bool = False) -> AbstractContextManager[None]:
         """Surrounds the backward pass of a micro-batch, and adds its bounded gradients to the sums.
@@ -146,7 +150,11 @@ class PrivateStep:
             scale: What the gradients must be multiplied with to be those of single examples' losses: the number of
                 examples that a mean-reduced loss was divided by.
             last: Whether no other micro-batch follows: sums may then travel while the backward pass goes on.
+
+        Raises:
+            RuntimeError: No step has begun.
         """
+        self._refuse_unless_under_way()
         return self.contributions.backward(scale, last and self._wire.add_up is not None)
 
     def release(self, others: Iterable[nn.Parameter] = ()) -> None:
@@ -156,9 +164,11 @@ class PrivateStep:
             others: Parameters that the optimizer could apply a gradient to, besides the engine's.
 
         Raises:
-            RuntimeError: One of ``others`` has a gradient, which did not come through here, or an error within a
-                backward pass was ignored; no gradient was set.
+            RuntimeError: No step has begun, or it was released before; one of ``others`` has a gradient, which did not
+                come through here; or an error within a backward pass was ignored. No gradient was set.
         """
+        self._refuse_unless_under_way()
+        self._is_under_way = False  # a second release would have the same noise, and not be charged
         self._refuse_what_came_past(others)
         self.contributions.hand_over()
         sums = self.sums.collect()
@@ -170,6 +180,13 @@ class PrivateStep:
             # Whatever was there before did not come through here: it is replaced, not added to.
             parameter.grad = sums[name].to(parameter.dtype)
         self.sums.forget()
+
+    def _refuse_unless_under_way(self) -> None:
+        if not self._is_under_way:
+            raise RuntimeError(
+                "No private step is under way: each is begun by the strategy, once a batch, and released once. Nothing "
+                "was released. (LightningModule hooks must not call strategy.backward.)"
+            )
 
     def _refuse_what_came_past(self, others: Iterable[nn.Parameter]) -> None:
         if self.sums.is_broken:

@@ -23,7 +23,7 @@ from lightning_dp.training.checks.self_check import Examiner
 from lightning_dp.training.independence.findings import Findings
 from lightning_dp.training.loader import PoissonDataLoader
 from lightning_dp.training.micro_batches import MicroBatches
-from lightning_dp.training.options import privacy_options
+from lightning_dp.training.options import check_names, privacy_options
 from lightning_dp.training.processes import OneProcess
 from lightning_dp.training.release import Releases
 from lightning_dp.training.statement import public_configuration
@@ -49,6 +49,7 @@ class ConfiguredStrategy(OneProcess):
         self, clipping: Bounding, noise: Noise, denoiser: Denoiser | None = None, **options: Any
     ) -> None:
         """Checks and keeps the configuration; arguments as for `privacy_options`."""
+        check_names(type(self).__name__, options)
         self.mechanism, self.options = privacy_options(clipping, noise, denoiser, **options)
         #: Every private step taken so far, in this fit and those that it resumes.
         self.ledger = PrivacyLedger()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_dp.gradients.engines import ENGINES
 from lightning_dp.mechanism.clipping import Bounding, FlatClipping
@@ -32,8 +36,29 @@ class PrivacyOptions:
             raise ValueError(f"engine must be one of {ENGINES}, got {self.engine!r}.")
         if self.loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {self.loss_reduction!r}.")
-        if self.max_physical_batch_size is not None and self.max_physical_batch_size < 1:
-            raise ValueError(f"max_physical_batch_size must be at least 1, got {self.max_physical_batch_size}.")
+        for name in ("self_check", "journal", "per_record_means"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        for name, least in (("max_physical_batch_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TypeError(f"{name} must be a whole number or None, got {value!r}.")
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, or None, got {value}.")
+
+
+def check_names(where: str, options: Mapping[str, Any]) -> None:
+    """Refuses options that there are not, before they are passed on.
+
+    Raises:
+        TypeError: With what may have been meant.
+    """
+    known = list(inspect.signature(privacy_options).parameters)
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
+            raise TypeError(f"{where} has no option {name!r}: {hint}")
 
 
 def privacy_options(
@@ -83,6 +108,8 @@ def privacy_options(
     Raises:
         TypeError, ValueError: An argument is of another kind, or two do not go together.
     """
+    if secure_rng and seed is not None:
+        raise ValueError("secure_rng=True draws its own secret: leave seed out.")
     mechanism = Mechanism(clipping, noise, denoiser, augmentation_multiplicity, secure_rng)
     options = PrivacyOptions(
         max_physical_batch_size, engine, loss_reduction, self_check, seed, journal, per_record_means

@@ -59,6 +59,8 @@ class PrivateMixin(ConfiguredStrategy):
             self.randomness.share(self.share)
             self.ledger.start_run(self.share(secrets.token_hex(8)))
             self.private_step = None
+            if self.books.resumed is None:  # what a checkpoint brought into an earlier fit belongs to that one
+                self._clipping_state, self._denoiser_state = {}, {}
             self.examiner.reset(pending=self.options.self_check)
             if not self.options.self_check:
                 rank_zero_warn(

@@ -288,7 +288,7 @@ def coverage_table() -> str:
 
 def test_the_table_in_the_docs_is_what_is_tested() -> None:
     assert nn.MultiheadAttention in OPAQUE
-    assert coverage_table() in TABLE.read_text(), "run: python -m tests.test_coverage"
+    assert coverage_table() in TABLE.read_text(), "run: python -m tests.gradients.test_coverage"
 
 
 if __name__ == "__main__":

@@ -304,3 +304,27 @@ def test_the_kept_norm_of_an_example_that_is_left_out_is_zero() -> None:
     assert norms[1, 0] == 0
     assert (norms[[0, 2], 0] > 0).all()
     assert step.nonfinite_examples == 1
+
+
+def test_a_step_is_released_once() -> None:
+    """A second release would have the same noise: the difference of the two is the sum itself."""
+    model = nn.Linear(3, 2)
+    step = private_step(model, PrivacyLedger())
+    with pytest.raises(RuntimeError, match="No private step is under way"):
+        step.release()
+    take(step, 1.0)
+    for later in (step.release, step.backward):
+        with pytest.raises(RuntimeError, match="No private step is under way"):
+            later()
+    assert len(step.ledger) == 1
+
+
+def test_a_step_beyond_the_limit_cannot_go_on() -> None:
+    step = private_step(nn.Linear(3, 2), PrivacyLedger())
+    with pytest.raises(PrivacyLimitReached):
+        step.begin(1.0, 0.1, 1.0, limit=lambda event: 0)
+    with pytest.raises(RuntimeError, match="under way"):
+        step.backward()
+    with pytest.raises(RuntimeError, match="under way"):
+        step.release()
+    assert not len(step.ledger)

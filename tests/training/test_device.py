@@ -19,7 +19,7 @@ from lightning_dp import (
 )
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.gradients.engines import PerExample
-from lightning_dp.mechanism import step as pipeline
+from lightning_dp.mechanism import sums as sums_module
 from lightning_dp.mechanism.clipping import Bounding
 from lightning_dp.mechanism.noise import DEVICE_BLOCK
 from lightning_dp.mechanism.randomness import Randomness
@@ -59,7 +59,7 @@ def trained(strategy: PrivateMixin, **arguments: Any) -> torch.Tensor:
 def test_sums_that_travel_by_nccl_during_the_backward_pass_are_the_same(
     rule: Bounding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "BUCKET", 500)
+    monkeypatch.setattr(sums_module, "BUCKET", 500)
     alone = trained(PrivateStrategy(rule, GaussianNoise(1.0), seed=1))
     sent = trained(AddsUp(rule, GaussianNoise(1.0), seed=1, process_group_backend="nccl"))
     assert torch.distributed.get_backend() == "nccl"

@@ -32,6 +32,7 @@ from lightning_dp import (
     GaussianNoise,
     PerLayerClipping,
     PrivacyMonitor,
+    PrivateDDPStrategy,
     PrivateStrategy,
 )
 from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
@@ -758,3 +759,51 @@ def test_labels_out_of_range_stop_before_anything_is_charged() -> None:
     with pytest.raises(IndexError):
         fit(trainer(strategy=private), Net(), DataLoader(TensorDataset(inputs, labels + 7), batch_size=8))
     assert len(private.ledger) == 0
+
+
+@pytest.mark.parametrize(
+    "make", [PrivateStrategy, PrivateDDPStrategy, lambda **options: DifferentialPrivacy(1, 1e-5, **options)]
+)
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"engin": "bookkeeping"}, "no option 'engin': did you mean engine"),
+        ({"self_check": "no"}, "self_check must be True or False"),
+        ({"journal": 0}, "journal must be True or False"),
+        ({"secure_rng": "no"}, "secure_rng must be True or False"),
+        ({"max_physical_batch_size": 2.5}, "max_physical_batch_size must be a whole number"),
+        ({"max_physical_batch_size": True}, "max_physical_batch_size must be a whole number"),
+        ({"max_physical_batch_size": 0}, "max_physical_batch_size must be at least 1"),
+        ({"augmentation_multiplicity": True}, "augmentation_multiplicity must be a whole number"),
+        ({"seed": "a"}, "seed must be a whole number"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"secure_rng": True, "seed": 3}, "leave seed out"),
+        ({"noise": 1.1}, "noise must be a noise such as"),
+    ],
+)
+def test_a_wrong_option_is_named(make: Any, options: dict[str, Any], says: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=says):
+        make(**options)
+
+
+def test_what_a_checkpoint_brought_stays_in_the_fit_that_resumed_from_it(tmp_path: Path) -> None:
+    first = trainer(strategy=PrivateStrategy(AdaptiveClipping(1.0, learning_rate=2.0), GaussianNoise(1.0)))
+    fit(first, Net(), loader())
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    strategy = PrivateStrategy(AdaptiveClipping(1.0, learning_rate=2.0), GaussianNoise(1.0))
+    again = trainer(strategy=strategy, max_epochs=1)
+    fit(again, Net(), loader(), ckpt_path=tmp_path / "one.ckpt")
+    assert strategy.private_step is not None and strategy.private_step.clipping_state["max_norm"] != 1.0
+
+    class Notes(Callback):
+        found: float | None = None
+
+        def on_train_start(self, *args: Any) -> None:
+            assert strategy.private_step is not None
+            self.found = strategy.private_step.clipping_state["max_norm"]
+
+    notes = Notes()
+    again.callbacks.append(notes)
+    again.fit_loop.max_epochs = 4
+    fit(again, Net(), loader())
+    assert notes.found == 1.0

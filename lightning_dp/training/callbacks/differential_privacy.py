@@ -16,7 +16,7 @@ from lightning_dp.mechanism.noise import GaussianNoise, Noise
 from lightning_dp.training.callbacks.budget import PrivacyBudget
 from lightning_dp.training.callbacks.card import PrivacyCard
 from lightning_dp.training.callbacks.monitor import PrivacyMonitor
-from lightning_dp.training.options import privacy_options
+from lightning_dp.training.options import check_names, privacy_options
 from lightning_dp.training.strategy import PrivateMixin, make_private
 
 
@@ -52,8 +52,8 @@ class DifferentialPrivacy(Callback):
         card: bool = True,
         **options: Any,
     ) -> None:
-        if not isinstance(noise, Noise):
-            raise TypeError(f"noise must be a noise such as GaussianNoise(1.1), got {noise!r}.")
+        check_names("DifferentialPrivacy", options)
+        privacy_options(clipping, noise, denoiser, **options)  # a mistake is an error here, rather than in fit
         if epsilon is None and noise.multiplier is None:
             raise ValueError(
                 "DifferentialPrivacy: give epsilon (the noise is then chosen for it), or "
@@ -63,7 +63,6 @@ class DifferentialPrivacy(Callback):
         self.monitor = PrivacyMonitor(delta, accountant, log_not_private)
         self.card = PrivacyCard(delta=delta) if card else None
         self._clipping = clipping
-        privacy_options(clipping, noise, denoiser, **options)  # a mistake is an error here, rather than in fit
         self._configuration = {"clipping": clipping, "noise": noise, "denoiser": denoiser, **options}
 
     @property

@@ -1,6 +1,6 @@
 """Kinds of interference between records, and ordinary code that looks like it: what the examination says of each.
 
-``tests/test_independence.py`` trains every kind, and holds the table of docs/independence.md to what came out.
+``test_independence.py`` trains every kind, and holds the table of docs/independence.md to what came out.
 """
 
 from __future__ import annotations
