@@ -21,6 +21,7 @@ from lightning.pytorch.core import saving
 from torch import nn
 
 from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.statistics.base import PrivateStatistic
 from lightning_dp.training.loader import record_bytes, sources
 
 #: The key of the ledger in a Lightning checkpoint.
@@ -146,8 +147,6 @@ def follow_checkpoints() -> None:
 
 def statistics_of(module: nn.Module, known: PrivacyLedger) -> PrivacyLedger:
     """What the statistics that a module came with have cost, unless a ledger knows of the run that released them."""
-    from lightning_dp.statistics.base import PrivateStatistic
-
     ledger = PrivacyLedger()
     for layer in module.modules():
         if isinstance(layer, PrivateStatistic) and layer.released is not None:

@@ -13,6 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.reporting import dashboards
 from lightning_dp.reporting.card import privacy_card, write_card
+from lightning_dp.training.callbacks.budget import PrivacyBudget
+from lightning_dp.training.callbacks.lookup import trainer_callbacks
+from lightning_dp.training.callbacks.monitor import PrivacyMonitor
 from lightning_dp.training.strategy import PrivateMixin
 
 
@@ -152,10 +155,6 @@ def _private_strategy(trainer: pl.Trainer) -> PrivateMixin:
 
 
 def _delta_of(trainer: pl.Trainer) -> float:
-    from lightning_dp.training.callbacks.budget import PrivacyBudget
-    from lightning_dp.training.callbacks.lookup import trainer_callbacks  # which import this module
-    from lightning_dp.training.callbacks.monitor import PrivacyMonitor
-
     for callback in trainer_callbacks(trainer):
         if isinstance(callback, PrivacyBudget | PrivacyMonitor):
             return callback.delta

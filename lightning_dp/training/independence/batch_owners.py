@@ -20,6 +20,7 @@ from lightning_dp.training.batches import (
     find_layout,
     holds_examples,
     leaves_with_layout,
+    parts_of,
 )
 from lightning_dp.training.independence import owners
 from lightning_dp.training.independence.findings import Findings
@@ -143,8 +144,6 @@ class BatchOwners:
 
 
 def _tensors_of(tree: Any) -> list[Tensor]:
-    from lightning_dp.training.batches import parts_of
-
     if isinstance(tree, Tensor):
         return [tree]
     parts = parts_of(tree)
