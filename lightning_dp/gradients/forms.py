@@ -51,10 +51,11 @@ class CallForms:
         #: Set on a device when a shared input turns out to be another one; read once a step.
         self._changed: dict[str, Tensor] = {}
 
-    def merge(self, other: CallForms) -> None:
-        """Takes over the layers that have been examined since."""
+    def merge(self, other: CallForms, only_new: bool = False) -> None:
+        """Takes over the layers that have been examined since; ``only_new``: those that were not known."""
         for name, form in other.layers.items():
-            self.layers[name] = form
+            if not only_new or name not in self.layers:
+                self.layers[name] = form
 
     def is_shared(self, name: str, module: nn.Module, index: int, input: Tensor, batch_size: int) -> bool:
         """Whether a call's input is shared by all examples, if it has the form that was found.

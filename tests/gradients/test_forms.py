@@ -281,3 +281,32 @@ def test_a_gradient_penalty_that_begins_later_is_refused() -> None:
         with pytest.raises(UnsupportedModelError, match="create_graph=True"):
             fit(trainer(strategy=strategy), Late(), loader())
         assert len(strategy.ledger) == 2
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_a_batch_of_one_tells_nothing_about_inputs_that_all_examples_share(micro: int) -> None:
+    class Positions(Net):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(6, 3))
+            self.positions = nn.Embedding(1, 6)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            x, y = batch
+            if len(x) == 1:  # code that a larger batch does not run
+                x = x * 1.0
+            return F.cross_entropy(self.net(x + self.positions(torch.zeros(1, dtype=torch.long))), y)
+
+    private = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0), max_physical_batch_size=micro)
+    fit(trainer(strategy=private), Positions(), loader())
+    assert len(private.ledger) == 5
+
+
+def test_what_a_layer_sets_in_its_first_call_is_no_counter() -> None:
+    class Remembers(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.features = batch[0].shape[1]
+            return super().training_step(batch, batch_idx)
+
+    private = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0), engine="per_example")
+    fit(trainer(strategy=private), Remembers(), loader())
+    assert len(private.ledger) == 5

@@ -89,7 +89,11 @@ class _Examination:
                 counters = _counters(kept_by(module))
                 with subject.context():
                     output = module.training_step(batch, *subject.arguments)
-                self._found.counts = [n for n, value in _counters(kept_by(module)).items() if counters.get(n) != value]
+                self._found.counts = [
+                    name
+                    for name, value in _counters(kept_by(module)).items()
+                    if name in counters and counters[name] != value
+                ]
                 loss = loss_of(output)
                 state = tracer.state(loss)
                 self._found.reads = list(tracer.reads)

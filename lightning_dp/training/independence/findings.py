@@ -57,4 +57,5 @@ class Findings:
         self.logged |= other.logged
         self.constants |= other.constants
         self.names |= other.names
-        self.forms.merge(other.forms)
+        # In a batch of one, nobody can tell an input that all examples share from that of the one.
+        self.forms.merge(other.forms, only_new=other.records < 2)
