@@ -356,6 +356,5 @@ def _no_batch(name: str, module: nn.Module, input: Tensor, batch_size: int) -> U
         "or the examples cannot be told apart. Put the batch first (batch_first=True; no flattening of batch and time "
         "into one dimension; unsqueeze(0) on position numbers), or use engine='per_example', which is slow but takes "
         f"any layer. (Called at {here()}. A layer that is called on some records only, h[mask], can be called on all "
-        "of "
-        "them, and what is not wanted taken out of the loss: torch.where(mask, loss, 0).)"
+        "of them, and what is not wanted taken out of the loss: torch.where(mask, loss, 0).)"
     )

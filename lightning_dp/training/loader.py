@@ -153,15 +153,15 @@ def fingerprint(dataset: Any) -> str:
     return digest.hexdigest()
 
 
-def written_by(value: Any) -> bytes:
+def _written(value: Any) -> bytes:
     """A record as bytes that are the same in every process."""
     if isinstance(value, torch.Tensor):
         flat = value.detach().cpu().contiguous().view(-1).view(torch.uint8)
         return f"{value.dtype}{tuple(value.shape)}".encode() + flat.numpy().tobytes()
     if isinstance(value, Mapping):
-        return b"".join(str(key).encode() + written_by(part) for key, part in value.items())
+        return b"".join(str(key).encode() + _written(part) for key, part in value.items())
     if isinstance(value, tuple | list):
-        return b"".join(written_by(part) for part in value)
+        return b"".join(_written(part) for part in value)
     if isinstance(value, str | int | float | bool | None):
         return repr(value).encode()
     array = np.asarray(value)  # also images
@@ -177,7 +177,7 @@ def record_bytes(dataset: Any, index: int) -> bytes | None:
         torch.default_generator.manual_seed(index)  # torch.manual_seed takes milliseconds
         np.random.seed(index)
         random.seed(index)
-        return written_by(dataset[index])
+        return _written(dataset[index])
     except (TypeError, ValueError, RuntimeError):  # sparse tensors, say
         return None
     finally:

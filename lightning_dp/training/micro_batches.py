@@ -159,6 +159,5 @@ class MicroBatches:
             raise PrivacyConfigurationError(
                 "A batch was drawn that no training step was taken on: on_train_batch_start returned -1, which skips "
                 "the rest of the epoch. Whether a step happens must not depend on the data. Use limit_train_batches, "
-                "or "
-                "trainer.should_stop on what has noise."
+                "or trainer.should_stop on what has noise."
             )

@@ -65,12 +65,10 @@ class PrivateMixin(ConfiguredStrategy):
             if not self.options.self_check:
                 rank_zero_warn(
                     "lightning_dp: self_check=False: nobody looks whether records influence one another's gradients. "
-                    "If "
-                    "they do, ε is false. The privacy card says so."
+                    "If they do, ε is false. The privacy card says so."
                 )
-            self.books.run_directory = self.share(
-                run_directory(trainer)
-            )  # before a search for learning rates puts the loggers away
+            # Before a search for learning rates puts the loggers away.
+            self.books.run_directory = self.share(run_directory(trainer))
         elif self.lightning_module is not None:
             self.mechanism.clipping.attach(self.lightning_module)
         super().setup(trainer)

@@ -162,8 +162,7 @@ class Examiner:
             raise UnsupportedModelError(
                 f"training_step changes {names} whenever it is called, and engine='per_example' calls it once for "
                 "every record: after a few steps it would tell exactly how many were drawn. Count steps by "
-                "self.global_step "
-                "instead."
+                "self.global_step instead."
             )
         raise UnsupportedModelError(
             f"training_step changes {names} whenever it is called, and max_physical_batch_size calls it once per "

@@ -29,6 +29,9 @@ from lightning_dp.training.independence.tracer import READS, Read
 #: Lines whose numbers are changed one line at a time; those of all others, together.
 _LINES = 6
 
+#: Random states in which the step is run until it reads what was traced: which layers run may be drawn.
+_ATTEMPTS = 4
+
 
 #: Another answer in place of what is read.
 Alter = Callable[[Read, Tensor], Tensor]
@@ -83,7 +86,7 @@ def _answering(answers: _Answers) -> Iterator[None]:
         yield
 
 
-def check_answers(subject: Subject, forms: CallForms, reads: Sequence[Read]) -> None:
+def check_answers(subject: Subject, forms: CallForms, reads: Sequence[Read]) -> list[str]:
     """Tells the step other numbers than it reads, and compares gradients.
 
     Args:
@@ -91,15 +94,25 @@ def check_answers(subject: Subject, forms: CallForms, reads: Sequence[Read]) -> 
         forms: How its layers are called.
         reads: What was read, in order.
 
+    Returns:
+        What could not be looked at, in sentences.
+
     Raises:
         UnsupportedModelError: With the line where a number is read that other records' gradients depend on.
     """
-    if not any(read.owner is not None for read in reads):
-        return
-    check = _Check(subject, forms, reads)
-    base = check.run(lambda read, tensor: tensor)
-    if base is None:
-        return
+    read_at = list(dict.fromkeys(read.line for read in reads if read.owner is not None))
+    if not read_at:
+        return []
+    for seed in range(_ATTEMPTS):
+        check = _Check(subject, forms, reads, seed)
+        base = check.run(lambda read, tensor: tensor)
+        if base is not None:
+            break
+    else:
+        return [
+            f"numbers that belong to records are read at {', '.join(read_at[:3])}, and not the same ones when the "
+            "step runs again: what it does with others could not be compared"
+        ]
     count = len(subject.records)
     for record in dict.fromkeys((0, count - 1)):
         for change in (_other_owned, _less_owned):
@@ -132,17 +145,20 @@ def check_answers(subject: Subject, forms: CallForms, reads: Sequence[Read]) -> 
                     ".tolist()), and other records' gradients depend on it: a divisor, a factor or a threshold that "
                     "the batch decides. Make it a public constant, or let every record have its own."
                 )
+    return []
 
 
 class _Check:
-    def __init__(self, subject: Subject, forms: CallForms, reads: Sequence[Read]) -> None:
-        self._subject, self._forms, self._reads = subject, forms, reads
+    def __init__(self, subject: Subject, forms: CallForms, reads: Sequence[Read], seed: int) -> None:
+        self._subject, self._forms, self._reads, self._seed = subject, forms, reads, seed
 
     def run(self, alter: Alter) -> Seen | None:
         """A pass that is told other numbers; ``None``: it reads others, or fails with them."""
         answers = _Answers(self._reads, alter)
         try:
-            seen = run_pass(self._subject, self._forms, self._subject.records, surrounding=_answering(answers))
+            seen = run_pass(
+                self._subject, self._forms, self._subject.records, seed=self._seed, surrounding=_answering(answers)
+            )
         except Exception:  # user code may refuse such numbers (a label that there is not)
             return None
         return seen

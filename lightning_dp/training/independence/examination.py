@@ -229,8 +229,7 @@ class _Examination:
         if differing:
             raise UnsupportedModelError(
                 f"{', '.join(map(repr, differing[:_SHOWN]))}: training_step, or a hook, keeps there what depends on "
-                "the "
-                "records of the batch, without noise, and a later step may use it. Keep nothing of the batch; to "
+                "the records of the batch, without noise, and a later step may use it. Keep nothing of the batch; to "
                 "follow a metric, use self.log or torchmetrics."
             )
 

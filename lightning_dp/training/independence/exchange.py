@@ -27,7 +27,14 @@ from lightning_dp.training.batches import Rows, leaves_with_layout
 from lightning_dp.training.independence.answers import check_answers
 from lightning_dp.training.independence.examination import examine
 from lightning_dp.training.independence.findings import Findings
-from lightning_dp.training.independence.passes import Seen, close, first_difference, is_low_precision, run_pass
+from lightning_dp.training.independence.passes import (
+    Seen,
+    close,
+    first_difference,
+    has_common_factor,
+    is_low_precision,
+    run_pass,
+)
 from lightning_dp.training.independence.shadow import AlignedRandomness, Shadow, random_state_kept, seed_everything
 from lightning_dp.training.independence.subject import Subject, loss_of, record_size, reduced, stand_in
 
@@ -51,12 +58,12 @@ def check_exchange(subject: Subject, findings: Findings, compare_places: bool = 
         if not subject.needs_layers:  # no layer is recorded: whole gradients are compared
             return _check_sums(subject)
         few = replace(subject, records=subject.records[: findings.records])
-        check_answers(few, findings.forms, findings.reads)
-        return _Exchange(subject, findings, compare_places).run()
+        unseen = check_answers(few, findings.forms, findings.reads)
+        return unseen + _Exchange(subject, findings, compare_places).run()
 
 
 #: Numbers that records are compared with, and are made to hold, at most.
-_CONSTANTS = 8
+_CONSTANTS = 16
 
 
 def _spread(constants: set[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -118,7 +125,10 @@ class _Exchange:
         kept = [place % count for place in range(size)]
         full = self._run([subject.records[i] for i in kept], streams=kept, keep_calls=False)
         factor = count / size if subject.loss_reduction == "mean" else 1.0
-        difference = first_difference(base, full, kept, list(range(size)), factor)
+        places = list(range(size))
+        difference = first_difference(base, full, kept, places, factor)
+        if not difference and has_common_factor(base, full, kept, places, factor):
+            difference = "The loss"
         if difference:
             raise UnsupportedModelError(
                 f"{difference}: in a batch of {size} records some count for more, or less, than in one of {count}: by "
@@ -133,7 +143,13 @@ class _Exchange:
         if layout is None:
             return
         half, count = len(first), len(records)
-        for place, value in _spread(self._findings.constants)[:_CONSTANTS]:
+        numbers = _spread(self._findings.constants)
+        if len(numbers) > _CONSTANTS:
+            self._note(
+                f"records are compared with {len(numbers)} numbers: what the step does where they hold one was tried "
+                f"for {_CONSTANTS} of them"
+            )
+        for place, value in numbers[:_CONSTANTS]:
 
             def filled(batch: Any, start: int, stop: int, place: int = place, value: float = value) -> Any:
                 leaf, where, _ = list(leaves_with_layout(batch, layout))[place]
@@ -203,6 +219,8 @@ class _Exchange:
         few = self._run(records)
         if kept and not whole.unaligned:
             difference = first_difference(whole, few, kept, kept, factor)
+            if not difference and has_common_factor(whole, few, kept, kept, factor):
+                difference = "The loss"
         else:
             larger, smaller = factor * whole.typical_gradient(), few.typical_gradient()
             off = larger > 2 * smaller or smaller > 2 * larger

@@ -43,10 +43,13 @@ class Seen:
         """Whether an example's gradient is anything but zero."""
         return any(bool(norms[example] > 0) for norms in self.norms.values())
 
+    def gradient_norms(self) -> Tensor:
+        """The norm of every example's gradient, over all parameters."""
+        return torch.stack([wide(norms) for norms in self.norms.values()]).norm(dim=0)
+
     def typical_gradient(self) -> float:
         """The median, over examples, of the norm of the gradient."""
-        norms = torch.stack(list(self.norms.values())).norm(dim=0)
-        return norms.median().item()
+        return self.gradient_norms().median().item()
 
     def shapes(self) -> dict[str, list[torch.Size]]:
         """The shapes of what layers saw, of one example."""
@@ -246,3 +249,24 @@ def first_difference(
         if not close(b, a * factor, 1e-3 * factor * largest, low, tolerance):
             return f"Parameter '{name}'"
     return None
+
+
+def has_common_factor(
+    first: Seen, second: Seen, kept: Sequence[int], places: Sequence[int], factor: float = 1.0
+) -> bool:
+    """Whether all of the ``kept`` examples' gradients grew from one pass to another, or all shrank.
+
+    By more than `SAME_SIZE`. Rounding makes some gradients larger and others smaller; a divisor that depends on the
+    size of the batch moves all of them one way, however little.
+    """
+    if any(is_low_precision(c.grad_output) for made in first.calls.values() for c in made):
+        return False
+    if not first.norms or not second.norms:
+        return False
+    before = first.gradient_norms().cpu()[list(kept)] * factor
+    after = second.gradient_norms().cpu()[list(places)]
+    counted = (before > 1e-3 * before.max()) & before.isfinite() & after.isfinite()
+    if len({example for example, counts in zip(kept, counted.tolist(), strict=True) if counts}) < 4:
+        return False
+    ratio = (after / before)[counted]
+    return bool((ratio > 1 + SAME_SIZE).all()) or bool((ratio < 1 - SAME_SIZE).all())

@@ -12,8 +12,7 @@ def remedy(why: str) -> str:
     if "class weights" in why:
         return (
             "Leave per_record_means on, with which class weights are divided by their public mean; and rather weigh "
-            "the "
-            "frequent class down than the rare one up, whose gradients clipping would cut again."
+            "the frequent class down than the rare one up, whose gradients clipping would cut again."
         )
     if "targets of the batch that are not" in why:
         return "Leave per_record_means on, with which every record's own targets are averaged first."

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from lightning.pytorch import LightningModule
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dp import FlatClipping, GaussianNoise, PrivacyConfigurationError, PrivateStrategy, UnsupportedModelError
 from tests.conftest import fit, trainer
@@ -93,3 +94,90 @@ def test_the_page_says_what_these_tests_found() -> None:
     if os.environ.get("LIGHTNING_DP_WRITE_DOCS"):
         PAGE.write_text(written, encoding="utf-8")
     assert page == written
+
+
+#: Not on the module, so that no copy of it counts for itself.
+STEPS_RUN: list[None] = []
+
+
+class ReadsOthersEveryTime(LightningModule):
+    """Looks at one more number of the first record every time that the step runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        STEPS_RUN.append(None)
+        for _ in STEPS_RUN:
+            x[0, 0].item()
+        return torch.nn.functional.cross_entropy(self.layer(x), y)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_numbers_that_could_not_be_answered_otherwise_are_named() -> None:
+    """That test did not run, and nothing says that all is checked."""
+    STEPS_RUN.clear()
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(80, 4), torch.randint(2, (80,)))
+    strategy = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0))
+    fit(trainer(strategy=strategy, max_steps=1), ReadsOthersEveryTime(), DataLoader(data, 20, shuffle=True))
+    assert strategy.findings is not None
+    assert strategy.findings.verdict == "partly checked"
+    (sentence,) = strategy.findings.unseen
+    assert "test_independence.py" in sentence and "could not be compared" in sentence
+
+
+class CountsClasses(LightningModule):
+    """Decides on each of 20 labels, and only prints."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 20)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        for label in range(20):
+            if (y == label).any():
+                pass
+        return torch.nn.functional.cross_entropy(self.layer(x), y)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_numbers_that_records_were_not_made_to_hold_are_counted() -> None:
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(80, 4), torch.arange(80) % 20)
+    strategy = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0))
+    fit(trainer(strategy=strategy, max_steps=1), CountsClasses(), DataLoader(data, 20, shuffle=True))
+    assert strategy.findings is not None
+    assert strategy.findings.verdict == "partly checked"
+    assert any("16 of them" in sentence for sentence in strategy.findings.unseen)
+
+
+class DividesByNearlyTheSize(LightningModule):
+    """Every record's part in the loss changes by half a percent between batches of 9 records and of 18."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        return torch.nn.functional.cross_entropy(self.layer(x), y, reduction="sum") / (len(x) + 0.1)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_divisor_that_differs_a_little_from_the_size_of_the_batch_is_refused() -> None:
+    """Less than rounding may differ by for single records, but the same way for all of them."""
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(80, 4), torch.randint(2, (80,)))
+    strategy = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0))
+    with pytest.raises(UnsupportedModelError, match="does not explain|count for more"):
+        fit(trainer(strategy=strategy, max_steps=1), DividesByNearlyTheSize(), DataLoader(data, 20, shuffle=True))
