@@ -29,17 +29,21 @@ class FeedbackMatrices(nn.Module):
     """The matrices ``B_l``: made when they are first needed, saved in the state_dict, and loaded where it has them.
 
     Each is semi-orthogonal, so that ``‖B_l‖₂ = 1``, and follows from the seed and the layer's name alone: never from
-    data, nor from any other random state. They are no buffers, of which copies of a module (averaged weights) must have
-    as many as the module itself.
+    data, nor from any other random state. They are not registered as buffers: weight averaging needs as many buffers in
+    its copy as in the module, and matrices appear only in the first step.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        #: By the layer's name, with "/" for dots.
+        #: By `_key`; the n-th further tensor of the same call has n times "'" appended.
         self.matrices: dict[str, Tensor] = {}
 
     def matrix(self, key: str, rows: int, columns: int, seed: int, device: torch.device) -> Tensor:
-        """``B_l`` of shape ``(rows, columns)``."""
+        """``B_l`` of shape ``(rows, columns)``, on this device.
+
+        Raises:
+            UnsupportedModelError: The matrix exists already, with another shape.
+        """
         if key not in self.matrices:
             digest = hashlib.sha256(f"{seed}/{key}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
@@ -63,7 +67,7 @@ class FeedbackMatrices(nn.Module):
 
 
 def _key(layer: str, call: int) -> str:
-    """A buffer's name: no dots, and the number of the call when there are several."""
+    """A matrix's name: the layer's with "/" for dots, and from the second call on ":" and the call's number."""
     return layer.replace(".", "/") + (f":{call}" if call else "")
 
 
@@ -98,8 +102,9 @@ class DFAMixin(pl.LightningModule):
         feedback_seed: Seed of the feedback matrices, which are public. It does not matter that all runs share them.
 
     Raises:
-        UnsupportedModelError: In the training step, when the output layer is not the last one called, or when examples
-            cannot be told apart.
+        UnsupportedModelError: In the training step, when a named layer does not exist or none has parameters, the
+            output layer is not the last one called, the batch is not the first dimension of a layer's input and of the
+            output, or the size of an input changes.
     """
 
     feedback_layers: Sequence[str] | None = None
@@ -135,7 +140,7 @@ class DFAMixin(pl.LightningModule):
             return torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
 
         by_feedback = gradients(self.training_step)
-        self._feedback_is_on = True  # as if it were under way already: then it is not begun
+        self._feedback_is_on = True  # training_step then installs no hooks, and plain backpropagation runs
         try:
             by_backpropagation = gradients(self.training_step)
         finally:
@@ -165,7 +170,7 @@ def _with_feedback(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Feedback:
-    """Cuts layers' inputs off the graph during one training step, and joins what was cut to the output."""
+    """Detaches layers' inputs during one training step, and makes the output's gradient flow to them (`_Send`)."""
 
     def __init__(self, module: DFAMixin) -> None:
         layers = {name: layer for name, layer in layers_with_parameters(module).items() if name}
@@ -183,7 +188,7 @@ class _Feedback:
     def hooks(self) -> Iterator[None]:
         handles = []
         for name, module in self._modules.items():
-            # In front: what records or clips the input sees the one that is cut off.
+            # Prepended: hooks that record or clip the input must see the detached one.
             handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True, prepend=True))
         handles.append(self._modules[self._output_layer].register_forward_hook(self._after_output))
         try:
@@ -249,7 +254,7 @@ def _submodule(module: nn.Module, name: str) -> nn.Module:
 
 
 class _Send(torch.autograd.Function):
-    """Passes the output on; backwards, sends its gradient there and, through the matrices, to what was cut."""
+    """The identity on the output; its backward pass also gives every detached input ``B_l e``, in its shape."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, senders: Sequence[tuple[Tensor, int]], *hidden: Tensor) -> Tensor:

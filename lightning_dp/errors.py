@@ -1,4 +1,4 @@
-"""Every exception that this library raises. Imports nothing of it."""
+"""The exceptions that this library defines. Imports nothing else of it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ class PrivacyConfigurationError(ValueError):
 
 
 class UnsupportedModelError(ValueError):
-    """The model does something whose per-example gradients cannot be bounded; the message names the layer."""
+    """The model does something whose per-example gradients cannot be bounded; the message says what, and what to do."""
 
 
-#: What is said where layers run again within the backward pass.
+#: Message of the `UnsupportedModelError` for activation checkpointing.
 ACTIVATION_CHECKPOINTING = (
     "The model uses activation checkpointing, which runs layers again within the backward pass, where they are not "
     "recorded. Turn it off and use max_physical_batch_size to save memory, or use engine='per_example'."
@@ -19,7 +19,7 @@ ACTIVATION_CHECKPOINTING = (
 
 
 class PrivacyLimitReached(RuntimeError):
-    """A private step was attempted that the budget does not allow."""
+    """A private step, or the release of a statistic, was attempted that the budget does not allow."""
 
 
 class JournalError(RuntimeError):
@@ -35,4 +35,4 @@ class ReplicasDiverged(RuntimeError):
 
 
 class FormChanged(UnsupportedModelError):
-    """A layer is called in a way in which it was not called when the model was examined."""
+    """A training step does what it did not do when the model was examined: another layer call, code or loss."""

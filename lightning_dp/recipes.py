@@ -1,4 +1,4 @@
-"""Recipes: configurations of the command, listed and copied by name.
+"""Recipes: YAML configurations of the ``lightning-dp`` command, listed and copied by name.
 
 A recipe is a YAML file for LightningCLI, whole by itself. The folder ``recipes/`` has one folder a data set and one
 file a method.
@@ -36,7 +36,11 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def recipes_folder() -> Path:
-    """Where the recipes are: within the installed package, or beside it in a checkout."""
+    """Where the recipes are: within the installed package, or beside it in a checkout.
+
+    Raises:
+        RecipeError: Neither folder exists.
+    """
     package = Path(__file__).parent
     for folder in (package / "recipes_data", package.parent / "recipes"):
         if folder.is_dir():
@@ -73,7 +77,16 @@ def headline(recipe: Path) -> str:
 
 
 def copy_recipe(name: str, dest: Path | None, force: bool) -> Path:
-    """Writes a recipe that comes with the package to a file of one's own."""
+    """Copies a shipped recipe, and returns the path of the copy.
+
+    Args:
+        name: As in `shipped_recipes`.
+        dest: A file or an existing folder. ``None``: ``<folder>-<recipe>.yaml`` in the working directory.
+        force: Whether an existing file is overwritten.
+
+    Raises:
+        RecipeError: There is no such recipe, or the file exists.
+    """
     recipe = find_recipe(name.removesuffix(".yaml"))
     file = Path(f"{recipe.parent.name}-{recipe.name}")
     if dest is not None:

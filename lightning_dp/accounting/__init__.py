@@ -1,4 +1,4 @@
-"""What it costs: events, ledger, ε and δ, and noise for a target. Knows no tensors."""
+"""Privacy accounting: events, ledger, ε and δ, and noise for a target ε. Does not use PyTorch."""
 
 from lightning_dp.accounting.calibration import affordable_steps, calibrate_noise, calibrate_schedule, calibrate_steps
 from lightning_dp.accounting.cost import event_delta, event_epsilon

@@ -33,7 +33,7 @@ def calibrate_noise(
     spent: PrivacyLedger | None = None,
     mechanism: Callable[[float], DpEvent] = gaussian_event,
 ) -> float:
-    """The noise multiplier with which ``steps`` steps, after those in ``spent``, cost ε, or up to 0.1 % less.
+    """The noise multiplier with which ``steps`` steps, after those in ``spent``, cost ε, or usually up to 0.1 % less.
 
     Formal guarantee: the ε of the returned multiplier is at most ``epsilon``; it has been computed.
 
@@ -46,8 +46,12 @@ def calibrate_noise(
         spent: What has been released before.
         mechanism: As for `Phase`: noise other than Gaussian.
 
+    Returns:
+        The multiplier; 0.0 for an infinite ``epsilon``.
+
     Raises:
-        ValueError: No noise can meet the target, because ``spent`` exceeds it already.
+        ValueError: An argument is out of its range, or no noise can meet the target: ``spent`` exceeds it already, or
+            it is too small.
     """
     [phase] = calibrate_schedule(
         [Phase(steps, sampling_rate, mechanism=mechanism)],
@@ -82,7 +86,8 @@ def calibrate_schedule(
         spent: What has been released before.
 
     Raises:
-        ValueError: No noise can meet the target, because ``spent`` exceeds it already, or it is too small for any.
+        ValueError: The schedule is empty, an argument is out of its range, or no noise can meet the target: ``spent``
+            exceeds it already, or it is too small.
     """
     _check_target(epsilon, delta)
     if not schedule:
@@ -178,6 +183,14 @@ def calibrate_steps(
 
     Formal guarantee: the ε of the returned number of steps is at most ``epsilon``, unless ``spent`` exceeds it
     already; it has been computed. At most 10⁹ steps are looked for.
+
+    Args:
+        epsilon, delta: The target.
+        noise_multiplier: Standard deviation of the noise over the sensitivity.
+        sampling_rate, accountant, adjacency, spent: As for `calibrate_noise`.
+
+    Raises:
+        ValueError: An argument is out of its range.
     """
     _check_target(epsilon, delta)
     return affordable_steps(

@@ -67,7 +67,12 @@ def event_epsilon(
         delta: Strictly between 0 and 1.
         accountant: ``"pld"`` or ``"rdp"``.
         adjacency: ``"add_or_remove"`` or ``"replace_one"``.
-        resolution: Largest cell of the grid of privacy losses (``"pld"``). A coarser one is cheaper, and a bound too.
+        resolution: Wanted cell of the grid of privacy losses (``"pld"``); a wide range of losses or a large ε takes a
+            wider one. A coarser grid is cheaper, and gives an upper bound too.
+
+    Raises:
+        ValueError: An argument is out of its range.
+        TypeError: No accountant is known for a part of the event.
     """
     check_delta(delta)
     _check(accountant, adjacency)
@@ -92,7 +97,7 @@ def event_epsilon(
 def event_delta(
     event: DpEvent, epsilon: float, accountant: Accountant = "pld", adjacency: Adjacency = "add_or_remove"
 ) -> float:
-    """An upper bound on δ at this ε, as `event_epsilon` is on ε at a given δ. 1.0 when a step had no noise.
+    """An upper bound on δ at this ε, as `event_epsilon` is on ε at a given δ. 1.0 at a finite ε if a step had no noise.
 
     Raises:
         ValueError: ε is negative or not a number.

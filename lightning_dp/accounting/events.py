@@ -37,12 +37,12 @@ ADJACENCIES: tuple[Adjacency, ...] = ("add_or_remove", "replace_one")
 
 @dataclass(frozen=True)
 class Magnitudes:
-    """What one record adds to a sum, coordinate for coordinate: up to signs and the order of coordinates, no more than
-    one of K vectors. Coordinates beyond those that are listed get nothing.
+    """Upper limits on what one record adds to a sum: up to signs and the order of coordinates, each coordinate is at
+    most that of one of K vectors. Coordinates beyond those that are listed are zero.
 
     Args:
-        counts: Number of coordinates of every level, ``(L,)``.
-        values: Magnitude of every level, in units of the sensitivity, ``(K, L)``.
+        counts: Number of coordinates that share each of L magnitudes (levels), ``(L,)``.
+        values: These magnitudes for each of the K vectors, in units of the sensitivity, ``(K, L)``.
 
     Raises:
         ValueError: The levels of a vector are not as many as there are counts.
@@ -70,8 +70,8 @@ class ShiftedNoiseDpEvent(DpEvent):
 
     Args:
         noise: The distribution on a coordinate.
-        scale: Of the noise, over the sensitivity.
-        magnitudes: What one record adds, over the sensitivity.
+        scale: Scale of the noise over the sensitivity; ``noise`` itself has scale 1.
+        magnitudes: Upper limits on what one record adds, over the sensitivity.
     """
 
     noise: Density
@@ -109,7 +109,7 @@ class Phase:
         steps: Number of private steps.
         sampling_rate: Probability with which each record joins each batch.
         noise_multiplier: Scale of the noise over the sensitivity; 0 gives an event of infinite ε.
-        mechanism: What noise of a multiplier costs before sampling; Gaussian noise, unless said otherwise.
+        mechanism: Makes the event of one release without sampling from its noise multiplier.
     """
 
     steps: int
@@ -118,7 +118,11 @@ class Phase:
     mechanism: Callable[[float], DpEvent] = gaussian_event
 
     def event(self) -> DpEvent:
-        """What one step costs."""
+        """The event of one step, Poisson-sampled unless it has no noise.
+
+        Raises:
+            ValueError: The noise multiplier or the sampling rate is out of its range.
+        """
         if not 0 <= self.noise_multiplier < math.inf:
             raise ValueError(f"noise_multiplier must be non-negative and finite, got {self.noise_multiplier}.")
         if not 0 < self.sampling_rate <= 1:
@@ -182,9 +186,12 @@ Part = tuple[float, Mechanism, int]
 
 
 def parts_of_event(event: DpEvent) -> list[Part]:
-    """The kinds of steps in an event.
+    """The kinds of steps in an event, each with its number.
 
-    All Gaussian ones that are not subsampled are one: squared inverse multipliers add up (Dong, Roth & Su 2022).
+    All Gaussian steps of sampling rate 1 become one: squared inverse multipliers add up (Dong, Roth & Su 2022).
+
+    Raises:
+        TypeError: No accountant is known for a part of the event.
     """
     counts: dict[tuple[float, Mechanism], int] = {}
     precision = 0.0
@@ -199,7 +206,7 @@ def parts_of_event(event: DpEvent) -> list[Part]:
 
 
 def flat_parts(event: DpEvent, times: int) -> Iterator[Part]:
-    """Every kind of step in an event, as it occurs, ``times`` over."""
+    """Every step in an event, in order and unmerged, with its number multiplied by ``times``."""
     match event:
         case ComposedDpEvent():
             for part in event.events:

@@ -14,7 +14,7 @@ from lightning_dp.accounting.events import Accountant, Adjacency, Phase, decode_
 
 
 class PrivacyLedger:
-    """Every private step of a training, run-length encoded: the only record from which ε is computed.
+    """Every private step and statistic of a training, run-length encoded. ε is computed from it alone.
 
     The stage that adds the noise appends to it, before the noisy gradient becomes visible to anything. Steps are
     grouped by the run of a process that took them, under a random name, so that ledgers that share a history can be
@@ -61,7 +61,11 @@ class PrivacyLedger:
             yield event, sum(count for _, count in entries)
 
     def record(self, event: DpEvent, count: int = 1) -> None:
-        """Appends ``count`` private steps."""
+        """Appends ``count`` releases of this event to the current run.
+
+        Raises:
+            ValueError: ``count`` is negative.
+        """
         if count < 0:
             raise ValueError(f"count must not be negative, got {count}.")
         if count == 0:
@@ -102,11 +106,11 @@ class PrivacyLedger:
         return ledger
 
     def become(self, other: PrivacyLedger) -> None:
-        """Takes the entries and the current run of the other in place of one's own."""
+        """Replaces the entries and the current run of this ledger by copies of the other's."""
         self._runs, self._current = other.copy()._runs, other._current
 
     def extend(self, other: PrivacyLedger) -> None:
-        """Records the steps of the other after one's own."""
+        """Appends all entries of the other to this ledger's current run, also those that both have."""
         for event, count in other:
             self.record(event, count)
 
@@ -132,7 +136,11 @@ class PrivacyLedger:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> PrivacyLedger:
-        """The ledger that `state_dict` described."""
+        """The ledger that `state_dict` described; what it records next belongs to a new run.
+
+        Raises:
+            ValueError: An event is of an unknown type.
+        """
         ledger = cls()
         for run in state["runs"]:
             ledger._current = str(run["name"])
@@ -160,6 +168,9 @@ def epsilon(
         delta: The δ to state ε at, strictly between 0 and 1.
         accountant: ``"pld"`` or ``"rdp"``.
         adjacency: ``"add_or_remove"`` or ``"replace_one"``.
+
+    Raises:
+        ValueError: An argument is out of its range.
     """
     return PrivacyLedger.of([Phase(steps, sampling_rate, noise_multiplier)]).epsilon(delta, accountant, adjacency)
 

@@ -74,7 +74,7 @@ def _log_moments(orders: np.ndarray, ratio: np.ndarray, log_weights: np.ndarray)
     if small.any():
         k, single = orders[small], np.expm1(ratio)
         excess = np.expm1(k * ratio) - k * single
-        # The same to third order, where the difference would cancel.
+        # Its Taylor series to fifth order, where the difference would cancel.
         tiny = np.abs(k * ratio) < 1e-3
         series = (k * k - k) * ratio**2 / 2 + (k**3 - k) * ratio**3 / 6 + (k**4 - k) * ratio**4 / 24
         excess = np.where(tiny, series + (k**5 - k) * ratio**5 / 120, excess)

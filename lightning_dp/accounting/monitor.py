@@ -20,8 +20,8 @@ class EpsilonMonitor:
     It is at most 1 % above: the further steps raise ε by half a per cent, which is checked, and the coarser grid by
     less than that, which is measured by the tests rather than proven.
 
-    Cost: an evaluation, of some milliseconds, per half a per cent of ε and never more than one per call, but for a
-    misjudged look ahead; their number grows with the logarithm of the number of steps.
+    Cost: one evaluation, of some milliseconds, whenever ε has grown by half a per cent, and a second one in the same
+    call if the first looked too far ahead. Their number grows with the logarithm of the number of steps.
 
     Args:
         delta: The δ at which ε is stated.

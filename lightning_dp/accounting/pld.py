@@ -20,11 +20,11 @@ from scipy.stats import norm
 
 from lightning_dp.accounting.events import Adjacency, Part
 
-#: Cell of the grid of privacy losses, and of one that is good to half a per cent of ε, and far cheaper.
+#: Width of a cell of the grid of privacy losses; and of a far cheaper grid, whose ε is within half a per cent.
 FINE, COARSE = 1e-4, 2e-3
 
 
-#: The most cells for the losses of one step, a second's work, unless `FINE` asks for more; and the most altogether.
+#: Cells of one step's losses: the most that cells smaller than the resolution may give, and the most in any case.
 _ENOUGH_CELLS, _MOST_CELLS = 1e5, 4e5
 
 
@@ -176,7 +176,7 @@ class WorstDirection:
 
 
 def _common_interval(kinds: Sequence[tuple[float, float]], resolution: float, rough: float) -> float:
-    """A cell that resolves the losses of all kinds of steps, and is wide enough for the whole range of losses.
+    """Width of a cell that resolves the losses of all kinds of steps, and needs at most `_MOST_CELLS` for their range.
 
     Rounding up the losses of a step to a cell wider than they are would multiply over many steps. The size of these
     losses is the total variation distance ``q (2Φ(1/2z) - 1)``; their range is that of the log-likelihood ratio over
@@ -191,7 +191,7 @@ def _common_interval(kinds: Sequence[tuple[float, float]], resolution: float, ro
         else:
             span = max(span, 11 / multiplier + 0.5 / multiplier**2)
     interval = max(min(resolution, max(needed, span / _ENOUGH_CELLS)), span / _MOST_CELLS)
-    # A grid that reaches beyond a large ε is coarser, still pessimistic; by powers of two, so that steps are reused.
+    # Doubled until ε, which is at most ``rough``, has at most 10⁶ cells; powers of two let `_step`'s cache be used.
     return interval * 2.0 ** max(0, math.ceil(math.log2(rough * 1e-6 / interval))) if rough > 0 else interval
 
 

@@ -47,7 +47,7 @@ class Audit:
 
 
 def one_run_bound(canaries: int, guesses: int, correct: int, delta: float, confidence: float = 0.95) -> float:
-    """The largest ε that so many correct guesses reject.
+    """The largest ε, up to 60, that so many correct guesses reject; 0.0 if they reject none.
 
     Every canary was included with probability 1/2, independently; ``guesses`` of them were guessed to be in or out.
     With ``p = e^ε/(1 + e^ε)``, ``B ~ Bin(guesses, p)``, ``β = P[B ≥ v]`` and ``α = max_i (P[B ≥ v - i] - β)/i``, what
@@ -60,6 +60,9 @@ def one_run_bound(canaries: int, guesses: int, correct: int, delta: float, confi
         correct: How many guesses were right.
         delta: δ of the claim.
         confidence: One minus the probability that the bound is above the truth.
+
+    Raises:
+        ValueError: Not ``0 ≤ correct ≤ guesses ≤ canaries``.
     """
     if not 0 <= correct <= guesses <= canaries:
         raise ValueError(f"There are {correct} correct of {guesses} guesses about {canaries} canaries.")
@@ -127,7 +130,7 @@ def rates_bound(
     return max(found, default=0.0)
 
 
-#: ε above which a bound is not searched.
+#: The largest lower bound on ε that is searched for.
 _LARGEST_EPSILON = 60.0
 
 

@@ -54,9 +54,10 @@ class _Slots(Dataset[int]):
 
 
 class _Canaries(pl.LightningModule):
-    """A number for every canary, which alone it moves; and the log likelihood ratio of its being there.
+    """One parameter for every canary, which no other canary moves; and the log-likelihood ratio that it was included.
 
-    With contribution 1 and noise of standard deviation z, a step's is ``log(1 - q + q exp((x - 1/2)/z²))``.
+    A step adds ``log(1 - q + q exp((x - 1/2)/z²))`` to the ratio, where x is the noisy sum in units of a canary's
+    contribution, with noise of standard deviation z.
     """
 
     def __init__(self, count: int) -> None:
@@ -219,8 +220,8 @@ def audit_training(
     The score of a canary is how much its loss has fallen.
 
     Args:
-        module: What is trained; it is trained afterwards.
-        loader: Its train loader.
+        module: Is trained in place.
+        loader: Its train loader; records are ``(…, label)`` or dictionaries with a label.
         trainer: Trains it, by a private strategy or with `DifferentialPrivacy`.
         delta, confidence: Of the bound.
         canaries: How many records are copied, given another label, and added with probability 1/2.
@@ -228,7 +229,8 @@ def audit_training(
         seed: Of the choice of canaries; ``None`` draws one.
 
     Raises:
-        ValueError: The records have no labels, or there are too few of them.
+        ValueError: Records have no labels or all the same one, ``canaries`` is less than 2 or more than the records, or
+            (after training) the Trainer's strategy was not private.
     """
     random = np.random.default_rng(secrets.randbits(128) if seed is None else seed)
     records: Any = loader.dataset

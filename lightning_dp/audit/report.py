@@ -11,7 +11,15 @@ from lightning_dp.audit.bounds import Audit
 
 
 def write_audits(audits: Sequence[Audit], folder: str | Path) -> list[Path]:
-    """``audit.json``, and ``audit.png`` where matplotlib is installed: bounds beside claims."""
+    """Writes ``audit.json``, and where matplotlib is installed ``audit.png`` (lower bounds beside claims).
+
+    Args:
+        audits: At least one; all at the same δ and confidence.
+        folder: Is made if it does not exist.
+
+    Returns:
+        The paths of the files.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "audit.json"

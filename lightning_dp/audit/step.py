@@ -22,7 +22,7 @@ from lightning_dp.training.independence.subject import loss_of, reduced
 
 # -- single steps ------------------------------------------------------------------------------------------------------
 
-#: Of the trials of `audit_step`, the share that only chooses the attack.
+#: Further steps of each kind that choose the threshold in `audit_step`, as a share of its ``trials``.
 _REHEARSAL = 0.25
 
 
@@ -37,11 +37,11 @@ def audit_step(
     trials: int = 4000,
     confidence: float = 0.95,
 ) -> Audit:
-    """Tells single steps with one record more from those without, from all noisy gradients.
+    """A lower bound on ε from single steps: how well an attack tells those with one more record from those without.
 
-    The attack: the noise-free difference d of the two sums is known, and how strongly every parameter is noised; the
-    score is ``Σ_l ⟨ĝ_l, d_l⟩ / σ_l²`` (the likelihood ratio of Gaussian noise). Its threshold is chosen on trials of
-    its own.
+    The attack knows the noise-free difference d of the two sums, and measures the standard deviation σ_l of the noise
+    on every parameter; the score of a noisy gradient ĝ is ``Σ_l ⟨ĝ_l, d_l⟩ / σ_l²`` (the likelihood ratio of Gaussian
+    noise). Its threshold is chosen on trials of its own.
 
     Args:
         make_step: Makes the private step under audit, of a module that is not changed by it.
@@ -50,6 +50,9 @@ def audit_step(
         multiplier: Noise multiplier z.
         delta, confidence: Of the bound.
         trials: Steps of each kind.
+
+    Raises:
+        ValueError: The step adds no noise.
     """
     step = make_step()
 
@@ -109,7 +112,16 @@ def audit_module(
     trials: int = 1000,
     confidence: float = 0.95,
 ) -> Audit:
-    """`audit_step` of a module on its own records: four of them, and one more, whose label is wrong if it has one."""
+    """`audit_step` of a module on its own records: the first four of its train set, and the first five.
+
+    Args:
+        module: Is copied, and not changed.
+        loader: Its train loader, of at least five records.
+        clipping, noise: The mechanism under audit.
+        multiplier: Noise multiplier z.
+        engine: As for `PrivateStrategy`.
+        delta, trials, confidence: As for `audit_step`.
+    """
     records: Any = loader.dataset
     first = loader.collate_fn(_take(records, [0, 1, 2, 3]))
     more = loader.collate_fn(_take(records, [0, 1, 2, 3, 4]))

@@ -87,8 +87,7 @@ def audit_command(arguments: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-# -- the command -------------------------------------------------------------------------------------------------------
-
+#: In the order in which they run; "training" always does, because the others use its strategy.
 ATTACKS = ("training", "mechanism", "step")
 
 

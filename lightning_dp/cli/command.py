@@ -31,7 +31,7 @@ class PrivateCLI(LightningCLI):
         has_test = self.datamodule is not None and _overrides(self.datamodule, "test_dataloader")
         if has_test and _overrides(self.model, "test_step") and not getattr(self.trainer, "fast_dev_run", False):
             [metrics] = self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
-        line = summary(self.trainer, metrics)  # in every process: the directory of the logs is asked of the first
+        line = summary(self.trainer, metrics)  # in every process: trainer.log_dir is a collective
         if self.trainer.is_global_zero:
             print(line)
 

@@ -1,1 +1,1 @@
-"""What a record owes: per-example gradients of every layer, and what records them. No privacy in it."""
+"""Per-example gradients of every layer, and the hooks and engines that obtain them. No clipping, no noise."""

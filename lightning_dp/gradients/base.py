@@ -1,8 +1,8 @@
 """Per-example gradients of one parameter, held in the form that makes their norms and weighted sums cheap.
 
-A layer rule (`lightning_dp.gradients.rules`) turns what was recorded of a layer into these objects, which are asked for
-two things only: the squared norm of every example's gradient, and a sum of the gradients weighted per example. Nothing
-here knows about clipping, noise or layers.
+A layer rule (`lightning_dp.gradients.rules`) turns a recorded layer call into these objects. Clipping asks them for two
+things: the squared norm of every example's gradient, and a sum of the gradients weighted per example. Gradient encoding
+has them materialised. Nothing here knows about clipping, noise or layers.
 
 Notation: ``B`` examples, ``T`` positions that share the parameter (time steps, pixels), parameter shape ``(p, d)``.
 Norms are accumulated in float32 or wider, whatever the precision of training.
@@ -38,7 +38,7 @@ class PerExampleGradient(ABC):
     def squared_norms(self) -> Tensor:
         """Squared Euclidean norm of every example's gradient, shape ``(B,)``, computed once.
 
-        May exchange what is held for something smaller that the weighted sum can be formed from.
+        May replace the tensors held by smaller ones from which the weighted sum can still be formed.
         """
         try:
             return self._norms
@@ -92,8 +92,8 @@ def cancelling(size: Tensor, terms: int) -> Tensor:
     Formal guarantee: rounding of the weighted sum, at most about ``u √terms`` times the root of ``size`` (unit roundoff
     u; Higham & Mary 2019), stays below 1/300 of the clipping norm however the terms cancel. Proof: the norm is then at
     least ``300 u √(terms · size)``, and the weight at most the clipping norm over it. A gradient of a thousand
-    independent terms is measured too long by two parts in ten thousand; by more in proportion to their number, and to
-    how far ``size`` is above what it bounds (the taps of a kernel).
+    independent terms is measured too long by two parts in ten thousand; by more in proportion to the square of their
+    number, and to how far ``size`` is above what it bounds (the taps of a kernel).
 
     Args:
         size: Product of the summed squares of the two factors of every term, per example.
@@ -135,7 +135,7 @@ class Dense(PerExampleGradient):
 
 
 def joined_rows(tensors: Iterable[Tensor]) -> Tensor:
-    """Concatenated along the positions: then norms are those of the sum over all of them."""
+    """Concatenates along the positions ``(B, T, ...)``: norms are then those of the sum over all calls."""
     return torch.cat(list(tensors), 1)
 
 

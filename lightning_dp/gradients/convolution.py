@@ -22,12 +22,12 @@ from lightning_dp.gradients.linear import inner_product_of_grams
 from lightning_dp.gradients.precision import is_asynchronous, wide
 
 #: Kernel elements per output channel up to which unfolding the input beats a grouped convolution on a CPU. On a GPU it
-#: always does (measured: up to twelve times; never less than half as fast).
+#: is always used (measured: up to twelve times as fast, never less than half as fast).
 _FEW_INPUTS = 32
 
 
-#: Numbers that a GPU unfolds at once. It does not depend on the size of the batch, which is another one in every step:
-#: libraries choose a kernel for every new shape, which takes longer than to run it.
+#: Numbers that a GPU unfolds at once, whatever the batch size, which differs in every step: for every new shape,
+#: libraries choose a GPU kernel anew, which takes longer than running it.
 MAX_UNFOLDED_ELEMENTS = 2**26
 
 
@@ -246,6 +246,6 @@ class Convolution(PerExampleGradient):
 
     def over_copies(self, copies: int) -> PerExampleGradient:
         """Nothing is summed yet: the weighted sum needs the rows only, and norms see an example's copies at once."""
-        if self.copies > 1 or self.values is not None or self.grad.dim() > 4:  # torch has no deeper one than these
+        if self.copies > 1 or self.values is not None or self.grad.dim() > 4:  # torch has no 4-D convolution
             return Dense(self.materialise()).over_copies(copies)
         return self._of_rows(self.grad, self.input, copies)

@@ -29,7 +29,7 @@ class Engine(ABC):
     #: sum over them.
     copies = 1
 
-    #: How layers are called, once that has been examined: every forward pass is held to it. ``None``: nobody knows.
+    #: How layers were called when the model was examined; another form is an error. ``None``: it was not examined.
     forms: CallForms | None = None
 
     def __init__(self, module: nn.Module) -> None:
@@ -54,13 +54,13 @@ class PerExampleEngine(Engine):
     #: Whether norms will be asked for: then they are computed as early as possible, and what only they need is freed.
     expects_norms = True
 
-    #: Takes, within the backward pass, the gradient of a parameter to which nothing more will come, by its name.
-    #: ``None``: all gradients are kept for `gradients`. An engine that cannot tell keeps them too.
+    #: Called within the backward pass with a parameter's name and gradient, once that is final. ``None``: all gradients
+    #: are kept for `gradients`. An engine that cannot tell when they are final keeps them too.
     on_complete: Callable[[str, PerExampleGradient], None] | None = None
 
     @abstractmethod
     def gradients(self) -> dict[str, PerExampleGradient]:
-        """After both: the gradients, by parameter name, of the loss that was given to ``backward``.
+        """After `forward` and `backward`: the gradients, by parameter name, of the loss that was differentiated.
 
         A parameter that the loss did not depend on is left out.
         """
@@ -75,8 +75,9 @@ class SummingEngine(Engine):
     factors: Tensor | None = None
     keep_norms = False
 
-    #: Takes, within the last backward pass of a step, the sum of a parameter to which nothing more will come, by its
-    #: name, and a factor that it is yet to be multiplied with. ``None``: all sums are kept for `take`.
+    #: Called within the last backward pass of a step with a parameter's name, its final sum, and a factor that the sum
+    #: is yet to be multiplied with. ``None``: all sums are kept for `take`. An engine that cannot tell when they are
+    #: final keeps them too.
     on_complete: Callable[[str, Tensor, float], None] | None = None
 
     @abstractmethod
@@ -89,8 +90,8 @@ class SummingEngine(Engine):
 
     @abstractmethod
     def take(self) -> tuple[dict[str, Tensor], float]:
-        """The sums over all micro-batches since, by parameter name, and a factor that they are yet to be multiplied
-        with. They are the caller's from now on. A parameter that no loss depended on is left out."""
+        """The sums over all micro-batches since the last `take` or `reset`, by parameter name, and a factor that they
+        are yet to be multiplied with; the engine forgets them. A parameter that no loss depended on is left out."""
 
 
 @contextmanager

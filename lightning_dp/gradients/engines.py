@@ -27,7 +27,7 @@ ENGINES = ("bookkeeping", "per_example")
 
 
 def make_engine(name: str, module: nn.Module) -> PerExampleEngine:
-    """The engine of that name for this module."""
+    """The engine of that name, one of `ENGINES`, for this module; another name is a ValueError."""
     if name == "bookkeeping":
         return BookKeeping(module)
     if name == "per_example":
@@ -115,6 +115,9 @@ def gradients_of(
         module, layer: The layer, and its name.
         call: Its call.
         per_example: Which of all arguments have one entry per example, where that is known.
+
+    Raises:
+        UnsupportedModelError: The layer has no rule and cannot be recomputed, or its input was modified in place.
     """
     assert call.grad_output is not None
     input, rule = call.unchanged_input(layer), rule_for(module)

@@ -1,8 +1,7 @@
 """The form of a layer's calls: found once, before the first step, and held in every step after it.
 
-What an engine takes for one entry per example, and what for an input that all examples share, is never read from the
-shape of the tensor at hand: another batch could change that. Lengths, and how often a recurrent cell is called, may
-follow the padding.
+Once a model is examined, whether an input has one entry per example or is shared by all is not read from its shape:
+another batch could change that. Sequence lengths, and how often a recurrent cell is called, may differ between batches.
 """
 
 from __future__ import annotations
@@ -31,10 +30,9 @@ class LayerForm:
         is_shared: Per call of the pass that was examined: whether its input is the same for all examples (position
             numbers, with a leading dimension of 1) rather than one entry per example.
         constants: The inputs that all examples share, by the number of the call.
-        per_example: Which of the tensors among all arguments have one entry per example, of layers that are run again.
+        per_example: Of layers that are recomputed (`rules.recompute`): which arguments have one entry per example.
         reduction: Of a layer that returns one number for the whole batch (a loss that holds parameters): whether that
-        is
-            the ``"mean"`` or the ``"sum"`` over examples; ``None``: it returns one entry per example.
+            is the ``"mean"`` or the ``"sum"`` over examples; ``None``: it returns one entry per example.
     """
 
     is_shared: list[bool] = field(default_factory=list)
@@ -48,7 +46,7 @@ class CallForms:
 
     def __init__(self) -> None:
         self.layers: dict[str, LayerForm] = {}
-        #: Set on a device when a shared input turns out to be another one; read once a step.
+        #: Flags on an accelerator, by message: whether a shared input differed; read once per forward pass.
         self._changed: dict[str, Tensor] = {}
 
     def merge(self, other: CallForms, only_new: bool = False) -> None:
@@ -111,7 +109,7 @@ class CallForms:
             form.constants[index] = input.detach().clone()
 
     def check_constants(self) -> None:
-        """Raises what could not be seen within the pass without waiting for a device.
+        """Reads, after a forward pass, the flags whose reading within it would have been a host-device sync each.
 
         Raises:
             FormChanged: A shared input was another one.

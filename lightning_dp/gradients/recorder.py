@@ -1,8 +1,8 @@
 """Recording what each trainable layer saw and what came back: its input and the gradient at its output.
 
-While a `Recorder` is recording, the trainable parameters do not require grad, so autograd computes no ordinary weight
-gradients; the layers' outputs do, so that the gradient still flows to every one of them. Hooks live only as long as
-one forward pass: outside it the user's module is exactly as it was.
+While a recorded layer's forward runs, its trainable parameters do not require grad, so autograd computes no ordinary
+weight gradients; the layer's output does, so that the gradient still flows to it. Elsewhere parameters require grad as
+usual. Hooks on modules live only as long as one forward pass: outside it the user's module is exactly as it was.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lightning_dp.gradients.model import getattr_path, trainable
 from lightning_dp.gradients.rules.attention import LinearMap, calls_linear, forward_with_linear, linear_map
 from lightning_dp.gradients.shared_outputs import note_expanded
 from lightning_dp.gradients.source import here
+from lightning_dp.torch_api import base_of, functions_unwatched, version_of
 
 
 @dataclass(slots=True, eq=False)
@@ -38,7 +39,7 @@ class LayerCall:
     linear: LinearMap | None = None
 
     def unchanged_input(self, layer: str) -> Tensor:
-        if self.input._version != self.version:
+        if version_of(self.input) != self.version:
             raise UnsupportedModelError(
                 f"Layer '{layer}': its input was modified in place after the layer used it, so its gradient cannot be "
                 "computed. Replace the in-place operation (`x += y`, `relu_`) on that tensor by an ordinary one."
@@ -74,11 +75,11 @@ class _Constants:
         own = [p for p in parameters if id(p) in self._depth]
 
         def enter(module: nn.Module, args: Any) -> None:
-            with unwatched():
+            with functions_unwatched():
                 constant()
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            with unwatched():
+            with functions_unwatched():
                 trained()
 
         def constant() -> None:
@@ -96,7 +97,7 @@ class _Constants:
         return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, prepend=True)]
 
     def restore(self) -> None:
-        """What an error within a layer has left as it was there."""
+        """Makes the parameters require grad again, also after an error within a layer's forward."""
         for parameter in self._inside.values():
             parameter.requires_grad_(True)
 
@@ -125,7 +126,7 @@ class Recorder:
         self._listening = self._recording = False
         #: How layers are called, once that has been found; see `lightning_dp.gradients.forms`.
         self.forms: CallForms | None = None
-        #: A layer through whose backward pass the step differentiated again.
+        #: Name of a layer whose backward pass was itself differentiated (``create_graph=True``).
         self._twice: str | None = None
 
     @contextmanager
@@ -143,7 +144,7 @@ class Recorder:
         anchor = torch.zeros((), requires_grad=True)
         of_linear_maps = {name: module for name, module in self._layers.items() if calls_linear(module)}
         handles = []
-        fused = torch.backends.mha.get_fastpath_enabled()  # in eval mode it passes all layers by
+        fused = torch.backends.mha.get_fastpath_enabled()  # in eval mode it bypasses hooks
         self._recording = True
         try:
             torch.backends.mha.set_fastpath_enabled(False)
@@ -232,7 +233,7 @@ class Recorder:
 
         # A linear layer over a sequence returns a view. An activation that then works in place would cut the view's
         # own hook off; the view's base keeps it.
-        base, shape = output._base, output.shape
+        base, shape = base_of(output), output.shape
         if base is not None and base.grad_fn is not None and same_memory(base, output):
             base.register_hook(lambda grad: keep(grad.reshape(shape)))
         else:
@@ -256,7 +257,7 @@ class Recorder:
                 return output
             if (input.dim() == 3 and input.shape[1] != batch_size) or (input.dim() == 2 and len(input) % batch_size):
                 raise _no_batch(name, module, input, batch_size)
-            call = LayerCall(arrange(input.detach()), input._version, linear=linear_map(module, weight, bias))
+            call = LayerCall(arrange(input.detach()), version_of(input), linear=linear_map(module, weight, bias))
             return self._record(name, call, output, anchor, arrange)
 
         return linear
@@ -265,7 +266,7 @@ class Recorder:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if not torch.is_grad_enabled():
                 return None
-            with unwatched():
+            with functions_unwatched():
                 return recorded(module, args, kwargs, output)
 
         def recorded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -283,7 +284,7 @@ class Recorder:
             form = None if self.forms is None else self.forms.layers.get(name)
             reduction = form.reduction if form is not None and name in self._with_arguments else None
             if output.dim() == 0 and reduction is not None:
-                call = LayerCall(input.detach(), input._version, arguments=(args, kwargs))
+                call = LayerCall(input.detach(), version_of(input), arguments=(args, kwargs))
                 share = 1.0 / batch_size if reduction == "mean" else 1.0
                 return self._record(name, call, output, anchor, lambda grad: (grad * share).expand(batch_size))
             if output.dim() == 0:
@@ -298,7 +299,7 @@ class Recorder:
             if output.shape[0] != batch_size:
                 # A layer whose input is the same for all examples (position numbers): every example gets its own copy.
                 output = output.expand(batch_size, *output.shape[1:])
-            call = LayerCall(input.detach(), input._version)
+            call = LayerCall(input.detach(), version_of(input))
             if name in self._with_arguments:
                 call.arguments = (args, kwargs)
             output = self._record(name, call, output, anchor)
@@ -312,10 +313,6 @@ class Recorder:
             return (output, *rest)
 
         return hook
-
-
-#: The library's own work on a layer's call is none of the step's code: modes that look at functions do not see it.
-unwatched = torch._C.DisableTorchFunction
 
 
 def same_memory(base: Tensor, view: Tensor) -> bool:
@@ -338,6 +335,7 @@ def with_batch(
 
     Raises:
         FormChanged: The call has another form than those that were examined.
+        UnsupportedModelError: The leading dimension is not the batch.
     """
     if forms is not None and (not input.dim() or input.shape[0] in (1, batch_size)):
         shared = forms.is_shared(name, module, index, input, batch_size)

@@ -1,4 +1,4 @@
-"""Per-example gradients of parameters that several calls share, or that a function is applied to first."""
+"""Per-example gradients of parameters that several layer calls share, or that are reparametrised."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class Mapped(PerExampleGradient):
         return torch.cat([part._squared_norms_directly() for part in parts])
 
     def _squared_norms_directly(self) -> Tensor:
-        """What the map takes away is in the weighted sum until the map is applied to it: rounding must be covered."""
+        """Covers rounding (`cancelling`): the weighted sum is formed before the map, and the part that the map removes
+        can be large."""
         before = self.inner.materialise().view(-1, *self.like.shape)
         return squared_row_norms(self.map(before)) + cancelling(
             squared_row_norms(before) * self.gain**2, self.like[0].numel()

@@ -1,1 +1,1 @@
-"""What is written down: every private step, before its result is used."""
+"""The privacy journal: a file that accounts for every private step before its result is used."""

@@ -1,4 +1,4 @@
-"""What a privacy journal says: reading it, also when it is damaged or was continued elsewhere."""
+"""Reads privacy journals, also damaged ones and those whose training went on in another directory."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class JournalRun:
     """What a journal knows about one fit."""
 
     name: str
-    #: The "run" record: process, boot, versions, configuration, steps that the model contained at the start.
+    #: The "run" entry: process, boot, start, configuration (with versions), steps in the model at the start.
     about: dict[str, Any]
     #: Encoded events and how often they were taken.
     steps: list[tuple[dict[str, Any], int]] = field(default_factory=list)
@@ -48,13 +48,17 @@ class JournalRun:
     killed: bool = False
 
     def close_reservation(self, used: int) -> None:
-        """So many of the reserved steps were taken, and no more will be."""
+        """Charges ``used`` of the reserved steps, and drops the reservation."""
         if self.reserved is not None and used:
             self.steps.append((self.reserved[0], used))
         self.reserved, self.begun = None, 0
 
     def open_steps(self, believe_numbers: bool) -> int:
-        """Steps of the open reservation that must be charged."""
+        """Steps of the open reservation that must be charged.
+
+        Args:
+            believe_numbers: Whether the step numbers in the file are complete; otherwise all reserved steps count.
+        """
         if self.reserved is None:
             return 0
         same_boot = self.about.get("boot") is not None and self.about["boot"] == files.boot_identifier()
@@ -81,7 +85,7 @@ class JournalContents:
         self.name = ""
         #: Every N that it has been written with, in order.
         self.num_records: list[int] = []
-        #: The mechanism: what must be the same in all runs of one journal.
+        #: The mechanism of the first training; another one is warned of (`warn_of_another_training`).
         self.configuration: dict[str, Any] = {}
         self.runs: dict[str, JournalRun] = {}
         #: Journals that training went on in, from a checkpoint of this one.
@@ -96,7 +100,7 @@ class JournalContents:
             raise JournalError(f"The privacy journal {path} cannot be read: {error.strerror or error}.") from error
         #: Length in bytes of what is whole; the rest, if any, is a line that was never finished.
         self.size = 0
-        #: Whether more than one unfinished line had to be left out, as a loss of power can make it.
+        #: Whether more than an unfinished line is missing, as after a loss of power: then reservations count in full.
         self.damaged = False
         self._parse(data)
         #: Whether the end of the file is missing something.
@@ -212,7 +216,11 @@ def read_with_continuations(path: Path) -> Iterator[JournalContents]:
 
 
 def find_journal(reference: Mapping[str, str], directory: Path) -> Path | None:
-    """The journal of this name: where it lies relative to ``directory``, where it was written, or nearby."""
+    """The journal of this name: where it lies relative to ``directory``, where it was written, or nearby.
+
+    Raises:
+        JournalError: The file where it was written cannot be read as a journal.
+    """
     nearby = [directory / JOURNAL_NAME, directory.parent / JOURNAL_NAME]
     for path in (directory / reference["relative"], Path(reference["path"]), *nearby):
         try:

@@ -1,4 +1,4 @@
-"""Files that survive a crash: locks, directories that are on the disk, paths that can be found again."""
+"""File helpers of the journal: locks, syncing of directories, relative paths, the identifier of a boot."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ except ImportError:  # Windows: no lock; two processes in one directory are then
     fcntl = None
 
 
-#: For so long a process that has just been killed may still hold its lock.
+#: Seconds to wait for a lock: a process that has just been killed may still hold it.
 _LOCK_SECONDS = 1.0
 
 
@@ -30,7 +30,7 @@ OWN_DIRECTORY = (
 
 
 def boot_identifier() -> str | None:
-    """Names the running system until it is restarted; ``None`` where it has no name."""
+    """Linux's identifier of the current boot; ``None`` on other systems."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -50,9 +50,17 @@ def relative_path(path: str | Path, folder: str | Path) -> str:
 
 
 def open_locked(path: Path, create: bool, holder: Callable[[Path], str]) -> int:
-    """A file descriptor for appending that no other process has.
+    """A file descriptor for appending, under a lock that excludes other processes where the system has such locks.
 
-    The lock ends with the process, however it ends; at a fork the child gives it up (`_abandon_in_child`).
+    The lock ends with the process, however it ends; a forked child gives it up (`_abandon_in_child` of the writer).
+
+    Args:
+        path: The file; its directory is made.
+        create: Whether a missing file is made.
+        holder: Says for a message which process holds the lock.
+
+    Raises:
+        JournalError: The file cannot be written, or another process has it.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,14 +8,16 @@ is set.
 Formal guarantee: at every moment the steps that the file accounts for include all whose noisy gradient has been used,
 
 - after the end of the process, however it ended (SIGKILL included): exactly those, and at most one more;
-- after the loss of power, or read on another machine: also the reserved ones that were perhaps never taken.
+- after the loss of power, read on another machine, or on a system without boot identifier (all but Linux): also the
+  reserved ones that were perhaps never taken.
 
 Proof: a reservation is on the disk (fsync) before its first step, and a step's number has been handed to the operating
 system, which outlives the process, before the step. The numbers are believed only while the same system is running (by
 its boot identifier); otherwise reservations count in full.
 
-The file holds public information only: events, counts, names of runs, configuration, N and q. No seed, no size of any
-batch that was drawn, nothing that was computed from records without noise.
+The file holds public information only: events, counts, configuration, N, q, the name, process and start of every run,
+and notes (δ, names of metrics). No seed, no size of any batch that was drawn, nothing that was computed from records
+without noise.
 
 One line is one JSON value: an object with a ``"type"``, or a number n, "the n-th of the steps reserved last has begun".
 """
@@ -79,11 +81,11 @@ class PrivacyJournal:
     Args:
         directory: Where the file is, or will be; made if it does not exist.
         num_records: N, the number of records of the train set.
-        configuration: The mechanism, in plain data: what must be the same in all runs of one journal.
+        configuration: The mechanism, in plain data. If it or N differs from the journal's, a warning says so.
 
     Raises:
-        JournalError: It belongs to another data set or configuration, another process has it open, or it cannot be
-            written.
+        JournalError: The directory is not local, another process has the file open, or it cannot be written, is damaged
+            elsewhere than at its end, or is of a newer version.
     """
 
     def __init__(self, directory: str | Path, *, num_records: int, configuration: Mapping[str, Any]) -> None:
@@ -161,7 +163,15 @@ class PrivacyJournal:
     def continue_from(self, reference: Mapping[str, str], checkpoint_directory: Path) -> PrivacyLedger | None:
         """Every step that the journal of a checkpoint knows; that journal will know that training goes on here.
 
-        ``None`` when the journal is not found.
+        Args:
+            reference: The checkpoint's entry: the journal's ``name``, ``path``, and ``relative`` path.
+            checkpoint_directory: What ``relative`` is relative to.
+
+        Returns:
+            ``None`` when the journal is not found.
+
+        Raises:
+            JournalError: It cannot be read, or another process has it open.
         """
         found = find_journal(reference, checkpoint_directory)
         if found is None or found.samefile(self.path):
@@ -211,6 +221,9 @@ class PrivacyJournal:
         Args:
             event: The step's cost.
             at_most: The most steps, this one included, that a budget has room for: no more are reserved.
+
+        Raises:
+            JournalError: The file cannot be written: the step must not be taken.
         """
         if self._about is not None:
             head = {"type": "run", "run": self._run, "boot": files.boot_identifier(), "process": os.getpid()}
@@ -233,7 +246,7 @@ class PrivacyJournal:
         self._event, self._begun, self._reserved = event, 0, count
 
     def _steps_to_reserve(self, at_most: int | None) -> int:
-        """So many that waiting for the disk takes about `_SYNC_SHARE` of the time."""
+        """The number of steps at which waiting for the disk takes about `_SYNC_SHARE` of the time."""
         limit = _MOST_RESERVED if at_most is None else min(at_most, _MOST_RESERVED)
         if self._steps < 2:
             return 1

@@ -34,8 +34,8 @@ NO_STATE: State = {}
 class Bounding(ABC):
     """How the contribution of one record to a step is bounded, and by how much one record can then move each sum.
 
-    A rule that weighs per-example gradients is a `Clipping`. `BackpropClipping` bounds what the
-    gradients are made of.
+    A rule that weighs per-example gradients is a `Clipping`. `BackpropClipping` clips layer inputs and upstream
+    gradients instead, and `GradientEncoding` every coordinate of a gradient.
     """
 
     #: Whether the sums keep their bound when the model computes in less than float32.
@@ -70,7 +70,8 @@ class Bounding(ABC):
         """The most that adding or removing one record moves each group's bounded sum, in Euclidean norm."""
 
     def magnitudes(self) -> Magnitudes | None:
-        """What is known of one record's contribution besides its norm, over the sensitivity; ``None``: nothing."""
+        """Limits on the coordinates of one record's contribution, over the sensitivity; ``None``: only its norm is
+        limited."""
         return None
 
     def shares(self, groups: Sequence[Group], sizes: Mapping[str, int]) -> list[float]:
@@ -94,6 +95,14 @@ class Bounding(ABC):
 
         Proof: every term of the sums has a norm of at most its group's sensitivity and depends on its own record alone.
         Adding or removing a record adds or removes one term; replacing one does both (triangle inequality).
+
+        Args:
+            neighboring_relation: Adding or removing a record, or replacing one.
+            groups: As from `groups`.
+            state: As from `next_state`; ``None``: that before the first step.
+
+        Raises:
+            ValueError: The neighbouring relation is another.
         """
         state = self.initial_state() if state is None else state
         bound = math.hypot(*self.group_sensitivities(groups, state))
@@ -135,7 +144,7 @@ class Clipping(Bounding):
 
 
 def check_positive(rule: str, **values: float) -> None:
-    """Refuses norms that bound nothing."""
+    """Raises TypeError or ValueError unless every value is a positive, finite number."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError(f"{rule}: {name} must be a number, got {value!r}.")
@@ -185,6 +194,9 @@ class PerLayerClipping(Clipping):
     Args:
         max_norm: The joint norm C, of which each of L layers gets ``C / √L``.
         max_norms: Instead, the norm of every layer by its name (``{"net.0": 0.1, …}``).
+
+    Raises:
+        ValueError: Both are given, or neither, or a norm is not positive and finite.
     """
 
     separable: ClassVar[bool] = True
@@ -240,7 +252,7 @@ class AutomaticClipping(Clipping):
     Source: Bu et al. 2023, "Automatic Clipping: Differentially Private Deep Learning Made Easier and Stronger".
 
     Args:
-        gamma: γ, which keeps the size of small gradients apart.
+        gamma: γ, in units of the gradient's norm: gradients much shorter than γ keep their relative sizes.
     """
 
     gamma: float = 0.01
@@ -259,7 +271,7 @@ class AutomaticClipping(Clipping):
 class AdaptiveClipping(Clipping):
     """Flat clipping whose norm follows a quantile of the gradient norms, found with differential privacy.
 
-    Every step also counts, with noise, how many norms lie below the clipping norm C, and moves C by
+    Every step also counts, with noise, how many norms are at most the clipping norm C, and multiplies C by
     ``exp(-learning_rate · (fraction - target_quantile))``. C stays the same within a logical batch.
 
     Formal guarantee: gradient sum (sensitivity C, noise ``z_Δ C``) and count (sensitivity 1/2, noise ``σ_b``) are

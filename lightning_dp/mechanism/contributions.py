@@ -1,4 +1,4 @@
-"""Contributions: bounds those of a micro-batch, and adds them to the sums.
+"""Bounds the contributions of a micro-batch's examples, and adds them to the sums.
 
 There is one class per kind of engine: one that supplies per-example gradients, which a clipping rule weighs, and one
 that bounds within the backward pass and supplies the sum.
@@ -61,11 +61,11 @@ class Contributions(ABC):
 
     @abstractmethod
     def hand_over(self) -> None:
-        """After the last backward pass: all that the engine has is in the sums."""
+        """After the last backward pass: moves what the engine still holds into the sums."""
 
 
 def contributions_of(engine: Engine, clipping: Bounding, sums: NoisySums) -> Contributions:
-    """The contributions of an engine's kind."""
+    """The kind of `Contributions` that this engine needs."""
     if isinstance(engine, SummingEngine):
         return BoundedSums(engine, clipping, sums)
     assert isinstance(engine, PerExampleEngine) and isinstance(clipping, Clipping)
@@ -73,7 +73,7 @@ def contributions_of(engine: Engine, clipping: Bounding, sums: NoisySums) -> Con
 
 
 class BoundedSums(Contributions):
-    """Of an engine that bounds within the backward pass."""
+    """Contributions of a `SummingEngine`, which bounds within the backward pass."""
 
     def __init__(self, engine: SummingEngine, clipping: Bounding, sums: NoisySums) -> None:
         super().__init__(clipping, sums)
@@ -106,7 +106,7 @@ class BoundedSums(Contributions):
 
 
 class WeightedGradients(Contributions):
-    """Of an engine that supplies per-example gradients."""
+    """Contributions of a `PerExampleEngine`, whose gradients a clipping rule weighs."""
 
     clipping: Clipping
 
@@ -124,10 +124,13 @@ class WeightedGradients(Contributions):
 
     def _begin_micro_batch(self, scale: float, last: bool) -> None:
         self._scale, self._is_last = scale, last
-        #: What a separable rule waits for, by group; the groups that are bounded; norms and weights; who is left out.
+        #: Gradients of groups, by index, that are not complete yet (separable rules only).
         self._waiting: dict[int, dict[str, PerExampleGradient]] = {}
+        #: Groups whose clipped gradients are in the sums.
         self._bounded: set[int] = set()
+        #: Norms and weights ``(B, G)``, where they are kept.
         self._measured: tuple[Tensor, Tensor] | None = None
+        #: Mask ``(B,)`` of examples with a gradient that is not finite; ``None``: there are none.
         self._bad: Tensor | None = None
 
     @contextmanager
@@ -167,7 +170,7 @@ class WeightedGradients(Contributions):
         self._bound_once([group])
         norms = torch.stack([g.squared_norms() for g in gradients.values()]).sum(0).sqrt_() * self._scale
         bad = ~norms.isfinite()
-        if is_asynchronous(bad) or bad.any():  # there, to leave out nobody is cheaper than to look
+        if is_asynchronous(bad) or bad.any():  # a mask costs less than a host-device sync
             self._bad = bad if self._bad is None else self._bad | bad
             gradients = {name: g.without(bad) for name, g in gradients.items()}
             norms = norms.masked_fill(bad, 0)

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from lightning_dp.mechanism.noise import Noise
+from lightning_dp.torch_api import scale_
 
 #: What a denoiser remembers: plain data and tensors, which may be saved and shown.
 DenoiserState = dict[str, Any]
 
 
-#: Steps for which a filter's correction of its start is looked at.
+#: Steps over which `LowPassDenoiser` checks that its response to a constant stays positive.
 _LOOK_AHEAD = 1000
 
 
@@ -45,7 +46,7 @@ class Denoiser(ABC):
     """Post-processing of noisy gradients."""
 
     def check(self, noise: Noise) -> None:
-        """Raises ValueError where this noise is none that the denoiser knows how to remove."""
+        """Raises ValueError when the denoiser does not support this noise."""
         return
 
     @abstractmethod
@@ -91,7 +92,7 @@ class KSDenoiser(Denoiser):
         flat = torch.cat([gradient.flatten() / noise.scales[name] for name, gradient in gradients.items()])
         distance = self.strength * kolmogorov_smirnov(flat, noise.fresh(len(flat)))
         factor = 0.0 if distance < self.least else min(distance, self.most)
-        torch._foreach_mul_(list(gradients.values()), factor)
+        scale_(list(gradients.values()), factor)
         return state
 
 
@@ -129,14 +130,17 @@ class LowPassDenoiser(Denoiser):
     """A linear recursive (ARMA) filter over time: gradients change slowly from step to step, noise does not.
 
     ``m_t = Σ_{τ≥0} b_τ g_{t-τ} - Σ_{τ≥1} a_τ m_{t-τ}``, and the same filter of the constant 1, c_t; the optimizer gets
-    ``m_t / c_t``, which is unbiased from the start. The default is an exponential average over about 10 steps. With
-    SGD's momentum, which is such a filter itself, use a plain optimizer.
+    ``m_t / c_t``, which is unbiased from the start. The default is an exponential average over about 10 steps. Use it
+    with plain SGD: momentum is such a filter itself.
     Source: Zhang et al. 2024, "DOPPLER: Differentially Private Optimizers with Low-pass Filter for Privacy Noise
     Reduction".
 
     Args:
         a: Coefficients ``a_1, a_2, …`` of past outputs; the filter must be stable.
         b: Coefficients ``b_0, b_1, …`` of this and past gradients.
+
+    Raises:
+        ValueError: The filter is not stable, or its response to a constant is not positive at some step.
     """
 
     a: tuple[float, ...] = (-0.9,)
@@ -160,7 +164,7 @@ class LowPassDenoiser(Denoiser):
             del gains[max(len(self.a), 1) :]
 
     def _gain(self, step: int, past: list[float]) -> float:
-        """c_t."""
+        """c_t, the filter's response to the constant 1 at this step; ``past``: the responses before, latest first."""
         recursive = sum(a * gain for a, gain in zip(self.a, past, strict=False))
         return sum(self.b[: step + 1]) - recursive
 

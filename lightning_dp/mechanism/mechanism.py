@@ -1,4 +1,4 @@
-"""What decides ε, in one frozen value: bounding, noise, denoiser, multiplicity."""
+"""The configuration of a private step, in one frozen value: clipping, noise, denoiser, augmentations."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lightning_dp.mechanism.noise import NOISES, GaussianNoise, Noise
 
 @dataclass(frozen=True)
 class Mechanism:
-    """A private step, but for the model: what is released, and what it costs.
+    """All of a private step except the model: what is released, and what it costs.
 
-    Strategy, self-check, audit and card read from this one value, so that they cannot disagree; what cannot change ε
-    (engine, physical batch size) stands elsewhere. The batches are Poisson samples: with sampling rate q, a step costs
-    ``event(z, q)``.
+    Strategy, self-check, audit and card read from this one value, so that they cannot disagree; what cannot change the
+    release (engine, physical batch size) stands elsewhere. The batches are Poisson samples: with sampling rate q, a
+    step costs ``event(z, q)``.
 
     Args:
         clipping: How contributions are bounded.
@@ -68,9 +68,10 @@ class Mechanism:
             )
 
     def for_module(self, module: nn.Module) -> Mechanism:
-        """The mechanism with what its rule has to know of a module.
+        """The same mechanism with its clipping rule made for this module (see `Bounding.for_module`).
 
         Raises:
+            UnsupportedModelError: The rule has no bound for one of the layers.
             PrivacyConfigurationError: The noise cannot be accounted for with this rule, or the denoiser does not know
                 this noise.
         """
@@ -118,11 +119,11 @@ class Mechanism:
         return engine
 
     def unsampled_event(self, multiplier: float) -> DpEvent:
-        """What a step costs, were every record in the batch."""
+        """The event of a step that every record takes part in: without sampling."""
         return self.noise.event(multiplier, self.clipping.magnitudes())
 
     def event(self, multiplier: float, sampling_rate: float) -> DpEvent:
-        """What a step costs."""
+        """The event of one step with Poisson sampling at this rate."""
         return Phase(1, sampling_rate, multiplier, self.unsampled_event).event()
 
     def describe(self) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Noise(ABC):
         Args:
             out: Contiguous, one-dimensional.
             scale: ``multiplier · sensitivity``, in units of ``out``.
-            generators: The random generator of every block of `BLOCK` coordinates, by the block's number.
+            generators: The random generator of every block of `block_size` coordinates, by the block's number.
         """
 
     @abstractmethod
@@ -104,7 +104,7 @@ class CoordinatewiseNoise(Noise):
 
 
 def _blocks(out: Tensor, generators: Generators) -> Iterator[tuple[Tensor, torch.Generator]]:
-    """Blocks with torch's generators: noise that asks for them here is refused with secure ones at set-up."""
+    """Blocks with their generators, which are torch's: `Mechanism` allows secure ones with `GaussianNoise` only."""
     for number, block in enumerate(out.split(block_size(out.device))):
         generator = generators(number)
         assert isinstance(generator, torch.Generator)
@@ -141,6 +141,9 @@ class GaussianNoise(Noise):
     Args:
         multiplier: Standard deviation of the noise over the sensitivity. ``None``: chosen by `PrivacyBudget`.
             0.0 adds no noise at all: ε is infinite.
+
+    Raises:
+        ValueError: The multiplier is negative or not finite.
     """
 
     multiplier: float | None = None
@@ -185,7 +188,7 @@ class LaplaceNoise(CoordinatewiseNoise):
         _check_scale("LaplaceNoise", "scale", self.scale)
 
     def fill_(self, out: Tensor, scale: float, generators: Generators) -> None:
-        """A difference of two exponential variates: neither tail ends at the resolution of a uniform one."""
+        """A difference of two independent exponential variates."""
         if scale == 0:
             out.zero_()
             return
@@ -209,7 +212,7 @@ class StudentTNoise(CoordinatewiseNoise):
     and Denoising", section 3; they use 9 degrees of freedom.
 
     Args:
-        df: Degrees of freedom, at least 1. From 2 down, there is no standard deviation.
+        df: Degrees of freedom, from 1 to 10 000. At 2 or fewer the noise has no standard deviation.
         scale: s over the sensitivity (a Euclidean norm). ``None``: chosen by `PrivacyBudget`. 0.0 adds no noise.
     """
 

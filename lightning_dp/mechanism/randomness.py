@@ -38,6 +38,7 @@ class Randomness:
             BLAKE2b from the secret. Noise is then drawn on the CPU.
 
     Raises:
+        TypeError: The seed is not an integer.
         ValueError: The seed is negative, or given for a secure generator, whose secret must not be known.
         ImportError: The package ``randomgen``, which a secure generator comes from, is not installed.
     """
@@ -62,7 +63,7 @@ class Randomness:
         """Takes the secret of the first process, with which all draw the same samples.
 
         Args:
-            broadcast: Returns its argument of the first process, in every process.
+            broadcast: Returns, in every process, the argument that it was called with in the first one.
         """
         self._entropy = broadcast(self._entropy)
 
@@ -112,7 +113,7 @@ def _chacha() -> Any:
     return ChaCha
 
 
-#: Offset and length, in bytes, of the 624 state words in the state of torch's CPU generator (each stored in 8 bytes).
+#: Offset, in bytes, and number of the state words in the state of torch's CPU generator (each stored in 8 bytes).
 _WORDS_OFFSET, _WORDS = 24, 624
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -23,6 +24,24 @@ def draw_poisson_sample(num_records: int, sampling_rate: float, generator: np.ra
     return generator.choice(num_records, size=size, replace=False, shuffle=False)
 
 
+@dataclass(frozen=True)
+class Draw:
+    """One rank's share of one Poisson sample.
+
+    Attributes:
+        records: The records of this rank's share.
+        total: The size of the whole sample, over all ranks.
+    """
+
+    records: list[int]
+    total: int
+
+    @property
+    def size(self) -> int:
+        """The size of this rank's share."""
+        return len(self.records)
+
+
 class PoissonBatchSampler(Sampler[list[int]]):
     """Yields ``⌈1/q⌉`` Poisson samples per epoch; of every sample, each of ``num_shards`` ranks takes its own share.
 
@@ -33,6 +52,9 @@ class PoissonBatchSampler(Sampler[list[int]]):
         first_step: Called when an epoch starts, returns the number of the private step that the first batch is for.
         shard, num_shards: This rank takes every ``num_shards``-th index of the sample, from ``shard`` on.
         copies: How often each index is repeated, one after another: the data set augments a record anew every time.
+
+    Raises:
+        ValueError: The sampling rate is not in (0, 1].
     """
 
     def __init__(
@@ -50,9 +72,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.num_records = num_records
         self.sampling_rate = sampling_rate
         self.shard, self.num_shards, self.copies = shard, num_shards, copies
-        #: Of every draw that no batch was taken for yet: the size of this rank's share, and of the whole sample, and
-        #: the share.
-        self.sizes: deque[tuple[int, int, list[int]]] = deque()
+        #: The draws that no batch was taken for yet, in order.
+        self.draws: deque[Draw] = deque()
         self._randomness = randomness
         self._first_step = first_step
 
@@ -61,11 +82,11 @@ class PoissonBatchSampler(Sampler[list[int]]):
         return math.ceil(1 / self.sampling_rate - 1e-6)
 
     def __iter__(self) -> Iterator[list[int]]:
-        sizes = self.sizes = deque()
+        draws = self.draws = deque()
         first = self._first_step()
         for step in range(first, first + len(self)):
             generator = self._randomness.numpy("sampling", step)
             sample = draw_poisson_sample(self.num_records, self.sampling_rate, generator)
             share = sample[self.shard :: self.num_shards].tolist()
-            sizes.append((len(share), len(sample), share))
+            draws.append(Draw(share, len(sample)))
             yield share if self.copies == 1 else [index for index in share for _ in range(self.copies)]

@@ -25,20 +25,22 @@ from lightning_dp.mechanism.denoising import DenoiserState, PublicNoise
 from lightning_dp.mechanism.mechanism import Mechanism
 from lightning_dp.mechanism.randomness import Randomness
 from lightning_dp.mechanism.sums import QUERY, NoisySums, Wire
+from lightning_dp.torch_api import euclidean_norms
 
 
 class PrivateStep:
     """Turns the gradients of a logical batch into one noisy gradient, and writes it into the ledger.
 
     A step is `begin`, then every micro-batch's backward pass within `backward`, then `release`. Made by
-    `Mechanism.make_step`.
+    `PrivateStep.of`, or by the strategy.
 
     Formal guarantee: with multiplier z and sampling rate q, a step is the Poisson-subsampled mechanism of the noise (a
     Gaussian mechanism of noise multiplier z, unless the noise is another) with respect to adding or removing a record,
     and the ledger holds that event, and ``charge`` has returned, before any parameter's ``grad`` is set.
     Proof: `backward` adds to the sums one term per example, of joint norm at most the clipping rule's sensitivity S,
-    and within its magnitudes, that depends on that example alone (`Contributions`); the noise has scale z·S on every
-    coordinate of every trainable parameter (`NoisySums`); the divisor q·N is public. The denoiser sees what has been
+    and within its magnitudes, that depends on that example alone (`Contributions`); the noise on every coordinate of
+    every trainable parameter (`NoisySums`) has the scale that makes all sums and the rule's query one mechanism of
+    multiplier z (`noise_scales`); the divisor q·N is public. The denoiser sees what has been
     released, and public numbers. With several processes, no process gets a total before the first one, which keeps the
     journal, has charged it: it charges before it adds its own part to the first total.
     Source: Abadi et al. 2016, Algorithm 1.
@@ -48,10 +50,10 @@ class PrivateStep:
         engine: Supplies the per-example gradients, or their bounded sum.
         ledger: Charged for every release.
         randomness: Where the noise comes from.
-        wire: The processes that add up. A bucket of sums travels as soon as it is complete; within the last backward
-            pass where the engine or the rule can tell.
-        charge: Makes the event of a step durable before anything of the step is used; the most steps, this one
-            included, that are allowed is its second argument.
+        wire: The processes that add up. A bucket of sums is sent as soon as all of its sums are final: within the
+            last backward pass for `BackpropClipping`, and for separable rules with ``bookkeeping``; else after it.
+        charge: Makes a step's event durable before anything of the step is used; called with the event and the number
+            of steps, this one included, that the budget still allows (``None``: no limit).
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class PrivateStep:
         #: What the clipping rule has chosen so far, and what the denoiser remembers: public.
         self.clipping_state: State = mechanism.clipping.initial_state()
         self.denoiser_state: DenoiserState = {}
-        #: Squared norm of the noisy gradient of the last step, before it was denoised: public.
+        #: Squared norm of the noisy gradient of the last step before denoising; 0.0 without a denoiser. Public.
         self.noisy_square = 0.0
         self._randomness, self._wire, self._charge = randomness, wire, charge
         self._event: DpEvent = NonPrivateDpEvent()
@@ -97,13 +99,13 @@ class PrivateStep:
         randomness: Randomness | None = None,
         **processes: Any,
     ) -> PrivateStep:
-        """The private step of a mechanism for a module, with an engine of this name; by default nobody keeps books."""
+        """The private step of a mechanism for a module, with an engine of this name and, by default, a new ledger."""
         bound = mechanism.for_module(module)
         made = bound.make_engine(engine, module)
-        return cls(bound, made, ledger or PrivacyLedger(), randomness or Randomness(), **processes)
+        return cls(bound, made, PrivacyLedger() if ledger is None else ledger, randomness or Randomness(), **processes)
 
     def follow(self, before: PrivateStep) -> None:
-        """Goes on where another step stopped: layers were frozen or unfrozen, and the training is the same."""
+        """Takes over the state of the step object before, after layers were frozen or unfrozen within a fit."""
         self.clipping_state, self.denoiser_state = before.clipping_state, before.denoiser_state
         self.contributions.nonfinite_examples = before.nonfinite_examples
         self.contributions.keep_norms = before.contributions.keep_norms
@@ -215,7 +217,7 @@ class PrivateStep:
         denoiser, noise = self.mechanism.denoiser, self.mechanism.noise
         if denoiser is None:
             return
-        self.noisy_square = float(torch.stack(torch._foreach_norm(list(gradients.values()))).double().square().sum())
+        self.noisy_square = float(torch.stack(euclidean_norms(list(gradients.values()))).double().square().sum())
         step, like = self._number, next(iter(gradients.values()))
         blocks = itertools.count()
 

@@ -1,4 +1,4 @@
-"""Sums of bounded contributions: buckets of memory, their noise, and their way over the wire."""
+"""Sums of bounded contributions, in buckets: adding noise to them, and adding them up over processes."""
 
 from __future__ import annotations
 
@@ -116,13 +116,13 @@ class NoisySums:
 
     @property
     def device(self) -> torch.device:
-        """Where the first of the sums is."""
+        """Device of the first parameter."""
         return next(iter(self.parameters.values())).device
 
     def forget(self) -> None:
-        """Nothing of a step is left."""
-        #: Sums by parameter, without noise until their bucket is finished; and a factor that they are to be multiplied
-        #: with before.
+        """Drops everything of the current step."""
+        #: Sums by parameter, without noise until their bucket is finished; and the factor that sums without noise are
+        #: still to be multiplied with.
         self._sums: dict[str, Tensor] = {}
         self._factor = 1.0
         self._query: Tensor | None = None
@@ -130,7 +130,7 @@ class NoisySums:
         self._complete: set[str] = set()
         #: Parameters that bucket i still waits for.
         self._incomplete = [len(bucket.names) for bucket in self._buckets]
-        #: Buckets that have got their noise and were sent.
+        #: Number of buckets that have their noise and were sent, in order.
         self._finished = 0
         self._waits: list[Callable[[], None]] = []
         self._is_broken = False
@@ -173,7 +173,11 @@ class NoisySums:
         self._query = answer if self._query is None else self._query + answer
 
     def take(self, name: str, total: Tensor, factor: float) -> None:
-        """Takes the bounded sum of a parameter from an engine that forms it, and a factor to multiply it with."""
+        """Takes the bounded sum of a parameter from an engine that forms it, and a factor to multiply it with.
+
+        Raises:
+            RuntimeError: The parameter's sum was marked as final before.
+        """
         if name in self._complete:
             raise RuntimeError(
                 f"The sum of parameter '{name}' came in two parts: several backward passes reached its layer's "
@@ -182,7 +186,7 @@ class NoisySums:
         self._sums[name], self._factor = total, factor
 
     def complete(self, names: Iterable[str]) -> None:
-        """Nothing more will come to these sums: buckets that are whole get their noise, and are sent."""
+        """Marks the sums of these parameters as final: buckets of final sums get their noise, and are sent."""
         for name in names:
             self._complete.add(name)
             self._incomplete[self._bucket_of[name]] -= 1
@@ -217,7 +221,7 @@ class NoisySums:
         return self._sums
 
     def _finish_buckets(self) -> None:
-        """Buckets that are whole get their noise, and are sent; in all processes in the same order."""
+        """Adds noise to buckets whose sums are all final, and sends them; in all processes in the same order."""
         while self._finished < len(self._buckets) and not self._incomplete[self._finished]:
             flat = self._add_noise(self._buckets[self._finished])
             if self._wire.add_up is not None and flat is not None:

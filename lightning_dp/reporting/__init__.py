@@ -1,1 +1,1 @@
-"""What is told: privacy card, dashboards, logs, plots."""
+"""Reports on a training: privacy card, dashboards, logs, plots."""

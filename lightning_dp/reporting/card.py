@@ -320,7 +320,7 @@ def card_of_run(run: str | os.PathLike[str], delta: float | None = None) -> dict
         status += f"; it went on in {', '.join(link['path'] for link in contents.continued)}, which has its own card"
     taken = PrivacyLedger.from_state_dict({"runs": [{"name": last.name, "steps": last.charged(not contents.damaged)}]})
     configuration = last.about["configuration"]
-    if configuration["noise"]["multiplier"] is None:  # what was charged first was no step, and came before the choice
+    if configuration["noise"]["multiplier"] is None:  # a statistic described the run, before a budget chose the noise
         multiplier = contents.notes.get("noise_multiplier")
         configuration = {**configuration, "noise": {**configuration["noise"], "multiplier": multiplier}}
     return privacy_card(

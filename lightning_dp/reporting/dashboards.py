@@ -1,7 +1,7 @@
 """What dashboards get beyond plain metrics: configuration, summary, charts and files, through Lightning's loggers.
 
-Every function takes the Trainer's loggers and does for each what it supports. Optional loggers are recognised by the
-class that the user built, so that none is imported here.
+Every function takes the Trainer's loggers and does for each what it supports. Loggers are recognised by Lightning's
+classes; ``wandb`` is imported only where a `WandbLogger` is used.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ class UtilityChart:
     """Validation metrics as functions of ε, gathered while training runs."""
 
     def __init__(self) -> None:
-        self.epsilons: list[float] = []
         self.metrics: dict[str, list[tuple[float, float]]] = {}
 
     def add(self, epsilon: float, metrics: Mapping[str, float]) -> None:
         """Notes the metrics of a model that has cost this ε."""
-        self.epsilons.append(epsilon)
         for name, value in metrics.items():
             self.metrics.setdefault(name, []).append((epsilon, value))
 
@@ -44,7 +42,7 @@ def begin(loggers: Iterable[Logger], configuration: Mapping[str, Any]) -> None:
             logger.experiment.config.update({"privacy": dict(configuration)}, allow_val_change=True)
             logger.experiment.define_metric(EPSILON)
             logger.experiment.define_metric("privacy_utility/*", step_metric=EPSILON)
-        elif not isinstance(logger, TensorBoardLogger):  # which writes hyper-parameters once, with the model's
+        elif not isinstance(logger, TensorBoardLogger):  # it takes hyper-parameters only once: the model's
             try:
                 logger.log_hyperparams({f"privacy/{name}": value for name, value in configuration.items()})
             except Exception as error:  # MLflow refuses to change what an earlier fit of the same run has stated
@@ -65,7 +63,7 @@ def utility(loggers: Iterable[Logger], step: int, epsilon: float, metrics: Mappi
 
 @rank_zero_only
 def finish(loggers: Iterable[Logger], metrics: Mapping[str, float], chart: UtilityChart | None) -> None:
-    """Puts the final values into the summary, and the validation metrics against ε into a chart.
+    """Puts the final values into the run's summary, and validation metrics against ε into charts (Weights & Biases).
 
     Args:
         loggers: The Trainer's.

@@ -65,8 +65,6 @@ def read_run(path: Path) -> RunLog:
             _read_tensorboard(file, run)
         else:
             raise ValueError(f"{file} is neither a metrics.csv nor a TensorBoard event file.")
-        if EPSILON in run.metrics:
-            break  # several loggers wrote the same
     return run
 
 
@@ -100,6 +98,3 @@ def _read_tensorboard(path: Path, run: RunLog) -> None:
 def missing_package(package: str, purpose: str, extra: str) -> ImportError:
     """The error that names the extra to install."""
     return ImportError(f"{package} is needed for {purpose}: pip install 'lightning-dp[{extra}]'")
-
-
-_STEP_KEYS = ("trainer/global_step", "_step")

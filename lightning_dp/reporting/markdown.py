@@ -8,7 +8,11 @@ from typing import Any
 
 
 def render_card(card: Mapping[str, Any]) -> str:
-    """The card as Markdown."""
+    """The card as Markdown.
+
+    Args:
+        card: As `privacy_card` and `card_of_run` return it.
+    """
     definition, mechanism, sampling, steps = (card[key] for key in ("definition", "mechanism", "sampling", "steps"))
     trusted, untrusted = card["epsilon"]["poisson_sampling"], card["epsilon"]["sampling_not_trusted"]
     lost = steps["lost_or_elsewhere"]
@@ -142,7 +146,7 @@ def _groups(count: int) -> str:
 
 
 def rounded_up(epsilon: float | str) -> str:
-    """Four digits, rounded up: what is shown is true."""
+    """ε with four significant digits, rounded up, so that the statement stays true; the string ``"inf"`` as ∞."""
     if isinstance(epsilon, str):
         return "∞"
     return f"{float(Context(prec=4, rounding=ROUND_CEILING).create_decimal(Decimal(epsilon))):g}"

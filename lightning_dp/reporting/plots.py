@@ -24,6 +24,9 @@ def draw(runs: Sequence[RunLog], metric: str | None = None) -> Any:
         runs: At least one of them with ``privacy/epsilon``.
         metric: Name of the metric; ``None`` for an accuracy, if one was logged.
 
+    Returns:
+        A matplotlib ``Figure``. Runs without ``privacy/epsilon`` are left out.
+
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: No run has ``privacy/epsilon``, or none has the metric that was named.

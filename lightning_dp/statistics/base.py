@@ -22,7 +22,7 @@ _RECORDS_AT_ONCE = 1024
 
 
 class Releaser(Protocol):
-    """What a layer needs of a private strategy, to see records and to release something of them."""
+    """What a layer needs of a private strategy to read records and to release a noisy sum over them."""
 
     @property
     def num_records(self) -> int:
@@ -32,7 +32,10 @@ class Releaser(Protocol):
         """Every record of the train set by itself, as a batch of one."""
 
     def release_sum(self, total: Callable[[], Tensor], noise_multiplier: float, what: str) -> Tensor:
-        """The sum with noise, charged before it is returned, in every process."""
+        """The sum ``(n,)`` with noise, charged before it is returned, the same in every process.
+
+        ``total`` runs in the first process only; one record must move it by at most 1 in Euclidean norm.
+        """
 
     def share(self, value: Any) -> Any:
         """The first process's value, in every process."""
@@ -47,7 +50,7 @@ class PrivateStatistic(nn.Module, ABC):
     Args:
         in_features: Number of features of a flattened record, d.
         noise_multiplier: Standard deviation of the noise over the sensitivity, which is 1. 0.0: no noise, infinite ε.
-        shape: Of what is kept.
+        shape: Shape of the statistic.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -68,7 +71,7 @@ class PrivateStatistic(nn.Module, ABC):
         self.in_features, self.noise_multiplier = in_features, float(noise_multiplier)
         #: Whether the statistic is known: it was released, or came with a checkpoint.
         self.is_released = False
-        #: The run of a ledger that released the statistic, and what that cost; ``None``: it is public, or not known.
+        #: The run of a ledger that released the statistic, and its event; ``None``: it is public, or not yet released.
         self.released: tuple[str, DpEvent] | None = None
         self.register_buffer(self.buffer_name, torch.full(shape, math.nan))
 
@@ -92,8 +95,8 @@ class PrivateStatistic(nn.Module, ABC):
         return value
 
     def inputs_of(self, batch: Any) -> Tensor:
-        """What the layer will see of a batch of one record: the batch, or its first entry, as it is loaded. Override it
-        for other batches. Layers in front of this one are not looked at.
+        """This layer's input for a batch of one record: the batch, or its first entry, as it is loaded. Override it for
+        other batches. Layers in front of this one are not applied.
 
         Raises:
             TypeError: There is no tensor there.
@@ -134,7 +137,7 @@ class PrivateStatistic(nn.Module, ABC):
         self.is_released, self.released = False, None
 
     def set_value(self, statistic: Tensor) -> None:
-        """Fills the layer.
+        """Sets the statistic, a tensor of the buffer's shape, and marks it as released.
 
         Raises:
             ValueError: A statistic of another shape, or one that is not finite.
@@ -149,7 +152,7 @@ class PrivateStatistic(nn.Module, ABC):
         self.is_released = True
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What the release has cost: it goes where the statistic goes."""
+        """The event of the release: a checkpoint with the statistic also has its cost."""
         if self.released is None:
             return {}
         run, event = self.released

@@ -30,7 +30,8 @@ class PrivateCentering(PrivateStatistic):
             of about ``noise_multiplier · √d / N``. 0.0: no noise, infinite ε.
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: An argument is out of its range; in ``forward``, for records of another size.
+        RuntimeError: In ``forward``, if the mean has not been released.
     """
 
     buffer_name, label = "mean", "means"
@@ -51,7 +52,11 @@ class PrivateCentering(PrivateStatistic):
         return F.normalize(F.normalize(rows, eps=1e-6) - mean, eps=1e-6)
 
     def fill(self, records: Tensor) -> None:
-        """Takes the mean of public records ``(n, *)``, each scaled to unit length."""
+        """Sets the mean to that of public records ``(n, *)``, each scaled to unit length. Nothing is charged.
+
+        Raises:
+            ValueError: There is no record, or the shape does not fit.
+        """
         if records.dim() < 2 or not len(records):
             raise ValueError(f"PrivateCentering.fill takes records (n, *), and was given {tuple(records.shape)}.")
         self.set_value(unit_rows(records).mean(0))

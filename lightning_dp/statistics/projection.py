@@ -30,11 +30,12 @@ class PrivateProjection(PrivateStatistic):
         in_features: Number of features of a flattened record, d.
         components: k, the number of directions; at most d.
         noise_multiplier: Standard deviation of the noise over the sensitivity, which is 1. 0.0: no noise, infinite ε.
-        equalized: Whether components are scaled to mean squares that are equal, as far as is known (see
-            `principal_directions`); otherwise, the first is far larger than the rest, and most of what is clipped.
+        equalized: Whether components are scaled to equal mean squares, as estimated by the noisy eigenvalues (see
+            `principal_directions`); otherwise the first is far larger than the rest, and dominates clipped gradients.
 
     Raises:
         ValueError: An argument is out of its range.
+        RuntimeError: In ``forward``, if the directions have not been released.
     """
 
     buffer_name, label = "weight", "directions"
@@ -53,7 +54,11 @@ class PrivateProjection(PrivateStatistic):
         return inputs.flatten(1).to(directions.dtype) @ directions.T
 
     def fill(self, moment: Tensor) -> None:
-        """Takes the directions from a second moment ``(d, d)``: one with noise, or of public records."""
+        """Sets the directions from a second moment ``(d, d)``, a noisy one or of public records. Nothing is charged.
+
+        Raises:
+            ValueError: Directions of another shape, or not finite.
+        """
         self.set_value(principal_directions(moment, self.components, self.equalized))
 
     def release(self, strategy: Releaser) -> None:

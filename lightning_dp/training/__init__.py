@@ -1,1 +1,1 @@
-"""What touches Lightning: strategies, callbacks, loader, checks."""
+"""The Lightning side: strategies, callbacks, loader, checks."""

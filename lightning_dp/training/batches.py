@@ -1,7 +1,7 @@
 """Batches as trees: taking some of a collated batch's examples, whatever the batch is made of.
 
-Which dimension of which part counts the examples is found once, from two batches of different size (`find_layout`):
-what changes with the number of examples is theirs. A batch that by chance has as many words as examples hides nothing.
+Which dimension of which part counts the examples is found once, by comparing two batches of different size
+(`find_layout`), not by looking for a length that equals the batch size: a batch may have as many words as examples.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from lightning_dp.torch_api import tree_leaves
 
 _INDEX = torch.long
 
@@ -97,17 +98,17 @@ class Items:
 
 @dataclass(frozen=True)
 class Concatenated:
-    """A tensor along whose dimension 0 examples have as many entries as each of them says."""
+    """A tensor or list whose size changes with the examples, by no fixed number for each: it cannot be sliced."""
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What all examples share."""
+    """A part that all examples share: its size is the same in both batches."""
 
 
 @dataclass(frozen=True)
 class Opaque:
-    """An object of a kind that nobody can look into."""
+    """An object that is neither a tensor, a container nor a plain value: whether it holds examples is not known."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +121,12 @@ class Parts:
 Layout = Rows | Items | Concatenated | Shared | Opaque | Parts
 
 
-#: What is no container, and holds no examples.
+#: Types of values that are no container and hold no examples.
 _PLAIN = str | bytes | int | float | bool | complex
 
 
 def parts_of(batch: Any) -> dict[Any, Any] | None:
-    """The parts of a container, by key, index or field; ``None``: it is none."""
+    """The parts of a container, by key, index or field; ``None``: ``batch`` is no container."""
     if isinstance(batch, Mapping):
         return dict(batch.items())
     if isinstance(batch, list | tuple):
@@ -136,14 +137,14 @@ def parts_of(batch: Any) -> dict[Any, Any] | None:
 
 
 def find_layout(small: Any, size: int, large: Any, larger: int) -> Layout:
-    """Where the examples are in batches like these two, of the same examples and some more.
+    """Finds where the examples are in a batch: a part whose size differs between the two batches has entries for them.
 
     Args:
         small, large: Two batches, the second of which has the examples of the first, then others of the same lengths.
-        size, larger: How many examples they have.
+        size, larger: Number of examples in ``small`` and in ``large``.
 
     Raises:
-        TypeError: The two differ in form.
+        TypeError: The batches differ in keys, or in the number of dimensions of a tensor.
     """
     if isinstance(small, Tensor) and isinstance(large, Tensor):
         if small.dim() != large.dim():
@@ -169,10 +170,11 @@ def find_layout(small: Any, size: int, large: Any, larger: int) -> Layout:
 
 
 def take_rows(batch: Any, layout: Layout, size: int, rows: slice | list[int]) -> Any:
-    """Some examples of a batch of ``size`` that has this layout.
+    """Some examples of a batch of ``size`` examples that has this layout, as a batch of the same form.
 
     Raises:
-        ValueError: Part of the batch cannot be told apart by example.
+        ValueError: A part cannot be sliced by example, or the batch has another form than its layout.
+        TypeError: The batch holds an object of unknown type.
     """
     if isinstance(layout, Shared):
         return batch
@@ -219,7 +221,7 @@ def holds_examples(layout: Layout) -> bool:
 
 
 def leaves_with_layout(batch: Any, layout: Layout) -> Iterator[tuple[Any, Layout, int | None]]:
-    """Every leaf of a batch, its layout, and the example whose it is where it is one example's entry of a list."""
+    """Every leaf of a batch, its layout and, within a list of one entry per example (`Items`), the example's index."""
     if isinstance(layout, Parts):
         for key, part in (parts_of(batch) or {}).items():
             yield from leaves_with_layout(part, layout.parts[key])

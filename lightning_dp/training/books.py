@@ -1,4 +1,4 @@
-"""The books of one fit: its ledger and its journal, and what they carry over from earlier ones."""
+"""The books of one fit: its ledger and journal, with the charges of earlier fits that are carried over."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Resumed:
-    """The checkpoint that a fit resumes from: its path, its number of private steps, and where its journal is."""
+    """The checkpoint that a fit resumes from: its path, its number of releases (steps and statistics), its journal."""
 
     checkpoint: str
     steps: int
@@ -32,26 +32,28 @@ class Resumed:
 
 
 class Books:
-    """Keeps ledger and journal of a strategy's fit.
+    """Keeps the ledger and the journal of a fit.
 
     Args:
-        strategy: Whose fit it is.
+        strategy: The strategy of the fit.
     """
 
     def __init__(self, strategy: PrivateMixin) -> None:
         self._strategy = strategy
         #: The journal of the current fit; ``None`` without one, and between fits.
         self.journal: PrivacyJournal | None = None
-        #: Where the journal is, for checkpoints.
+        #: The journal's name and path, for checkpoints; ``None`` without a journal.
         self.reference: dict[str, str] | None = None
         self.resumed: Resumed | None = None
         self.spending: Spending | None = None
         self.run_directory = ""
-        #: Whether the train loader was there before the checkpoint was loaded.
+        #: `is_due`: the train loader was set up before the checkpoint was loaded, so that `open` is yet to be called.
+        #: `is_open`: this fit's journal has been opened; True in every process, though only the first holds it.
         self.is_due = self.is_open = False
 
     def open(self, trainer: Trainer) -> None:
-        """Opens the journal, and charges the steps that it knows and the checkpoint does not."""
+        """Charges what the module's weights have cost before; opens the journal, if one is kept, and charges what it
+        holds beyond the ledger."""
         self.is_due = False
         if self.spending is None and not getattr(trainer, "fast_dev_run", False):
             self._include_spent()
@@ -93,7 +95,7 @@ class Books:
         self.spending = note_spending(module, self._strategy.ledger, data)
 
     def _share_ledger(self) -> None:
-        """Every process counts what the first one does: streams are numbered by steps, which must be the same."""
+        """Copies the first process's ledger to all processes: its length selects the next step's random streams."""
         state, run, reference = self._strategy.share(
             (self._strategy.ledger.state_dict(), self._strategy.ledger.run, self.reference)
         )
@@ -163,7 +165,7 @@ class Books:
             self.journal.charge(event, at_most)
 
     def close(self) -> None:
-        """The fit has ended: its files are closed, and what was spent stays with the module."""
+        """Ends a fit: closes its journal, and keeps a copy of the ledger as the module's spending."""
         if self.journal is not None:
             self.journal.close()
         self.journal, self.resumed = None, None
@@ -173,7 +175,7 @@ class Books:
         self.is_due = self.is_open = False
 
     def checkpoint_entry(self, filepath: Any) -> dict[str, Any]:
-        """What a checkpoint keeps of them: the ledger, and where the journal is as seen from the checkpoint's file."""
+        """The ledger and the journal's path, absolute and relative to the checkpoint's folder, for a checkpoint."""
         entry: dict[str, Any] = {"ledger": self._strategy.ledger.state_dict()}
         if self.reference is not None:
             path, folder = self.reference["path"], os.path.dirname(os.path.abspath(filepath))
@@ -181,12 +183,17 @@ class Books:
         return entry
 
     def take_over(self, entry: dict[str, Any], checkpoint_path: Any, fitting: bool) -> None:
-        """Charges what a checkpoint's entry says.
+        """Charges the ledger of a checkpoint's entry; a fit also remembers the checkpoint that it resumes from.
+
+        Args:
+            entry: As `checkpoint_entry` made it.
+            checkpoint_path: Where the checkpoint was loaded from.
+            fitting: Whether a fit resumes from it, rather than a validation or test that loads it.
 
         Raises:
-            PrivacyConfigurationError: It makes no sense.
+            PrivacyConfigurationError: The entry's ledger cannot be read.
         """
-        # Steps that this process has taken and the checkpoint does not know were taken all the same.
+        # `include`, not `become`: steps that this process took after the checkpoint was saved stay charged.
         try:
             ledger = PrivacyLedger.from_state_dict(entry["ledger"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""What a private strategy is configured with, and what callbacks and statistics read of it."""
+"""The configuration of a private strategy, and the properties that callbacks and statistics read."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 
 class Budget(Protocol):
-    """What a strategy asks before it spends."""
+    """The methods of a budget that a strategy calls: before training, and before every release."""
 
     def choose_noise(self, trainer: Trainer, strategy: PrivateMixin) -> None:
         """Sets ``strategy.noise_multiplier`` for the steps that the Trainer plans, if the noise has none."""
 
     def step_limit(self, ledger: PrivacyLedger, event: DpEvent) -> int:
-        """The most steps that the ledger may hold if all further ones are this event."""
+        """The most releases that the ledger may hold, if all further ones are this event."""
 
 
 class ConfiguredStrategy(OneProcess):
@@ -51,7 +51,8 @@ class ConfiguredStrategy(OneProcess):
         """Checks and keeps the configuration; arguments as for `privacy_options`."""
         check_names(type(self).__name__, options)
         self.mechanism, self.options = privacy_options(clipping, noise, denoiser, **options)
-        #: Every private step taken so far, in this fit and those that it resumes.
+        #: All that was charged so far: steps and statistics of this fit, of those that it resumes, and of earlier
+        #: trainings of the module on the same records.
         self.ledger = PrivacyLedger()
         #: The noise multiplier in force: that of ``noise``, or the one that a budget chose.
         self.noise_multiplier = noise.multiplier
@@ -74,17 +75,17 @@ class ConfiguredStrategy(OneProcess):
 
     @property
     def seed(self) -> int | None:
-        """The explicit seed, with which the guarantee holds only while it is secret; ``None`` in earnest runs."""
+        """The seed that the user gave: the guarantee holds only while it is secret. ``None``: a secret of 256 bits."""
         return self.randomness.seed
 
     @property
     def num_records(self) -> int:
-        """N, the number of records in the train set. Known once the train loader has been set up."""
+        """N, the number of records in the train set. RuntimeError before the train loader has been set up."""
         return self._poisson().num_records
 
     @property
     def sampling_rate(self) -> float:
-        """q, the probability with which each record joins each logical batch."""
+        """q, the probability with which each record joins each logical batch. RuntimeError as for `num_records`."""
         return self._poisson().sampling_rate
 
     @property
@@ -94,7 +95,7 @@ class ConfiguredStrategy(OneProcess):
 
     @property
     def findings(self) -> Findings | None:
-        """What examinations of the training step have found; ``None`` before the first."""
+        """The findings of the self-check; ``None`` before it has examined the training step."""
         return self.examiner.findings
 
     @property
@@ -103,7 +104,8 @@ class ConfiguredStrategy(OneProcess):
         return self.books.journal
 
     def public_configuration(self) -> dict[str, Any]:
-        """What a privacy statement says about the mechanism: plain data, nothing that depends on the records."""
+        """The mechanism as plain data, for the privacy card: public, but for ``"independence"``; see
+        `lightning_dp.training.statement`."""
         return public_configuration(cast("PrivateMixin", self))
 
     def release_sum(self, total: Callable[[], Tensor], noise_multiplier: float, what: str) -> Tensor:
@@ -124,7 +126,7 @@ class ConfiguredStrategy(OneProcess):
         return self.budget.step_limit(self.ledger, event)
 
     def public_state(self) -> dict[str, Any]:
-        """What the clipping rule has chosen so far, and what the denoiser remembers."""
+        """The states of clipping rule and denoiser, for checkpoints: computed from noisy sums alone."""
         step = self.private_step
         return {
             "clipping": dict(step.clipping_state if step else self._clipping_state),

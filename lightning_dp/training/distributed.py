@@ -1,4 +1,4 @@
-"""Private training in several processes, on one node or many: exactly what one process would compute.
+"""Private training in several processes, on one node or many: the same mechanism as in one process.
 
 All processes draw the same global Poisson sample and take their share of it; the bounded sums are added up, and the
 noise is added once. There is no `DistributedDataParallel`, whose reducer would wait for gradients that never come.
@@ -63,7 +63,7 @@ class PrivateParallelMixin(PrivateMixin):
         """Whether a process of this training, rather than the user, has started this one."""
         if isinstance(self._launcher, MultiProcessingLauncher):
             return multiprocessing.parent_process() is not None
-        # Lightning starts the same command again. Under torchrun or SLURM, others see to the end of a process.
+        # Lightning runs the same command again. Under torchrun or SLURM, the launcher ends its processes itself.
         return isinstance(self.cluster_environment, LightningEnvironment) and self.local_rank > 0 and _repeats_parent()
 
     def configure_ddp(self) -> None:
@@ -126,7 +126,7 @@ class PrivateParallelMixin(PrivateMixin):
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
-        # What a process raised that this one has started arrives here.
+        # An exception of a process that this one has launched is raised here, with that process's `error_index`.
         rank = self.global_rank + getattr(exception, "error_index", 0)
         note = f"lightning_dp: this happened in process {rank} of {self.world_size}."
         if isinstance(exception, dist.DistError) or any(sign in str(exception) for sign in _SIGNS_OF_A_LOST_PROCESS):
@@ -134,7 +134,7 @@ class PrivateParallelMixin(PrivateMixin):
         exception.add_note(note)
 
     def state_to_bring_back(self) -> dict[str, Any]:
-        """What the launching process takes over from the workers."""
+        """The state that `bring_back` restores in the launching process."""
         return {
             "ledger": self.ledger.state_dict(),
             "run": self.ledger.run,
@@ -144,7 +144,7 @@ class PrivateParallelMixin(PrivateMixin):
         }
 
     def bring_back(self, state: dict[str, Any]) -> None:
-        """Restores, in the process that launched them, what the workers returned."""
+        """Restores, in the launching process, the `state_to_bring_back` of a worker."""
         self.ledger.become(PrivacyLedger.from_state_dict(state.pop("ledger")))
         self.ledger.start_run(state.pop("run"))
         self.noise_multiplier = state["noise_multiplier"]
@@ -157,12 +157,12 @@ class PrivateParallelMixin(PrivateMixin):
             self._launcher = _Launcher(self, start_method=start_method_of(self._launcher))  # type: ignore[arg-type]
 
 
-#: What errors say that the communication's libraries raise when another process is gone, or does not answer.
+#: Parts of the messages of errors that gloo and NCCL raise when another process is gone, or does not answer.
 _SIGNS_OF_A_LOST_PROCESS = ("gloo", "NCCL", "Timed out waiting", "Connection closed by peer", "Connection reset")
 
 
 def _repeats_parent() -> bool:
-    """Whether this process was started with what its parent was started with, but for folders."""
+    """Whether this process has the command-line arguments of its parent, folders in paths aside."""
     try:
         own, parent = (
             [os.path.basename(part) for part in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")[1:-1]]
@@ -183,16 +183,16 @@ def _die_with_parent() -> None:
 
 
 def parameter_hash(module: nn.Module) -> Tensor:
-    """A number ``(2,)`` that differs, almost surely, when a bit of a parameter does."""
-    views = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    """Two checksums ``(2,)`` of the bits of all parameters, int64: equal if these are, and seldom otherwise."""
+    views = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
     device = next(module.parameters()).device
     total = torch.zeros(2, dtype=torch.int64, device=device)
     positions = torch.arange(1, 1 + _HASHED, device=device)
-    number = 0
+    number = -1
     for parameter in module.parameters():
         bits = parameter.detach().contiguous().view(-1).view(views[parameter.element_size()])
         for part in bits.split(_HASHED):
-            number += 1
+            number += 2  # odd: an even multiple of the highest bit is none
             part = part.long()
             total += number * torch.stack([part.sum(), (part * positions[: len(part)]).sum()])
     return total
@@ -203,7 +203,7 @@ _HASHED = 2**20
 
 
 class _Launcher(MultiProcessingLauncher):
-    """Brings back what the strategy knows from the processes that it started: the ledger, and what checkpoints keep."""
+    """Lightning's launcher, which also brings the ledger and `public_state` back to the launching process."""
 
     def get_extra_results(self, trainer: Trainer) -> dict[str, Any]:
         strategy: Any = trainer.strategy
@@ -218,10 +218,11 @@ class _Launcher(MultiProcessingLauncher):
 class PrivateDDPStrategy(PrivateParallelMixin, DDPStrategy):
     """Differentially private training in several processes, one per device, on one node or many.
 
-    Samples, noise and ledger are those of the whole, not of a process: ε does not depend on the number of devices. The
-    train loader's batch size is per device, as always in Lightning: the expected batch is ``batch_size · devices ·
-    num_nodes``. A process whose share of a sample is empty, while another one's is not, runs ``training_step`` for
-    nothing, on the first record of the train set, so that no exchange in it (``self.log(…, sync_dist=True)``) waits.
+    Samples, noise and ledger are global: for a given expected batch size, ε does not depend on the number of devices.
+    The train loader's batch size is per device, as always in Lightning: the expected batch is ``batch_size · devices ·
+    num_nodes``. A process whose share of a sample is empty, while another one's is not, runs ``training_step`` on the
+    first record of the train set and discards the result, so that no collective in it (``self.log(…,
+    sync_dist=True)``) deadlocks.
 
     Args:
         clipping, noise, denoiser: As for `PrivateStrategy`.
@@ -231,7 +232,9 @@ class PrivateDDPStrategy(PrivateParallelMixin, DDPStrategy):
             timeout, start_method: As for Lightning's `DDPStrategy`; the Trainer fills most of them in.
 
     Raises:
-        ReplicasDiverged: The processes' parameters differ; looked at every `REPLICA_CHECK_EVERY` steps.
+        ReplicasDiverged: In a fit: the processes' parameters differ; compared every `REPLICA_CHECK_EVERY` steps, and
+            at the end.
+        PrivacyConfigurationError, UnsupportedModelError: As for `PrivateStrategy`.
     """
 
     strategy_name = "private_ddp"
@@ -278,7 +281,7 @@ class PrivateDDPStrategy(PrivateParallelMixin, DDPStrategy):
 
 
 def register_strategies() -> None:
-    """Makes ``Trainer(strategy="private_ddp")`` work, and `make_private` of Lightning's own strategy."""
+    """Makes ``Trainer(strategy="private_ddp")`` work, and lets `make_private` take Lightning's `DDPStrategy`."""
     if PrivateParallelMixin not in MIXINS:
         MIXINS.append(PrivateParallelMixin)
     PrivateDDPStrategy.register_strategies(StrategyRegistry)

@@ -1,5 +1,5 @@
-"""Every private name of Lightning that is used: a function each, which ``tests/training/test_lightning_api.py``
-holds to what Lightning does.
+"""Lightning's private names that the library uses, behind functions; ``tests/training/test_lightning_api.py`` checks
+that each still does what is relied on. Attributes of strategies that a private strategy inherits are used directly.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.core import saving
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
-#: What starts processes by ``multiprocessing``, rather than by the same command once more.
+#: Lightning's launcher that starts processes by ``multiprocessing``, not by running the same command again.
 MultiProcessingLauncher = _MultiProcessingLauncher
 
 
@@ -31,23 +32,23 @@ def train_iterator(trainer: pl.Trainer) -> Any:
 
 
 def logged_results(trainer: pl.Trainer) -> Any:
-    """What collects ``self.log`` of the loop that runs; ``None``: no loop does."""
+    """The collection that ``self.log`` writes to in the running loop; ``None``: no loop runs."""
     return trainer._results
 
 
 def weigh_logs_by(trainer: pl.Trainer, batch: Any) -> None:
-    """Means of what is logged from now on are weighted by the size of this batch."""
+    """Makes Lightning weigh the means of what is logged from now on by the size of this batch."""
     if (results := logged_results(trainer)) is not None:
         results.batch, results.batch_size = batch, None
 
 
 def intercept_logs(results: Any, log: Callable[..., None]) -> None:
-    """``self.log`` reaches ``log(hook, name, value, …)`` in place of Lightning's own collection."""
+    """Makes ``self.log`` call ``log(hook, name, value, …)`` instead of Lightning's own collection."""
     results.log = log
 
 
 def collect_log(results: Any, *args: Any, **kwargs: Any) -> None:
-    """Collects as Lightning itself does."""
+    """Hands a call of ``self.log`` that was intercepted to Lightning's own collection."""
     type(results).log(results, *args, **kwargs)
 
 
@@ -57,18 +58,24 @@ def stop_intercepting(results: Any) -> None:
 
 
 def before_transfer(module: pl.LightningModule, batch: Any) -> Any:
-    """The module's, or data module's, hook before a train batch is brought to the device."""
+    """Runs ``on_before_batch_transfer`` of the module, or data module, on a train batch; returns the batch."""
     return module._on_before_batch_transfer(batch, dataloader_idx=0)
 
 
 @contextmanager
 def standing_in(strategy: Strategy, shadow: pl.LightningModule) -> Iterator[None]:
-    """Hooks that the Trainer calls reach another module inside."""
+    """Within, ``strategy.lightning_module`` is ``shadow``, so that hooks that the Trainer calls reach ``shadow``."""
     module, strategy._lightning_module = strategy._lightning_module, shadow
     try:
         yield
     finally:
         strategy._lightning_module = module
+
+
+def wrap_load_state(wrapper: Callable[[Any], Any]) -> None:
+    """Wraps the function by which ``load_from_checkpoint`` makes modules; once: ``functools.wraps`` marks it."""
+    if not hasattr(saving._load_state, "__wrapped__"):
+        saving._load_state = wrapper(saving._load_state)
 
 
 def sync_module_states(module: pl.LightningModule) -> None:

@@ -25,7 +25,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_dp.mechanism.sampling import PoissonBatchSampler
+from lightning_dp.mechanism.sampling import Draw, PoissonBatchSampler
 from lightning_dp.training.batches import map_examples
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class _CollateOrEmpty:
-    """The user's collate function, and a batch of zero examples for an empty draw."""
+    """The user's collate function; for an empty draw, a batch of zero examples in the same form."""
 
     def __init__(self, collate_fn: Callable[[Any], Any], dataset: Any) -> None:
         self.collate_fn, self.dataset = collate_fn, dataset
@@ -44,29 +44,27 @@ class _CollateOrEmpty:
             try:
                 return map_examples(template, 1, lambda part: part[:0])
             except (TypeError, ValueError):
-                return template  # only its form is ever looked at: no training step sees the batch of an empty draw
+                return template  # it cannot be sliced; no training step sees the batch of an empty draw
         return self.collate_fn(examples)
 
 
 class PoissonIterator(Iterator[Any]):
-    """Iterates over a loader's batches, and knows how many examples the last one was drawn for.
+    """Iterates over a loader's batches, each with the draw that it was loaded for.
 
-    The order of batches is the order of draws, so sizes can be matched to batches however many workers prefetch.
+    The order of batches is the order of draws, so draws can be matched to batches however many workers prefetch.
     """
 
     def __init__(self, batches: Iterator[Any], sampler: PoissonBatchSampler) -> None:
         self._batches, self._sampler = batches, sampler
-        self._sizes: deque[tuple[int, int, list[int]]] | None = None
-        #: Number of examples that were drawn for the batch that was returned last, and over all ranks.
-        self.last_size = self.last_total = 0
-        #: The records of this rank that were drawn for it.
-        self.last_records: list[int] = []
+        self._draws: deque[Draw] | None = None
+        #: The draw of the batch that was returned last; ``None`` before the first.
+        self.draw: Draw | None = None
 
     def __next__(self) -> Any:
         batch = next(self._batches)
-        if self._sizes is None:  # the sampler has begun drawing for this iterator
-            self._sizes = self._sampler.sizes
-        self.last_size, self.last_total, self.last_records = self._sizes.popleft()
+        if self._draws is None:  # the sampler has begun drawing for this iterator
+            self._draws = self._sampler.draws
+        self.draw = self._draws.popleft()
         if batch is None:
             raise TypeError(
                 "The collate function returned None. Whether a step happens must not depend on the data: return a "
@@ -77,7 +75,7 @@ class PoissonIterator(Iterator[Any]):
 
 @dataclass(frozen=True)
 class RecordIndex:
-    """Stands for a record of a data set that only makes whole batches."""
+    """Stands for a record of a data set whose ``__getitems__`` returns whole batches; `collate_items` loads it."""
 
     index: int
 
@@ -109,7 +107,7 @@ class PoissonDataLoader(DataLoader[Any]):
         return self.collate_fn(records)
 
     def load_record(self, index: int, copies: int = 1) -> list[Any]:
-        """A record, loaded in this process, as many times as it is augmented."""
+        """The items of a record: loaded ``copies`` times in this process, each time augmented anew by the data set."""
         together = getattr(self.dataset, "__getitems__", None)
         items: list[Any] = []
         for _ in range(copies):
@@ -125,7 +123,8 @@ class PoissonDataLoader(DataLoader[Any]):
         return self.collate_fn(items)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: a resumed run draws fresh samples. That it exists tells Lightning that resuming is exact."""
+        """Empty: a resumed run draws fresh samples. The method exists so that Lightning does not warn that the loader
+        cannot be resumed."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -137,9 +136,9 @@ _LOOKED_AT = 4
 
 
 def fingerprint(dataset: Any) -> str:
-    """What two processes' data sets must agree in: length, indices of subsets, and a few records.
+    """A hash that must be equal in all processes: of the length, the indices of subsets, and a few records.
 
-    A record that is another one every time that it is loaded (augmented by random numbers of its own) is left out.
+    A record that differs from one load to the next (augmented by a generator of the data set's own) is left out.
     """
     digest = hashlib.sha256(str(len(dataset)).encode())
     part = dataset
@@ -170,13 +169,14 @@ def _written(value: Any) -> bytes:
     return f"{array.dtype}{array.shape}".encode() + array.tobytes()
 
 
-def record_bytes(dataset: Any, index: int) -> bytes | None:
-    """A record, loaded from the same random state every time; ``None``: it cannot be written down."""
+def record_bytes(dataset: Any, index: int, seed: int | None = None) -> bytes | None:
+    """A record as bytes, loaded from a random state that depends on the index alone; ``None``: it has no such form."""
+    seed = index if seed is None else seed
     torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
     try:
-        torch.default_generator.manual_seed(index)  # torch.manual_seed takes milliseconds
-        np.random.seed(index)
-        random.seed(index)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes milliseconds
+        np.random.seed(seed)
+        random.seed(seed)
         return _written(dataset[index])
     except (TypeError, ValueError, RuntimeError):  # sparse tensors, say
         return None
@@ -190,8 +190,8 @@ def sources(dataset: Any) -> tuple[list[Any], np.ndarray]:
     """Where the records of a data set come from, through ``Subset`` and ``ConcatDataset``.
 
     Returns:
-        The data sets at the bottom, and for every record the number of its own among them, and its index there:
-        ``(N, 2)``.
+        The data sets at the bottom; and ``(N, 2)``: for every record, the number of its data set among them, and its
+        index there.
     """
     if isinstance(dataset, Subset):
         bases, numbers = sources(dataset.dataset)
@@ -230,7 +230,7 @@ def _refuse_repeated_records(dataset: Any, num_records: int) -> None:
         if (data := record_bytes(dataset, index)) is not None:
             contents.append(data)
     repeated = len(contents) - len(set(contents))
-    if repeated > 2 and len(set(map(len, contents))) and max(map(len, contents)) > _SMALL_RECORD:
+    if repeated > 2 and max(map(len, contents)) > _SMALL_RECORD:
         warnings.warn(
             f"lightning_dp: of {len(contents)} records that were looked at, {repeated} are copies of others. If the "
             "data set repeats records (oversampling), a record counts several times, and ε holds for each copy by "
@@ -239,8 +239,8 @@ def _refuse_repeated_records(dataset: Any, num_records: int) -> None:
         )
 
 
-#: Records that are compared with one another: so many at least, at most, and as far as the time reaches; and the bytes
-#: up to which equal ones are nothing special.
+#: Records that are compared with one another: the least number, the most, and the seconds after which no more than the
+#: least are loaded; records of up to `_SMALL_RECORD` bytes may be equal by chance.
 _COMPARED, _COMPARED_MOST, _COMPARED_SECONDS, _SMALL_RECORD = 48, 2048, 0.1, 32
 
 
@@ -248,7 +248,7 @@ def records_and_batch_size(loader: object) -> tuple[int, int]:
     """Number of records and batch size of a train loader that can be Poisson-sampled.
 
     Raises:
-        TypeError, ValueError: It cannot; the message says why and what to use instead.
+        TypeError, ValueError: The loader cannot be Poisson-sampled; the message says why and what to use instead.
     """
     if not isinstance(loader, DataLoader):
         raise TypeError(
@@ -301,10 +301,14 @@ def records_and_batch_size(loader: object) -> tuple[int, int]:
 
 
 def poisson_loader(strategy: PrivateMixin, dataloader: Any) -> PoissonDataLoader:
-    """The train loader that draws Poisson samples of a loader's data set, this process's share of them.
+    """A loader over the same data set that yields this process's share of every Poisson sample.
+
+    Args:
+        strategy: Supplies randomness, ledger and processes.
+        dataloader: The user's train loader; its batch size times the number of processes is the expected batch size.
 
     Raises:
-        PrivacyConfigurationError: The processes have different train sets.
+        PrivacyConfigurationError: The processes have different train sets, or batch sizes.
         TypeError, ValueError: The loader cannot be Poisson-sampled.
     """
     num_records, batch_size = records_and_batch_size(dataloader)

@@ -9,6 +9,7 @@ import torch
 
 from lightning_dp.errors import FormChanged, PrivacyConfigurationError
 from lightning_dp.gradients.forms import form_changed_in
+from lightning_dp.mechanism.sampling import Draw
 from lightning_dp.mechanism.step import PrivateStep
 from lightning_dp.training import lightning_api
 from lightning_dp.training.independence.losses import PerRecordMeans
@@ -26,24 +27,22 @@ class MicroBatches:
     """Runs logical batches, in parts that fit into memory.
 
     Args:
-        strategy: Whose batches.
+        strategy: The strategy whose logical batches are run.
     """
 
     def __init__(self, strategy: PrivateMixin) -> None:
         self._strategy = strategy
-        #: Examples of the drawn batch that are this process's; ``None`` once a step was taken on it.
-        self.drawn: int | None = None
-        #: The most examples of any process's share.
-        self.largest_share = 0
-        #: Examples of the micro-batch whose backward pass Lightning asks for.
+        #: The draw of the current batch; ``None`` once its step has begun.
+        self.drawn: Draw | None = None
+        #: Examples of the last micro-batch, whose backward pass Lightning runs; 0 if there is none.
         self.left_to_backward = 0
 
     def run(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs the user's ``training_step`` on every micro-batch of the logical batch, and all backward passes but the
         last, which Lightning asks for through `backward`."""
-        step, count = self._strategy.private_step, self.drawn
+        step, draw = self._strategy.private_step, self.drawn
         assert step is not None
-        if count is None:
+        if draw is None:
             raise PrivacyConfigurationError(
                 "The optimizer evaluated the loss more than once on one batch; each evaluation would be a further "
                 "release. Use an optimizer that takes one gradient per step."
@@ -53,20 +52,20 @@ class MicroBatches:
         self._strategy.logs.begin()
         for seed in range(_ATTEMPTS):
             try:
-                return self._logical_batch(step, batch, count, args, kwargs)
+                return self._logical_batch(step, batch, draw, args, kwargs)
             except (FormChanged, SystemError) as error:
                 reason = form_changed_in(error)
                 if reason is None:
                     raise
                 # Nothing was charged, and nothing of this batch was released.
-                self._strategy.examiner.examine_drawn(batch, count, args, reason, seed)
+                self._strategy.examiner.examine_drawn(batch, draw, args, reason, seed)
                 self._strategy.logs.again()
-        return self._logical_batch(step, batch, count, args, kwargs)
+        return self._logical_batch(step, batch, draw, args, kwargs)
 
     def _logical_batch(
-        self, step: PrivateStep, batch: Any, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, step: PrivateStep, batch: Any, draw: Draw, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """All micro-batches of a logical batch of ``count`` records."""
+        """All micro-batches of a logical batch."""
         assert self._strategy.noise_multiplier is not None
         step.begin(
             self._strategy.noise_multiplier,
@@ -77,8 +76,8 @@ class MicroBatches:
         self.left_to_backward = 0
         self._strategy.examiner.run_once(args)
         trainer = self._strategy.trainer_in_fit()
-        # As many micro-batches in every process, so that each of them is at the same place.
-        largest = self.largest_share
+        # The same number of micro-batches in every process, so that collectives in training_step match.
+        count, largest = draw.size, -(-draw.total // trainer.world_size)
         copies = step.engine.copies
         physical = (
             max(1, self._strategy.options.max_physical_batch_size // copies)
@@ -106,7 +105,7 @@ class MicroBatches:
             if stop < count:
                 with step.backward(self.loss_scale(stop - start)):
                     self._strategy.precision_plugin.backward(loss, self._strategy.module_in_fit(), None)
-        if count == 0:  # of an empty draw, or share of one, the gradient is noise
+        if count == 0:  # this process adds nothing to the sums: there is no loss, and no backward pass
             return torch.zeros((), device=self._strategy.root_device, requires_grad=True)
         lightning_api.weigh_logs_by(trainer, batch)
         self.left_to_backward = stop - start
@@ -114,17 +113,17 @@ class MicroBatches:
         return {**output, "loss": shown} if isinstance(output, dict) else shown
 
     def _watch(self, rows: int) -> AbstractContextManager[Any]:
-        """Holds a step of so many rows to what was examined."""
-        if self._strategy.examiner.findings is None:  # nobody has looked at the step
+        """The context of a ``training_step`` of so many rows: raises when it runs code that was not examined."""
+        if self._strategy.examiner.findings is None:  # there was no self-check
             return PerRecordMeans(rows, None, enabled=self._strategy.options.per_record_means)
         known = self._strategy.examiner.understanding
         return Watch(rows, known.losses, known.places, enabled=self._strategy.options.per_record_means)
 
     def _join_collectives(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Runs ``training_step`` for nothing, on a record that was not drawn, where another process has one that was.
+        """Runs ``training_step`` on record 0 and discards the loss: this process has no example where others have.
 
-        What the step exchanges between processes (a log with ``sync_dist=True``, say) would wait for this one. What it
-        logs counts like a batch of one record.
+        Otherwise, collectives in their step (a log with ``sync_dist=True``, say) would deadlock. What this call logs
+        is weighted like a batch of one record.
         """
         step, trainer = self._strategy.private_step, self._strategy.trainer_in_fit()
         assert step is not None
@@ -147,7 +146,11 @@ class MicroBatches:
         return self._strategy.batch_to_device(batch, dataloader_idx=0)
 
     def loss_scale(self, examples: int) -> float:
-        """What makes the sum over an example's copies the gradient of their mean loss."""
+        """The factor that makes an example's gradient, summed over its copies, that of the mean loss over the copies.
+
+        Args:
+            examples: Number of examples in the micro-batch, copies not counted.
+        """
         return (
             float(examples)
             if self._strategy.options.loss_reduction == "mean"

@@ -17,10 +17,10 @@ from lightning_dp.mechanism.noise import GaussianNoise, Noise
 
 @dataclass(frozen=True)
 class PrivacyOptions:
-    """What cannot change ε; see `privacy_options` for what each of them does.
+    """Options that cannot change ε; see `privacy_options` for what each of them does.
 
     Raises:
-        ValueError, TypeError: An option has a value that makes no sense.
+        ValueError, TypeError: An option has a value out of its range, or of another type.
     """
 
     max_physical_batch_size: int | None = None
@@ -48,10 +48,10 @@ class PrivacyOptions:
 
 
 def check_names(where: str, options: Mapping[str, Any]) -> None:
-    """Refuses options that there are not, before they are passed on.
+    """Refuses names that are no argument of `privacy_options`.
 
     Raises:
-        TypeError: With what may have been meant.
+        TypeError: There is no such option; the message names the nearest one.
     """
     known = list(inspect.signature(privacy_options).parameters)
     for name in options:
@@ -75,7 +75,7 @@ def privacy_options(
     augmentation_multiplicity: int = 1,
     per_record_means: bool = True,
 ) -> tuple[Mechanism, PrivacyOptions]:
-    """What decides ε, and what cannot change it.
+    """Checks the arguments of private training, and parts them into what decides ε and what cannot change it.
 
     Args:
         clipping: How contributions are bounded.
@@ -105,8 +105,11 @@ def privacy_options(
             those that are ignored, is understood as the mean over records of each record's own mean. Without, such
             losses are refused: what they divide by depends on the other records.
 
+    Returns:
+        The mechanism (clipping, noise, denoiser, multiplicity, generator), and the other options.
+
     Raises:
-        TypeError, ValueError: An argument is of another kind, or two do not go together.
+        TypeError, ValueError: An argument has another type, is out of its range, or does not go together with another.
     """
     if secure_rng and seed is not None:
         raise ValueError("secure_rng=True draws its own secret: leave seed out.")

@@ -1,4 +1,4 @@
-"""What a strategy asks of other processes, of which there are none here: see `lightning_dp.training.distributed`."""
+"""The collectives of a private strategy, for a single process; `lightning_dp.training.distributed` overrides them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class OneProcess(Strategy):
         return value
 
     def agree(self, value: Any, problem: str) -> None:
-        """Raises, in every process, if they have different values.
+        """Compares a value over all processes.
 
         Raises:
-            PrivacyConfigurationError: With what is the ``problem`` then.
+            PrivacyConfigurationError: In every process, with the message ``problem``: the values differ.
         """
 
     def on_first_process(self, action: Callable[[], None]) -> None:
-        """Does something in the first process; an error there is one in every process."""
+        """Runs an action in the first process; an exception there raises in every process."""
         action()
 
     def add_up(self, tensor: Tensor) -> Callable[[], None]:

@@ -22,27 +22,34 @@ if TYPE_CHECKING:
 
 
 class Releases:
-    """Releases what layers need to know of the train set, before anything passes through them.
+    """Releases statistics of the train set with noise, and charges them.
 
     Args:
-        strategy: Whose train set, ledger and budget it is.
+        strategy: Supplies train set, ledger, journal and budget.
     """
 
     def __init__(self, strategy: PrivateMixin) -> None:
         self._strategy = strategy
-        #: Layers that a trial run has filled, and that must be emptied again.
+        #: Layers that a ``fast_dev_run`` has filled; `close` resets them.
         self.released: list[PrivateStatistic] = []
+        #: Run of the ledger, and event, of the last release.
         self.last_release: tuple[str, DpEvent] | None = None
 
     def fill(self, trainer: Trainer) -> None:
-        """Releases what layers need to know of the train set, before anything passes through them."""
+        """Fills every `PrivateStatistic` of the module that has no value yet, before a batch passes through it.
+
+        Raises:
+            PrivacyConfigurationError: The processes hold different statistics; a callback that averages weights has
+                copied an empty layer; or the resumed checkpoint paid for a statistic that its module lacks.
+            PrivacyLimitReached: The budget has no room for one.
+        """
         layers = unfilled(self._strategy.module_in_fit().modules())
         self._strategy.agree(
             len(layers), "The processes hold different statistics: load the same weights in all of them, or in none."
         )
         if not layers:
             return
-        trainer.fit_loop.setup_data()  # the sanity check of validation comes before Lightning would do that
+        trainer.fit_loop.setup_data()  # Lightning does it after the sanity check of validation, which needs the layers
         if self._strategy.train_loader is None:  # limit_train_batches=0
             return
         if averaging := [type(c).__name__ for c in trainer.callbacks if isinstance(c, WeightAveraging)]:  # type: ignore[attr-defined]
@@ -57,7 +64,7 @@ class Releases:
                 f"{layers[0].label}: to go on would release and charge them again, and train on others. Resume from a "
                 "checkpoint that has them, or load its weights into a training of its own."
             )
-        # Before the first release: should a later one fail, those before it are forgotten as well.
+        # Set before the first release, so that `close` resets all of them when a later release fails.
         self.released = layers if getattr(trainer, "fast_dev_run", False) else []
         for layer in layers:
             layer.release(self._strategy)
@@ -81,7 +88,8 @@ class Releases:
             The noisy sum, on the CPU, the same in every process.
 
         Raises:
-            PrivacyLimitReached: The budget has no room for it; nothing was released.
+            PrivacyLimitReached: The budget has no room for the release; nothing was released.
+            PrivacyConfigurationError: The journal is on, and not open: this was called outside of a fit.
         """
         if self._strategy.options.journal and not (
             self._strategy.books.is_open or getattr(self._strategy.trainer_in_fit(), "fast_dev_run", False)
@@ -125,7 +133,7 @@ class Releases:
             yield self._strategy.micro_batches.load([record])
 
     def close(self) -> None:
-        """No journal knows what a trial run released: nothing of it may be left."""
+        """Resets the layers that a ``fast_dev_run`` filled: it keeps no journal, so no release may remain."""
         for layer in self.released:
             layer.reset()
         self.released = []

@@ -18,7 +18,7 @@ from lightning_dp.training.strategy import PrivateMixin
 
 
 class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
-    """Differentially private training on one device, of any `LightningModule`, unchanged.
+    """Differentially private training of an unchanged `LightningModule`, on one device.
 
     Every step draws a Poisson sample of the train set, bounds the contribution of each example to the gradient, adds
     noise, and charges the ledger. The user's train loader supplies data set, collation and workers; its batch size
@@ -66,7 +66,7 @@ class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
 
     @property
     def parallel_devices(self) -> list[torch.device] | None:
-        """The Trainer assigns the devices it chose; there may be one."""
+        """The Trainer assigns the devices that it chose; more than one is refused."""
         return None
 
     @parallel_devices.setter
@@ -81,7 +81,7 @@ class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
 
     @property
     def num_nodes(self) -> int:
-        """The Trainer assigns the number of nodes; there may be one."""
+        """The Trainer assigns the number of nodes; more than one is refused."""
         return self._num_nodes
 
     @num_nodes.setter
@@ -95,7 +95,7 @@ class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
 
 
 def register_strategies() -> None:
-    """Makes ``Trainer(strategy="private")`` work."""
+    """Makes ``Trainer(strategy="private")`` work, and ``load_from_checkpoint`` note a module's spending."""
     follow_checkpoints()
     StrategyRegistry.register(
         PrivateStrategy.strategy_name,

@@ -1,8 +1,8 @@
-"""What the weights of a module have cost already: it stays with the module, whoever trains it next.
+"""What the weights of a module have cost already: kept with the module, for its next training.
 
-A second Trainer that goes on with the same module starts with an empty ledger, and the weights are not empty: a
-notebook cell that is run three times has spent three times. What was spent is kept here, weakly, by module, and goes
-into the ledger of the next training on the same records. A Lightning checkpoint brings its ledger with it, also to
+A second Trainer that goes on with the same module starts with an empty ledger, though the weights have seen records: a
+notebook cell that is run three times has spent three times. The ledgers of a module are kept here, by weak reference,
+and charged to its next training on the same records. A Lightning checkpoint brings its ledger with it, also to
 ``load_from_checkpoint``.
 """
 
@@ -17,29 +17,35 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.core import saving
 from torch import nn
 
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.statistics.base import PrivateStatistic
+from lightning_dp.training import lightning_api
 from lightning_dp.training.loader import record_bytes, sources
 
 #: The key of the ledger in a Lightning checkpoint.
 CHECKPOINT_KEY = "lightning_dp"
 
 
-#: Records whose content is looked at, to recognise a data set: so many, and more while there is time.
+#: Records whose content is compared, to recognise a data set: at least so many, and more for so many seconds.
 _LOOKED_AT, _SECONDS = 32, 0.2
 
 
 @dataclass(frozen=True, eq=False)
 class DataMark:
-    """By what a data set is recognised: the objects that its records come from, and the content of some."""
+    """What a data set is recognised by: the objects that its records come from, and the content of some records.
+
+    Attributes:
+        bases: Those objects; ``None`` for one that takes no weak reference.
+        numbers: As from `sources`, ``(N, 2)``: for every record, the number of its object, and its index there.
+        contents: SHA-256 of the bytes of the records that were looked at and have such a form.
+        is_whole: Whether every record was looked at, and is the same whenever it is loaded.
+    """
 
     bases: tuple[weakref.ref[Any] | None, ...]
     numbers: np.ndarray
     contents: frozenset[str]
-    #: Whether the content of every record was looked at.
     is_whole: bool = False
 
     @classmethod
@@ -47,15 +53,19 @@ class DataMark:
         """The mark of the first ``count`` records of a data set; without ``look``, no record is loaded."""
         objects, numbers = sources(dataset)
         contents: set[str] = set()
+        known = True
         end, looked = time.monotonic() + _SECONDS, 0
         for index in np.random.default_rng(0).permutation(count).tolist() if look else ():
             if looked >= _LOOKED_AT and time.monotonic() > end:
                 break
             looked += 1
             data = record_bytes(dataset, index)
-            if data is not None:
+            if data is None:
+                known = False
+            else:
                 contents.add(hashlib.sha256(data).hexdigest())
-        whole = looked == count and bool(contents)
+                known = known and data == record_bytes(dataset, index, seed=count + index)  # not augmented
+        whole = looked == count and known
         return cls(tuple(_weak(base) for base in objects), numbers[:count], frozenset(contents), whole)
 
     def shares_objects_with(self, other: DataMark) -> bool:
@@ -70,10 +80,10 @@ class DataMark:
         return False
 
     def shares_records_with(self, other: DataMark) -> bool:
-        """Whether some record is in both; when nobody can tell, it is.
+        """Whether some record may be in both data sets: False only if there is evidence that none is.
 
-        It is not where both are other parts of the same object, or where none of the records looked at in one is among
-        all those of the other.
+        That is where both are disjoint parts of the same object, or where every record of one was looked at, and none
+        of their hashes is among those of the other. (A record that is transformed otherwise has another hash.)
         """
         if self.shares_objects_with(other):
             return True
@@ -95,7 +105,7 @@ def _weak(base: Any) -> weakref.ref[Any] | None:
 
 @dataclass
 class Spending:
-    """What one training has spent, and on which records (``None``: unknown ones)."""
+    """The ledger of one training of a module, and the data set that it trained on; ``None``: it is not known."""
 
     ledger: PrivacyLedger
     data: DataMark | None
@@ -108,7 +118,7 @@ def spent_by(module: nn.Module, data: DataMark) -> tuple[PrivacyLedger, bool]:
     """What a module's weights have cost on these records.
 
     Returns:
-        One ledger, and whether the weights have seen other records as well.
+        The ledger of all trainings that may share a record with ``data``, and whether there were others.
     """
     total, others = PrivacyLedger(), False
     for spending in _BY_MODULE.get(module, ()):
@@ -120,14 +130,14 @@ def spent_by(module: nn.Module, data: DataMark) -> tuple[PrivacyLedger, bool]:
 
 
 def note_spending(module: nn.Module, ledger: PrivacyLedger, data: DataMark | None) -> Spending:
-    """Keeps with a module that its weights cost what this ledger says, now and later on."""
+    """Adds a ledger to those of a module. It is kept, not copied: what is charged to it later counts as well."""
     spending = Spending(ledger, data)
     _BY_MODULE.setdefault(module, []).append(spending)
     return spending
 
 
 def _load_state(load: Any) -> Any:
-    """Lightning's way to make a module of a checkpoint, which also brings what its weights have cost."""
+    """Wraps Lightning's function that makes a module from a checkpoint: the checkpoint's ledger is noted for it."""
 
     @functools.wraps(load)
     def wrapper(cls: Any, checkpoint: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -140,9 +150,8 @@ def _load_state(load: Any) -> Any:
 
 
 def follow_checkpoints() -> None:
-    """Lets ``load_from_checkpoint`` bring the ledger that a checkpoint holds."""
-    if not hasattr(saving._load_state, "__wrapped__"):
-        saving._load_state = _load_state(saving._load_state)
+    """Makes ``load_from_checkpoint`` note a checkpoint's ledger as the spending of the module that it makes."""
+    lightning_api.wrap_load_state(_load_state)
 
 
 def statistics_of(module: nn.Module, known: PrivacyLedger) -> PrivacyLedger:

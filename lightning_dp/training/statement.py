@@ -1,4 +1,4 @@
-"""What a privacy statement says about a training's mechanism."""
+"""The description of a training's mechanism that journal and privacy card state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 def public_configuration(strategy: PrivateMixin) -> dict[str, Any]:
-    """What a privacy statement says about the mechanism: plain data, nothing that depends on the records."""
+    """The mechanism and its surroundings as plain data: strings, numbers, lists and dictionaries.
+
+    All of it is public (N by assumption), but for ``"independence"``: the self-check names the lines of code that read
+    values of the records it examined.
+    """
     step = strategy.private_step
     groups = step.groups if step is not None else [()]
     state = step.clipping_state if step is not None else None

@@ -1,4 +1,4 @@
-"""Nothing without noise may steer a training: what monitors metrics of the train set, and what reads its losses."""
+"""Refuses decisions by numbers without noise: by monitored metrics of the train set, and by the training loss."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_dp.errors import PrivacyConfigurationError
+from lightning_dp.torch_api import tree_leaves
 from lightning_dp.training import lightning_api
 from lightning_dp.training.spent import DataMark
 
@@ -23,7 +23,7 @@ _WAYS_OUT = (
 
 
 def monitors(trainer: pl.Trainer) -> Iterator[tuple[str, str]]:
-    """Who looks at a metric to decide something, and the metric's name."""
+    """Pairs of a scheduler's or callback's type name and the metric that it decides by."""
     for config in trainer.strategy.lr_scheduler_configs:
         if config.reduce_on_plateau and config.monitor is not None:
             yield type(config.scheduler).__name__, config.monitor
@@ -41,7 +41,7 @@ def check_monitors(trainer: pl.Trainer, logged: set[str]) -> None:
         logged: Names of metrics that depend on the records that training_step sees.
 
     Raises:
-        PrivacyConfigurationError: Something monitors one of them.
+        PrivacyConfigurationError: A scheduler or callback monitors one of them.
     """
     names = {shown for name in logged for shown in _shown_as(name)}
     for who, monitor in monitors(trainer):
@@ -50,13 +50,16 @@ def check_monitors(trainer: pl.Trainer, logged: set[str]) -> None:
 
 
 class Logs:
-    """Stands before what Lightning collects of a fit's ``self.log``.
+    """Intercepts ``self.log`` during training.
 
-    A metric of the train set that another hook than ``training_step`` logs, and that something monitors, is refused as
-    soon as it is logged; so is one that ``training_step`` begins to log after it was examined. (``privacy/`` metrics
-    come from the ledger.)
-    A step that is run again, since it ran code that had to be examined first, logs nothing twice: with
-    ``sync_dist=True``, other processes would wait for each other's second time.
+    A monitored metric that another hook than ``training_step`` logs is refused as soon as it is logged; so is one that
+    ``training_step`` begins to log after it was examined. (``privacy/`` metrics come from the ledger.)
+    When a step is run again, because it ran code that had to be examined first, its first calls of ``self.log`` are not
+    repeated: with ``sync_dist=True``, a second call in one process alone would deadlock.
+
+    Args:
+        trainer: The Trainer.
+        examined: Returns the names of the metrics that ``training_step`` logged when it was examined.
     """
 
     def __init__(self, trainer: pl.Trainer, examined: Callable[[], set[str]]) -> None:
@@ -67,15 +70,15 @@ class Logs:
             lightning_api.intercept_logs(self._results, self._log)
 
     def begin(self) -> None:
-        """A step begins."""
+        """Starts to count the calls of ``self.log`` in a new step."""
         self._made = self._known = 0
 
     def again(self) -> None:
-        """The step is run again: what it has logged is known."""
+        """The step is run again: skips as many calls of ``self.log`` as it has made already."""
         self._known, self._made = max(self._known, self._made), 0
 
     def close(self) -> None:
-        """Steps aside."""
+        """Stops intercepting ``self.log``."""
         if self._results is not None:
             lightning_api.stop_intercepting(self._results)
 
@@ -106,10 +109,10 @@ def _steered(who: str, monitor: str, hook: str) -> PrivacyConfigurationError:
 
 
 def check_validation(trainer: pl.Trainer, train: DataLoader[Any] | None) -> None:
-    """Refuses decisions by metrics of a validation set that holds records of the train set.
+    """Where the validation set holds records of the train set, refuses decisions by its metrics, or else warns.
 
     Raises:
-        PrivacyConfigurationError: There are such decisions.
+        PrivacyConfigurationError: A scheduler or callback monitors another metric than ``privacy/…``.
     """
     loaders = [x for x in tree_leaves(trainer.val_dataloaders) if isinstance(x, DataLoader)]
     if train is None or not any(_share_records(train.dataset, loader.dataset) for loader in loaders):
@@ -136,7 +139,7 @@ def _share_records(one: Any, other: Any) -> bool:
 
 
 def warn(trainer: pl.Trainer) -> None:
-    """Says what callbacks and options do to what is private, without being wrong."""
+    """Warns of callbacks and options that are allowed, but have an effect on privacy or noise that users overlook."""
     for callback in getattr(trainer, "callbacks"):  # noqa: B009
         if type(callback).__name__ == "ThroughputMonitor":
             rank_zero_warn(
@@ -158,7 +161,7 @@ def warn(trainer: pl.Trainer) -> None:
 
 
 class HiddenLoss:
-    """What an optimizer's closure returns in place of a loss without noise."""
+    """Returned by the optimizer's closure instead of the loss, which has no noise: any use of it raises."""
 
     def _refuse(self, *args: Any) -> NoReturn:
         raise PrivacyConfigurationError(

@@ -67,7 +67,7 @@ class PrivateMixin(ConfiguredStrategy):
                     "lightning_dp: self_check=False: nobody looks whether records influence one another's gradients. "
                     "If they do, ε is false. The privacy card says so."
                 )
-            # Before a search for learning rates puts the loggers away.
+            # Read here, before LearningRateFinder replaces the loggers.
             self.books.run_directory = self.share(run_directory(trainer))
         elif self.lightning_module is not None:
             self.mechanism.clipping.attach(self.lightning_module)
@@ -80,7 +80,7 @@ class PrivateMixin(ConfiguredStrategy):
             self.releases.fill(trainer)
 
     def _make_step(self, trainer: Trainer) -> None:
-        """Binds the private step to the parameters that are trainable now."""
+        """Makes the private step for the parameters that are trainable now."""
         module = self.module_in_fit()
         mechanism = self.mechanism.for_module(module)
         mechanism.clipping.attach(module)
@@ -139,7 +139,7 @@ class PrivateMixin(ConfiguredStrategy):
                 "delta=…), which chooses it. (multiplier=0.0 trains without noise: ε is infinite.)"
             )
         if self.books.journal is not None and self.ledger.statistics():
-            # What was charged first has described the run: a budget had not chosen the noise of its steps by then.
+            # The journal described the run when it charged a statistic, before a budget chose the noise of the steps.
             self.books.journal.note(noise_multiplier=self.noise_multiplier)
 
     def teardown(self) -> None:
@@ -157,12 +157,11 @@ class PrivateMixin(ConfiguredStrategy):
         super().on_train_batch_start(batch, batch_idx)
         assert self.train_loader is not None and self.lightning_module is not None
         configuration.check_no_accumulation(self.trainer_in_fit())
-        drawn = self.iterator()
         self.micro_batches.refuse_skipped()
-        self.micro_batches.drawn = drawn.last_size
-        self.micro_batches.largest_share = -(-drawn.last_total // self.trainer_in_fit().world_size)
+        iterator: PoissonIterator = lightning_api.train_iterator(self.trainer_in_fit())
+        self.micro_batches.drawn = iterator.draw
         if self._checked_fingerprint != fingerprint_of(self.module_in_fit(), self._optimized_parameters()):
-            # A callback froze, unfroze or exchanged layers: bound exactly what is trained from now on.
+            # A callback froze, unfroze or exchanged layers: make the step for what is trained from now on.
             model_checks.check_model(self.lightning_module, self.options.engine)
             self._make_step(self.trainer_in_fit())
             self.examiner.is_pending = self.options.self_check
@@ -181,11 +180,20 @@ class PrivateMixin(ConfiguredStrategy):
         return super().training_step(*args, **kwargs)
 
     def take_examples(self, batch: Any, size: int, examples: slice | list[int]) -> Any:
-        """Some examples of a transferred batch of ``size``. Override it for batches that are not trees of tensors."""
+        """Some rows of a batch, as a batch of the same form. Override it for batches that are not trees of tensors.
+
+        Args:
+            batch: A collated batch, on the device.
+            size: Its number of rows: examples, times ``augmentation_multiplicity``.
+            examples: The rows to take, as a slice or a list of indices.
+
+        Raises:
+            TypeError, ValueError: The batch cannot be sliced by example.
+        """
         return take_rows(batch, self.examiner.batch_layout(), size, examples)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
-        """Takes a step of the optimizer, which does not see the loss: it has no noise."""
+        """Takes a step of the optimizer, without showing it the loss, which has no noise."""
 
         def private() -> Any:
             closure()
@@ -215,11 +223,6 @@ class PrivateMixin(ConfiguredStrategy):
         self.post_backward(closure_loss)
         return closure_loss
 
-    def iterator(self) -> PoissonIterator:
-        """The iterator that Lightning takes train batches from."""
-        iterator: PoissonIterator = lightning_api.train_iterator(self.trainer_in_fit())
-        return iterator
-
     # -- checkpoints -----------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -243,7 +246,7 @@ class PrivateMixin(ConfiguredStrategy):
         return checkpoint
 
 
-#: What can be combined with a strategy of Lightning's to make it private.
+#: Mixins that make the Lightning strategies in their `supported` private.
 MIXINS: list[Any] = [PrivateMixin]
 
 
@@ -255,7 +258,8 @@ def make_private(strategy: Strategy, **configuration: Any) -> PrivateMixin:
         configuration: Arguments of `PrivateMixin.configure_privacy`.
 
     Raises:
-        PrivacyConfigurationError: The strategy is of a kind whose gradients cannot be intercepted.
+        PrivacyConfigurationError: The strategy is none that a mixin supports, or comes from ``pytorch_lightning``.
+        TypeError, ValueError: From `configure_privacy`; the strategy is then what it was.
     """
     if isinstance(strategy, PrivateMixin):
         return strategy

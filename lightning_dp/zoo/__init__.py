@@ -1,4 +1,8 @@
-"""Models and data that the recipes use: ordinary Lightning code, with nothing about privacy in it."""
+"""Models and data that the recipes use: ordinary Lightning code.
+
+Only `ProjectedMLP` and `CenteredLinear` (a statistic released with noise) and `StandardizedConv2d` (a gradient rule)
+contain something about privacy.
+"""
 
 from lightning_dp.zoo.classifier import Classifier, FeedbackClassifier
 from lightning_dp.zoo.data import CIFAR10DataModule, DigitsDataModule, MNISTDataModule, Upright

@@ -79,7 +79,7 @@ class Classifier(pl.LightningModule):
 
 
 class FeedbackClassifier(DFAMixin, Classifier):
-    """The same, trained by direct feedback alignment.
+    """A `Classifier` trained by direct feedback alignment.
 
     Args:
         net, classes, optimizer, learning_rate, momentum, decay: As for `Classifier`.

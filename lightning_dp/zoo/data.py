@@ -21,7 +21,10 @@ DATA_FOLDER_VARIABLE = "LIGHTNING_DP_DATA"
 
 
 class TensorTable(Dataset[Any]):
-    """Tensors with one row per record, whose rows are looked up a batch at a time rather than one by one."""
+    """Tensors with one row per record, looked up a batch at a time: ``__getitems__`` gives one tensor per column.
+
+    The batch is collated already: use a ``collate_fn`` that returns it unchanged.
+    """
 
     def __init__(self, *columns: Tensor) -> None:
         self.columns = columns
@@ -213,7 +216,7 @@ def _half(features: Tensor) -> Tensor:
     return half
 
 
-#: Images whose features are computed at once: few, so that intermediate results stay in a processor's cache.
+#: Images whose features are computed at once; few on a CPU, so that intermediate results stay in its cache.
 _AT_ONCE_CPU, _AT_ONCE_GPU = 32, 1024
 
 
@@ -265,7 +268,11 @@ class CIFAR10DataModule(_ImageDataModule):
 
 
 def load_hub_dataset(hub_name: str, folder_name: str) -> Any:
-    """The splits of a data set, from the hub or from the folder of data sets that the environment names."""
+    """The splits of a data set, by name: from the hub, or from ``$LIGHTNING_DP_DATA/<folder_name>`` when that is set.
+
+    Raises:
+        FileNotFoundError: The variable is set, and there is no such folder.
+    """
     from datasets import load_dataset
 
     folder = os.environ.get(DATA_FOLDER_VARIABLE)

@@ -12,7 +12,7 @@ from lightning_dp.statistics.projection import PrivateProjection
 
 
 class MLP(nn.Sequential):
-    """Fully connected layers with an activation in between: ``(B, *) -> (B, sizes[-1])``.
+    """Fully connected layers with tanh in between: ``(B, *) -> (B, sizes[-1])``.
 
     Args:
         sizes: Number of features of the flattened input, of every hidden layer, and of the output.
@@ -61,7 +61,8 @@ class CenteredLinear(nn.Sequential):
 
 
 class TanhCNN(nn.Module):
-    """The small convolutional network of the field: ``(B, channels, size, size) -> (B, classes)``, for MNIST as it is.
+    """The small convolutional network of the DP literature, by default for MNIST:
+    ``(B, channels, size, size) -> (B, classes)``.
 
     Convolutions 16@8×8/2 and 32@4×4/2, max-pooling 2×2/1 after each, a hidden layer, tanh throughout (bounded
     activations suit clipping). Source: Papernot et al. 2021, "Tempered Sigmoid Activations for Deep Learning with
@@ -104,7 +105,7 @@ class FeatureClassifier(nn.Module):
 
     Args:
         channels, size: Of the features: 81 and 7 for `Scattering2D` of MNIST, 243 and 8 of CIFAR-10.
-        groups: Of the normalisation. ``None``: features are taken as they are.
+        groups: Number of groups of the GroupNorm. ``None``: features are not normalised.
         head: ``"linear"``; ``"mlp"``, with 64 hidden units, for MNIST; ``"cnn"``: convolutions 64@3×3, max-pooling,
             64@3×3, for CIFAR-10. Activations are tanh.
         scale: What normalised features are multiplied with, before the network.

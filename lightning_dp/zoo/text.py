@@ -51,8 +51,8 @@ class SST2DataModule(_TableDataModule):
     The hub's ``stanfordnlp/sst2``, or ``$LIGHTNING_DP_DATA/sst2`` when that is set. The ``validation`` split is for
     testing, for the labels of ``test`` are hidden. Batches are ``(B, length · len(features))`` and ``(B,)``.
 
-    The train set has the phrases of its sentences as records of their own. A record is what privacy is about here: one
-    phrase, not one sentence with all of its phrases.
+    The train set has the phrases of its sentences as records of their own. The unit of privacy is one phrase, not one
+    sentence with all of its phrases.
 
     Args:
         batch_size: Expected number of records per private step.
@@ -95,7 +95,7 @@ class SST2DataModule(_TableDataModule):
 class BagOfWords(nn.Module):
     """A linear classifier of the hashed words of a text, in whatever order: ``(B, T) -> (B, classes)``.
 
-    Every bucket has a vector of logits, at first zero; a text's are the sum over its n tokens, over ``√n``. So a text
+    Every bucket has a vector of logits, at first zero; a text's are the sum over its n tokens divided by ``√n``. A text
     of n different words has features of norm 1, be it long or short, and one clipping norm suits all.
 
     Args:
@@ -118,7 +118,8 @@ class BagOfWords(nn.Module):
 class TextTransformer(nn.Module):
     """A small transformer encoder: ``(B, T) -> (B, classes)``.
 
-    Its head reads the sum of the n tokens that are not padding, over ``√n``, which is large enough to learn from.
+    Its head reads the sum of the n tokens that are not padding, divided by ``√n``: a mean would be smaller, and learn
+    more slowly.
     Normalisation comes first and nothing is dropped out.
 
     Args:

@@ -14,7 +14,7 @@ from lightning_dp.gradients.tied import Mapped
 
 
 class StandardizedConv2d(nn.Conv2d):
-    """A convolution whose kernels are standardised: mean zero, variance one over the number of inputs of an output.
+    """A convolution whose kernels are standardised: mean 0 and variance 1 / fan-in.
 
     Source: Qiao et al. 2019, "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization".
     """
@@ -55,7 +55,7 @@ def standardized_convolution(
 
 
 class WideResNet(nn.Module):
-    """WRN-depth-width with weight standardisation and GroupNorm: ``(B, 3, 32, 32) -> (B, classes)``.
+    """WRN-depth-width with weight standardisation and GroupNorm: ``(B, channels, H, W) -> (B, classes)``.
 
     Sources: Zagoruyko & Komodakis 2016, "Wide Residual Networks"; De et al. 2022, "Unlocking High-Accuracy
     Differentially Private Image Classification through Scale", section 3.1 (what takes the place of batch
@@ -66,7 +66,7 @@ class WideResNet(nn.Module):
         width: How many times 16, 32 and 64 channels the groups have.
         classes: Number of classes.
         channels: Channels of the images.
-        groups: Of the group normalisations.
+        groups: Number of groups of every GroupNorm.
 
     Raises:
         ValueError: ``depth`` is not ``6 n + 4``.

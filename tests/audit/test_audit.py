@@ -40,7 +40,7 @@ from lightning_dp.mechanism.clipping import Bounding
 from lightning_dp.mechanism.mechanism import Mechanism
 from lightning_dp.mechanism.noise import Noise
 from lightning_dp.mechanism.randomness import Randomness
-from lightning_dp.mechanism.sampling import PoissonBatchSampler
+from lightning_dp.mechanism.sampling import Draw, PoissonBatchSampler
 from lightning_dp.mechanism.step import PrivateStep
 from lightning_dp.training import loader as loader_module
 from tests.conftest import Net, fit, loader, trainer
@@ -344,12 +344,12 @@ class Shuffled(PoissonBatchSampler):
     """Goes through a shuffled data set, and says that it drew Poisson samples."""
 
     def __iter__(self) -> Any:
-        self.sizes = deque()
+        self.draws = deque()
         size = round(self.sampling_rate * self.num_records)
         order = self._randomness.numpy("sampling", self._first_step()).permutation(self.num_records)
         for start in range(0, self.num_records, size):
             batch = order[start : start + size].tolist()
-            self.sizes.append((len(batch), len(batch), list(batch)))
+            self.draws.append(Draw(list(batch), len(batch)))
             yield batch
 
 

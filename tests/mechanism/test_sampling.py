@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 
 from lightning_dp.mechanism.randomness import Randomness
-from lightning_dp.mechanism.sampling import PoissonBatchSampler, draw_poisson_sample
+from lightning_dp.mechanism.sampling import Draw, PoissonBatchSampler, draw_poisson_sample
 from lightning_dp.training.loader import PoissonDataLoader, fingerprint, records_and_batch_size
 from lightning_dp.zoo.data import TensorTable
 
@@ -115,7 +115,7 @@ def test_the_iterator_knows_the_size_of_every_batch_it_delivers(workers: int) ->
     loader = poisson_loader(data, 0.05, num_workers=workers)
     iterator, sizes = iter(loader), []
     for inputs, labels in iterator:
-        assert len(inputs) == len(labels) == iterator.last_size
+        assert len(inputs) == len(labels) == iterator.draw.size
         assert inputs.shape[1:] == (1,)
         sizes.append(len(inputs))
         if len(sizes) == 3:
@@ -235,7 +235,7 @@ def test_a_sampler_without_shards_draws_the_whole_sample() -> None:
     copied = PoissonBatchSampler(103, 0.2, Randomness(seed=4), lambda: 7, copies=3)
     for once, thrice in zip(alone, copied, strict=True):
         assert thrice == [index for index in once for _ in range(3)]
-        assert copied.sizes.popleft() == (len(once), len(once), once)
+        assert copied.draws.popleft() == Draw(once, len(once))
 
 
 def twice(data: Any) -> Subset[Any]:

@@ -4,6 +4,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_dp.cli.command import main
 from lightning_dp.reporting.logs import RunLog, read_run
@@ -18,6 +19,16 @@ def write_csv(folder: Path, slope: float = 1.0) -> Path:
     path = folder / "metrics.csv"
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def test_a_run_that_was_resumed_in_its_folder_is_read_whole(tmp_path: Path) -> None:
+    for steps in ((0, 1), (2, 3)):  # an event file each
+        logger = TensorBoardLogger(tmp_path, name="run", version=0)
+        for step in steps:
+            logger.log_metrics({"privacy/epsilon": float(step)}, step)
+        logger.finalize("success")
+    assert len(list(tmp_path.rglob("*tfevents*"))) == 2
+    assert sorted(read_run(tmp_path).metrics["privacy/epsilon"]) == [(step, float(step)) for step in range(4)]
 
 
 def test_a_metric_is_paired_with_the_epsilon_of_its_step(tmp_path: Path) -> None:

@@ -161,5 +161,12 @@ def test_the_hash_sees_every_bit_and_its_place(dtype: torch.dtype) -> None:
     assert not torch.equal(parameter_hash(module), before)
     with torch.no_grad():
         weight[0, 0], weight[0, 1] = weight[0, 1].clone(), weight[0, 0].clone()
+    for parameter in module.parameters():  # a sign
+        with torch.no_grad():
+            parameter.view(-1)[0].neg_()
+            assert not torch.equal(parameter_hash(module), before)
+            parameter.view(-1)[0].neg_()
+    assert torch.equal(parameter_hash(module), before)
+    with torch.no_grad():
         weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(9.0, dtype=dtype))
     assert not torch.equal(parameter_hash(module), before)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.core import saving
 from lightning.pytorch.strategies import DDPStrategy
 
 from lightning_dp.training import lightning_api
@@ -90,3 +93,17 @@ def test_a_launcher_says_how_it_starts_processes() -> None:
     strategy = DDPStrategy(start_method="spawn")
     launcher = lightning_api.MultiProcessingLauncher(strategy, start_method="spawn")
     assert lightning_api.start_method_of(launcher) == "spawn"
+
+
+def test_what_load_from_checkpoint_makes_modules_with_is_wrapped_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def plain(*_: Any) -> str:
+        return "module"
+
+    def wrapper(load: Any) -> Any:
+        return functools.wraps(load)(lambda *args: f"wrapped {load(*args)}")
+
+    assert hasattr(saving, "_load_state")
+    monkeypatch.setattr(saving, "_load_state", plain)
+    lightning_api.wrap_load_state(wrapper)
+    lightning_api.wrap_load_state(wrapper)
+    assert saving._load_state() == "wrapped module"

@@ -59,6 +59,26 @@ def test_a_data_set_that_has_grown_is_still_the_same() -> None:
         assert len(train(module, DataLoader(data, batch_size=8)).ledger) == steps
 
 
+class Augmented(torch.utils.data.Dataset[Any]):
+    """Records in another order, with noise of their own every time that they are loaded."""
+
+    def __init__(self, records: Any) -> None:
+        self.records = records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = self.records[index]
+        return x + 0.1 * torch.randn(x.shape), y
+
+
+def test_the_same_records_augmented_in_another_order_are_still_the_same() -> None:
+    module, records = Net(), list(dataset(40))
+    for order, steps in ((records, 5), (records[::-1], 10)):
+        assert len(train(module, DataLoader(Augmented(order), batch_size=8)).ledger) == steps
+
+
 def test_the_same_records_split_anew_are_still_the_same() -> None:
     module, (inputs, labels) = Net(), dataset(80).tensors
     for seed, steps in ((0, 8), (1, 16)):

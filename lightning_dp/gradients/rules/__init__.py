@@ -1,1 +1,1 @@
-"""Rules that give the per-example gradients of a layer from what it saw and what came back."""
+"""Rules that give the per-example gradients of a layer from its input and the gradient at its output."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_dp.gradients.base import Dense, PerExampleGradient
 from lightning_dp.gradients.linear import Blocks, OuterProducts
 from lightning_dp.gradients.rules.layers import sum_positions
+from lightning_dp.torch_api import base_of
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,9 @@ class LinearMap:
 
 
 def calls_linear(module: nn.Module) -> bool:
-    """Whether the layer is recorded as the linear maps that it is made of: attention, whatever it drops out.
+    """Whether the layer is recorded as the linear maps that it is made of: attention, also with dropout.
 
-    Attention with ``add_bias_kv`` also uses parameters in other ways: that is run once more.
+    Attention with ``add_bias_kv`` also uses parameters in other ways, and is recomputed instead (`recompute`).
     """
     return (
         isinstance(module, nn.MultiheadAttention)
@@ -65,7 +66,7 @@ def _rows_of(module: nn.Module, tensor: Tensor) -> tuple[str, tuple[int, int] | 
     for name, parameter in module.named_parameters():
         if tensor is parameter:
             return name, None
-        if tensor._base is parameter:
+        if base_of(tensor) is parameter:
             start = (tensor.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
             return name, (start, start + len(tensor))
     raise RuntimeError(f"{type(module).__name__} applied a linear map that is none of its parameters.")

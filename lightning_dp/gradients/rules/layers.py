@@ -22,6 +22,7 @@ from lightning_dp.gradients.base import Dense, PerExampleGradient
 from lightning_dp.gradients.convolution import Convolution
 from lightning_dp.gradients.linear import OuterProducts, Rows
 from lightning_dp.gradients.rules.registry import register_refusal, register_rule, register_rule_by_name
+from lightning_dp.torch_api import padding_of
 
 
 def _positions(tensor: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ def convolution(
         padding: tuple[int, ...] | str = module.padding
         if module.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-            input = F.pad(input, module._reversed_padding_repeated_twice, mode=mode)
+            input = F.pad(input, padding_of(module), mode=mode)
             padding = (0,) * len(module.kernel_size)
         gradients["weight"] = Convolution(
             grad_output, input, module.weight.shape, module.stride, padding, module.dilation, module.groups

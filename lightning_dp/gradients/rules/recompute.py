@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_dp.gradients.base import Dense, PerExampleGradient
 from lightning_dp.gradients.model import trainable
+from lightning_dp.torch_api import tree_flatten, tree_unflatten
 
 
 def recompute(
@@ -22,8 +22,8 @@ def recompute(
 ) -> dict[str, PerExampleGradient]:
     """Gradients of a layer without a rule: its forward, once more, for every example by itself (``torch.func.vmap``).
 
-    Tensors among the arguments that have one entry per example are taken apart: those that ``per_example`` names, or,
-    where nobody has found that out, those whose leading dimension is the batch. All others are shared. The layer must
+    Tensors among the arguments that have one entry per example are taken apart: those that ``per_example`` marks, or,
+    where that is ``None``, those whose leading dimension is the batch. All others are shared. The layer must
     be a function of its arguments: one that draws random numbers raises a ``RuntimeError``. Source: Horace He &
     Richard Zou 2021, functorch.
     """

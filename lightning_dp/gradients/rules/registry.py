@@ -1,4 +1,4 @@
-"""Which rule is whose: by type of layer, by name, and refusals."""
+"""The registry of layer rules, by type or by full name, and of refusals."""
 
 from __future__ import annotations
 

@@ -37,18 +37,19 @@ from lightning_dp.mechanism.backprop.input_clip import InputClip, first_argument
 from lightning_dp.mechanism.backprop.layer_bounds import norms_of
 from lightning_dp.mechanism.backprop.limits import Limit, components_of_ties
 from lightning_dp.mechanism.clipping import scale_down
+from lightning_dp.torch_api import base_of, scale_
 
 
 class ClippedBackward(SummingEngine):
     """Forward and backward passes whose gradients, as autograd adds them up, are bounded per example.
 
     While a bounded layer runs, stand-ins take the place of its parameters: leaves of this forward pass's own graph, in
-    whose gradients the sums add up. So nothing else that uses the parameters reaches the sums, nobody sees them, and a
-    gradient that arrives at a parameter itself came around the bounds, and stops the training.
+    whose gradients the sums add up. So no other use of the parameters reaches the sums, user code does not see the
+    stand-ins, and a gradient that arrives at a parameter itself was not clipped, and stops the training.
 
     Args:
         module: The model.
-        limits: The bound of every layer with trainable parameters, by its name.
+        limits: The `Limit` of every layer with trainable parameters, by the layer's name.
     """
 
     def __init__(self, module: nn.Module, limits: Mapping[str, Limit]) -> None:
@@ -64,7 +65,7 @@ class ClippedBackward(SummingEngine):
         self._usual_calls: Counter[int] | None = None
         self._open: dict[str, LayerUse | None] = {}
         self._bad: Tensor | None = None
-        #: Inputs of this forward pass that nobody has looked at, as autograd keeps them.
+        #: Inputs of this forward pass, as autograd keeps them, that are not cleared of non-finite values yet.
         self._unchecked: list[Tensor] = []
         self._measured: list[tuple[Tensor, Tensor]] = []
         self._batch_size = 0
@@ -97,7 +98,7 @@ class ClippedBackward(SummingEngine):
                 clip.active = False
             for name, module in self._layers.items():
                 handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
-                # In front of all others: what it returns is scaled as the layer's own output is.
+                # Before all other hooks: it must see the layer's own output, not what another hook made of that.
                 handles.append(module.register_forward_hook(self._after(name), with_kwargs=True, prepend=True))
             for parameter in self.parameters.values():
                 self._stand_ins[parameter] = parameter.detach().requires_grad_()
@@ -123,11 +124,11 @@ class ClippedBackward(SummingEngine):
                 raise calls_changed(names, self._calls[component], self._usual_calls[component])
 
     def _clear_unusable_inputs(self) -> None:
-        """Zeros where examples that are left out have something that is not finite, which times zero would not be zero.
+        """Sets the inputs of examples that are left out to zero: times a weight of zero, infinity would give NaN.
 
-        On a device, whether there are any is not looked at before, once for all layers. Autograd keeps their inputs
-        already, and they are changed in place (`is_what_autograd_keeps`): what else depends on them are the same
-        examples' own gradients, which count for nothing.
+        On an accelerator, whether there are such examples is read here, once for all layers: a host-device sync. The
+        inputs that autograd keeps are changed in place (`is_what_autograd_keeps`): all else that depends on them are
+        the same examples' gradients, which have weight zero.
         """
         inputs, self._unchecked = self._unchecked, []
         if inputs and self._bad is not None and bool(self._bad.any()):
@@ -138,7 +139,7 @@ class ClippedBackward(SummingEngine):
     def backward(self, scale: float = 1.0) -> Iterator[None]:
         self._clear_unusable_inputs()
         if self._sums and scale != self._unit:  # a smaller last micro-batch: its mean is over fewer examples
-            torch._foreach_mul_(list(self._sums.values()), self._unit / scale)
+            scale_(list(self._sums.values()), self._unit / scale)
         self._unit = self._scale = scale
         summands = {name: self._stand_ins[p] for name, p in self.parameters.items()}
         for name, stand_in in summands.items():
@@ -162,7 +163,7 @@ class ClippedBackward(SummingEngine):
         self._note_measured()
 
     def _complete(self, name: str, summand: Tensor) -> None:
-        """Hands a sum over: autograd has added up all that the parameter's uses owe to it."""
+        """Passes a parameter's sum to `on_complete`: autograd has added up the gradients of all its uses."""
         total, summand.grad = summand.grad, None
         if self.on_complete is not None and total is not None:
             self.on_complete(name, total, self._unit)
@@ -192,7 +193,7 @@ class ClippedBackward(SummingEngine):
                     self._leave_out(bad)
                     norms = norms.masked_fill(bad, 0)
                     if bound.clips_input and is_what_autograd_keeps(module, input, self._batch_size):
-                        self._unchecked.append(input.data)  # whose changes autograd does not count
+                        self._unchecked.append(input.data)  # .data: autograd does not count its in-place changes
                     else:
                         input = input.masked_fill(per_example(bad, input), 0)
                 elif not all_usable(norms):
@@ -234,7 +235,7 @@ class ClippedBackward(SummingEngine):
                     # An input that all examples share (position numbers): every example gets its own copy.
                     output = output.expand(self._batch_size, *output.shape[1:])
                 # A linear layer over a sequence returns a view; what is changed in place is then the view's base.
-                shape, base = output.shape, output._base
+                shape, base = output.shape, base_of(output)
                 in_place = not output.is_leaf and (base is None or same_memory(base, output))
                 whole = output if base is None or not in_place else base
                 scaled_bias = bias if use.factors is not None else None

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import UnsupportedModelError
-from lightning_dp.gradients.recorder import unwatched
 from lightning_dp.mechanism.backprop.input_clip import first_argument, per_example
 from lightning_dp.mechanism.backprop.layer_bounds import LayerBound
 from lightning_dp.mechanism.backprop.limits import Limit
+from lightning_dp.torch_api import functions_unwatched, has_global_hooks, version_of
 
-#: Examples with larger norms than that are left out like those that are not finite: squares of single precision end
-#: soon after, and what normalises such numbers makes NaN of them.
+#: Examples with larger norms are left out, like those that are not finite: soon after, squares overflow float32, and
+#: normalisation layers return NaN.
 LARGEST_NORM = 1e15
 
 
@@ -38,7 +38,7 @@ class LayerUse:
     ) -> None:
         self.engine, self.name, self.component, self.factors = engine, name, component, factors
         self.seen: Tensor | None = seen
-        self.version = seen._version
+        self.version = version_of(seen)
         self.input: Tensor | None = None
         self.done = False
 
@@ -82,10 +82,10 @@ def scaled_output(
 
 
 def is_what_autograd_keeps(module: nn.Module, input: Tensor, batch_size: int) -> bool:
-    """Whether the backward pass of a linear map will read this very memory, which holds results of this forward pass
-    alone, an example's in a row of its own.
+    """Whether autograd keeps this very memory for the backward pass of a linear map, one row per example, and nothing
+    outlives the forward pass in it, so that rows may be set to zero in place.
 
-    Not of batches and buffers (which nothing was computed for), nor where a layer pads or copies its input by itself.
+    False for batches and buffers (which have no ``grad_fn``), and where the layer pads or copies its input itself.
     """
     if input.grad_fn is None or len(input) != batch_size or 0 in input.stride():
         return False
@@ -95,18 +95,19 @@ def is_what_autograd_keeps(module: nn.Module, input: Tensor, batch_size: int) ->
 
 
 def expanded_input(input: Tensor, batch_size: int) -> Tensor:
-    """An input that was found to be of the batch, or shared by all its examples."""
+    """The input with one row per example: one that all examples share is expanded."""
     return input if input.shape[0] == batch_size else input.expand(batch_size, *input.shape[1:])
 
 
 def all_usable(norms: Tensor) -> bool:
-    """Whether there is nothing to leave out: one number to wait for."""
+    """Whether no example has to be left out; a host-device sync on accelerators."""
     return bool(norms.amax() <= LARGEST_NORM)
 
 
 def is_unchanged(input: Any, seen: Tensor | None, version: int) -> bool:
-    """Whether a layer saw what its hook returned; PyTorch itself wraps it when there are full backward hooks."""
-    if not isinstance(input, Tensor) or seen is None or input._version != version:
+    """Whether a layer saw the input that its pre-hook returned. Compares memory, not identity: with full backward
+    hooks, PyTorch passes an alias."""
+    if not isinstance(input, Tensor) or seen is None or version_of(input) != version:
         return False
     return input.data_ptr() == seen.data_ptr() and input.shape == seen.shape and input.stride() == seen.stride()
 
@@ -123,8 +124,7 @@ def around_the_bounds(names: list[str]) -> UnsupportedModelError:
 
 def refuse_global_hooks() -> None:
     """Refuses hooks on all modules, whose place among a layer's own is not known."""
-    hooks = nn.modules.module
-    if hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+    if has_global_hooks():
         raise UnsupportedModelError(
             "Hooks on all modules (register_module_forward_hook) could change what a layer sees or returns after it "
             "was bounded. Remove them during training, or register them on single modules."
@@ -132,10 +132,10 @@ def refuse_global_hooks() -> None:
 
 
 def hidden_from_modes(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook whose work is none of the step's code: modes that look at functions do not see it."""
+    """The hook, hidden from ``TorchFunctionMode``s: those that examine the user's step must not see its work."""
 
     def hidden(*args: Any) -> Any:
-        with unwatched():
+        with functions_unwatched():
             return hook(*args)
 
     return hidden
@@ -145,7 +145,7 @@ def clipped_argument(name: str, module: nn.Module, args: tuple[Any, ...], kwargs
     """The input of a layer's call.
 
     Raises:
-        UnsupportedModelError: There is none, or more than that.
+        UnsupportedModelError: The first argument is no tensor, or there are more arguments.
     """
     input = first_argument(args, dict(kwargs))
     if not isinstance(input, Tensor):

@@ -1,4 +1,4 @@
-"""Clips what a layer sees."""
+"""The hook that clips a layer's input outside training steps."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from lightning_dp.mechanism.backprop.layer_bounds import LayerBound
 from lightning_dp.mechanism.clipping import scale_down
-
-# -- the forward and backward passes -----------------------------------------------------------------------------------
 
 
 class InputClip:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lightning_dp.gradients.model import trainable
 from lightning_dp.gradients.precision import wide
 from lightning_dp.gradients.rules.registry import rule_for
+from lightning_dp.torch_api import padding_of
 
 ConvolutionBound = Literal["window_sum", "unfolded", "raw", "raw_sum"]
 
@@ -133,8 +134,8 @@ class ConvolutionLayerBound(LayerBound):
     def input_norms(self, module: Any, input: Tensor) -> Tensor:
         if self.kind in ("raw", "raw_sum"):
             return norms_of(input)
-        # As the layer's own forward reads them, which may have been changed since it was made.
-        sides = module._reversed_padding_repeated_twice
+        # What forward pads by in modes other than "zeros": module.padding may have been changed since construction.
+        sides = padding_of(module)
         pads = tuple(zip(sides[-2::-2], sides[::-2], strict=True))
         if module.padding_mode == "zeros":
             pads = _zero_padding(module)

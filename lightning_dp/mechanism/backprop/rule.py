@@ -2,7 +2,7 @@
 
 The weight gradient of a linear map is ``EᵀA``, with the layer's input ``A`` and the gradient ``E`` at its output. When
 both are scaled down per example, the gradient that autograd adds up by itself has a bounded sensitivity: there are no
-per-example gradients, no records. (What a step costs, measured: docs/speed.md.)
+per-example gradients. (What a step costs, measured: docs/speed.md.)
 
 The method is that of Stevens et al. 2022, "Backpropagation Clipping for Deep Learning with Differential Privacy",
 whose second version was withdrawn for an error in its code; what differs here is in ``docs/backprop_clipping.md``.
@@ -33,6 +33,7 @@ from lightning_dp.mechanism.backprop.layer_bounds import (
 )
 from lightning_dp.mechanism.backprop.limits import Limit
 from lightning_dp.mechanism.clipping import NO_STATE, Bounding, Group, State, check_positive
+from lightning_dp.torch_api import remove_forward_pre_hooks
 
 _ALLOCATIONS = ("equal", "proportional")
 
@@ -130,9 +131,7 @@ class BackpropClipping(Bounding):
         """
         for name, limit in self.for_module(module).limits.items():
             layer = module.get_submodule(name)
-            for handle, hook in list(layer._forward_pre_hooks.items()):
-                if isinstance(hook, InputClip):
-                    del layer._forward_pre_hooks[handle], layer._forward_pre_hooks_with_kwargs[handle]
+            remove_forward_pre_hooks(layer, InputClip)
             if limit.input_norm is not None:
                 layer.register_forward_pre_hook(InputClip(limit.bound, limit.input_norm), with_kwargs=True)
 

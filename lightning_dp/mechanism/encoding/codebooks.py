@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lightning_dp.accounting.events import Magnitudes
 from lightning_dp.gradients.engines import BookKeeping
+from lightning_dp.torch_api import tree_leaves
 
 #: The most levels of a staircase.
 LEVELS = 32
@@ -35,8 +36,8 @@ LEVELS = 32
 class Codebook(ABC):
     """Public, descending, non-negative vectors of norm 1.
 
-    They may come from constants, seeds and public data, never from the gradients of private records: an encoded
-    gradient says which vector was nearest.
+    They may come from constants, seeds and public data, never from the gradients of private records: the accountant
+    takes the vectors as known to everybody.
     """
 
     @abstractmethod
@@ -106,7 +107,8 @@ class PublicCodebook(Codebook):
     """Vectors that `learn_codebook` found in gradients of public data.
 
     Args:
-        path: The file that it wrote.
+        path: The file that it wrote. It is read when training starts: a missing file is a ``FileNotFoundError`` then,
+            and vectors of another length are a ``ValueError``.
     """
 
     path: str
@@ -125,17 +127,20 @@ class PublicCodebook(Codebook):
 
 
 def learn_codebook(gradients: Tensor, path: str | os.PathLike[str], size: int = 8, seed: int = 0) -> PublicCodebook:
-    """Clusters the shapes of public gradients by cosine (spherical k-means) and saves the centres.
+    """Clusters the sorted magnitudes of public gradients by cosine (spherical k-means) and saves the centres.
 
     Args:
         gradients: Per-example gradients of **public** data, ``(n, d)`` (see `public_gradients`), restricted to their
             top-k coordinates where the encoding is: pass the k largest magnitudes.
         path: Where the codebook is written; ``.npz`` is added where it is missing.
         size: Number of vectors.
-        seed: Of the first centres.
+        seed: Of the choice of the first centres.
+
+    Returns:
+        The codebook that reads the file.
 
     Raises:
-        ValueError: There are fewer gradients than vectors, or some are zero or not finite.
+        ValueError: The gradients are not a matrix, or fewer than vectors, or some are zero or not finite.
     """
     if gradients.dim() != 2:
         raise ValueError(f"learn_codebook: gradients must be (n, d), one row each, got {tuple(gradients.shape)}.")
@@ -166,13 +171,15 @@ def learn_codebook(gradients: Tensor, path: str | os.PathLike[str], size: int = 
 def public_gradients(module: Any, batches: Iterable[Any]) -> Tensor:
     """Per-example gradients ``(n, d)`` of a LightningModule's ``training_step`` on batches of **public** data.
 
+    Columns are the trainable parameters' coordinates, in the order of ``named_parameters``.
+
     Args:
         module: The LightningModule; its loss is a mean over the examples, and ``training_step`` must not log.
         batches: What a train loader would yield, with the examples along the first dimension of its tensors.
     """
     engine, rows = BookKeeping(module), []
     for index, batch in enumerate(batches):
-        size = len(next(part for part in torch.utils._pytree.tree_leaves(batch) if isinstance(part, Tensor)))
+        size = len(next(part for part in tree_leaves(batch) if isinstance(part, Tensor)))
         with engine.forward(size):
             output = module.training_step(batch, index)
         with engine.backward():

@@ -14,11 +14,11 @@ from lightning_dp.gradients.engine import PerExampleEngine, SummingEngine
 from lightning_dp.gradients.precision import full_precision
 from lightning_dp.mechanism.clipping import scale_down
 
-#: Magnitudes share a rank when they agree in sign, exponent and this many bits of the mantissa: within 0.4 %.
+#: Magnitudes share a bucket, and so a rank, when exponent and this many bits of the mantissa agree: within 0.4 %.
 _MANTISSA = 8
 
 
-#: Of these ranks there are so many: 16 octaves below an example's largest magnitude; what is smaller shares the last.
+#: Number of buckets: they span 16 octaves down from an example's largest magnitude; smaller ones share the lowest.
 _BUCKETS = 16 * 2**_MANTISSA
 
 
@@ -26,11 +26,8 @@ _BUCKETS = 16 * 2**_MANTISSA
 _ENCODED, _MATERIALISED = 2**17, 2**22
 
 
-# -- the sum -----------------------------------------------------------------------------------------------------------
-
-
 class Encoder:
-    """Encodes rows of gradients.
+    """Encodes rows of per-example gradients; see `GradientEncoding`.
 
     Args:
         entries: The codebook's vectors.
@@ -45,8 +42,8 @@ class Encoder:
         self._values = torch.tensor(entries.values, dtype=torch.float64)
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Encodes rows ``(B, d)`` in place; returns the norms ``(B,)`` of their top k, as they were, and the factors
-        that these were scaled by."""
+        """Encodes rows ``(B, d)`` in place; returns the norms ``(B,)`` of their top k before scaling, and the factors
+        ``(B,)`` that the rows were scaled by."""
         if self.everything and len(self._last_ranks) == len(self._values) == 1:  # a flat codebook: no ranks
             norms = torch.linalg.vector_norm(rows, dim=1)
             factors = scale_down(norms, self.max_norm)

@@ -28,13 +28,18 @@ class GradientEncoding(Bounding):
     ``‖q_j‖ ≤ 1``. Magnitudes that share a rank (within 0.4 %) get the bound of the last of them.
     Source: Nasr, Shokri & Houmansadr 2020, section 3.
 
-    Noise lies on every coordinate of the sum, also where no example's top k lie: which they are would tell of the
-    records.
+    Noise is added to every coordinate of the sum, also where no example has one of its top k: the set of those
+    coordinates depends on the records.
 
     Args:
         codebook: The public vectors.
         max_norm: Clipping norm C, in units of the gradient's Euclidean norm, over all trainable parameters jointly.
         top_k: Number of coordinates that are kept. ``None``: all.
+
+    Raises:
+        TypeError: ``codebook`` is not a `Codebook`.
+        ValueError: ``max_norm`` is not positive and finite, or ``top_k`` less than 1. `for_module` raises it when
+            ``top_k`` exceeds the model's trainable coordinates, or the codebook's vectors are not valid.
     """
 
     codebook: Codebook = FlatCodebook()
@@ -65,7 +70,7 @@ class GradientEncoding(Bounding):
 
 
 def _check_entries(name: str, entries: Magnitudes, size: int) -> None:
-    """Refuses what is no codebook: a bound would be wrong."""
+    """Raises ValueError unless the vectors are as `Codebook` promises; the formal guarantee rests on that."""
     values = np.array(entries.values)
     if sum(entries.counts) != size or min(entries.counts) < 1:
         raise ValueError(f"GradientEncoding: the levels of {name} must have {size} coordinates in all.")

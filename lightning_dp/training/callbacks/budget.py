@@ -33,8 +33,8 @@ class PrivacyBudget(Callback):
     ``max_steps``) fit. With one, training stops when the next step would exceed the budget. Either way the strategy
     refuses any step beyond it, whatever ``min_epochs`` and ``min_steps`` say.
 
-    A resumed run keeps the noise of the interrupted one while the plan and the target are the same; when they change,
-    noise is chosen anew for what is left.
+    A resumed run keeps the noise of the interrupted one, unless mechanism, sampling rate, planned steps or target have
+    changed, or a crash has lost steps, which stay charged: then noise is chosen anew for what is left.
 
     Example::
 
@@ -48,6 +48,12 @@ class PrivacyBudget(Callback):
         epsilon: The most that ε may become, for adding or removing one record.
         delta: The δ at which ε is stated; well below 1/N.
         accountant: ``"pld"`` or ``"rdp"``.
+
+    Raises:
+        TypeError, ValueError: ε is not a positive number, or δ not strictly between 0 and 1.
+        PrivacyConfigurationError: At the start of a fit: the strategy is not private, there is a second budget, or the
+            noise is to be chosen for training without an end, or beside LearningRateFinder or BatchSizeFinder.
+        PrivacyLimitReached: In a fit, when a step or statistic beyond the budget is attempted.
     """
 
     def __init__(self, epsilon: float, delta: float, accountant: Accountant = "pld") -> None:
@@ -114,9 +120,9 @@ class PrivacyBudget(Callback):
             strategy.noise_multiplier = self._choose_noise(strategy, self._remaining_steps(trainer))
 
     def step_limit(self, ledger: PrivacyLedger, event: DpEvent) -> int:
-        """The most steps that the ledger may hold if all further ones are this event.
+        """The most releases that the ledger may hold, if all further ones are this event.
 
-        Computed once per event and number of other ones; another sampling rate or noise is another event.
+        Computed again when the event (its noise or sampling rate) or the number of releases of other events changes.
         """
         key = event, sum(count for other, count in ledger if other != event)
         if key not in self._limits:
@@ -128,7 +134,7 @@ class PrivacyBudget(Callback):
         return self._limits[key]
 
     def holds_for(self, ledger: PrivacyLedger) -> bool:
-        """Whether ε of this ledger, the strategy's, has been found to be within the target."""
+        """Whether ε of the strategy's ledger is known to be within the target, from the last `step_limit`."""
         return 0 < len(ledger) <= self._verified
 
     def _remaining_steps(self, trainer: pl.Trainer) -> int | None:

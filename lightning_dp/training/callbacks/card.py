@@ -22,12 +22,17 @@ from lightning_dp.training.strategy import PrivateMixin
 class PrivacyCard(Callback):
     """Writes a privacy card when training ends, also by Ctrl-C or an error: ``privacy_card.md`` and ``.json``.
 
-    The card states ε and δ, what they mean, how they come about, and what they do not cover, the metrics that were
-    logged without noise by their names.
+    The card states ε and δ, what they mean, how they come about, and what they do not cover; it names the metrics that
+    were logged without noise.
 
     Args:
         path: The directory for the two files. ``None``: that of the run, where the journal is.
         delta: The δ at which ε is stated. ``None``: that of the Trainer's `PrivacyBudget` or `PrivacyMonitor`.
+
+    Raises:
+        ValueError: δ is not strictly between 0 and 1.
+        PrivacyConfigurationError: At the start of a fit: the strategy is not private, there is no δ, or the directory
+            cannot be written to.
     """
 
     def __init__(self, path: str | None = None, delta: float | None = None) -> None:

@@ -37,6 +37,11 @@ class DifferentialPrivacy(Callback):
         card: Whether a `PrivacyCard` is written beside the logs at the end.
         options: ``max_physical_batch_size``, ``engine``, ``loss_reduction``, ``self_check``, ``seed``, ``journal``,
             ``secure_rng``, ``augmentation_multiplicity``, ``per_record_means``: see `privacy_options`.
+
+    Raises:
+        TypeError, ValueError: An argument is wrong, or neither ε nor a noise multiplier is given.
+        PrivacyConfigurationError, UnsupportedModelError: At the start of a fit, when something cannot be trained
+            privately; the message says what and what to do.
     """
 
     def __init__(
@@ -71,7 +76,7 @@ class DifferentialPrivacy(Callback):
         return None if self.budget is None else self.budget.epsilon
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Exchanges the class of the Trainer's strategy before Lightning sets it up."""
+        """For a fit, makes the Trainer's strategy private, by `make_private`, before Lightning sets it up."""
         if stage != "fit":
             self._clipping.attach(pl_module)
             return

@@ -1,4 +1,4 @@
-"""What callbacks ask of a Trainer."""
+"""Functions by which callbacks find the private strategy, the budget and other callbacks of a Trainer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def private_strategy(trainer: pl.Trainer, callback: str) -> PrivateMixin:
     """The Trainer's strategy, if it is private.
 
     Raises:
-        PrivacyConfigurationError: It is not.
+        PrivacyConfigurationError: The strategy is not private.
     """
     strategy = trainer.strategy
     if not isinstance(strategy, PrivateMixin):
@@ -27,7 +27,7 @@ def private_strategy(trainer: pl.Trainer, callback: str) -> PrivateMixin:
 
 
 def check_delta_of(callback: str, delta: float) -> None:
-    """Refuses a δ that is no probability strictly between 0 and 1."""
+    """Raises ValueError unless 0 < δ < 1; ``callback`` is the name that the message begins with."""
     if not 0 < delta < 1:
         raise ValueError(f"{callback}: delta must lie strictly between 0 and 1, got {delta}.")
 

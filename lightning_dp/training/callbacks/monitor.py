@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_dp.accounting.events import Accountant
 from lightning_dp.accounting.monitor import EpsilonMonitor
 from lightning_dp.reporting import dashboards
+from lightning_dp.torch_api import euclidean_norms
 from lightning_dp.training.callbacks.budget import PrivacyBudget
 from lightning_dp.training.callbacks.lookup import check_delta_of, private_strategy, target_of_budget, trainer_setting
 from lightning_dp.training.checks.configuration import warn_about_delta
@@ -22,9 +23,11 @@ from lightning_dp.training.strategy import PrivateMixin
 class PrivacyMonitor(Callback):
     """Shows what has been spent: to every logger, to the progress bar, and to callbacks that monitor metrics.
 
-    Logged every ``log_every_n_steps`` private steps and at the end of every epoch: ``privacy/epsilon``,
-    ``privacy/delta``, ``privacy/noise_multiplier``; with a `PrivacyBudget`, ``privacy/budget_spent`` (the fraction of
-    its ε); and ``privacy/signal_to_noise``, estimated from the noisy gradient alone, and so without further cost.
+    Logged every ``log_every_n_steps`` private steps, and for progress bar and callbacks also after the first step and
+    after every epoch: ``privacy/epsilon``, ``privacy/delta``, ``privacy/noise_multiplier``; with a `PrivacyBudget`,
+    ``privacy/budget_spent`` (the fraction of its ε); with `AdaptiveClipping`, ``privacy/clipping_max_norm``. Every
+    ``log_every_n_steps`` also ``privacy/signal_to_noise``: the norm of the gradient's signal over that of its noise,
+    estimated from the noisy gradient alone, and so without further cost.
 
     While training runs, the ε shown is never below the true one, and within 1 % of the exact computation, at far less
     cost than that at every step (see `EpsilonMonitor`). The last value of a fit is exact.
@@ -38,6 +41,10 @@ class PrivacyMonitor(Callback):
         log_not_private: Also log ``not_private/clipped_fraction`` and quantiles of the gradient norms before clipping,
             ``not_private/median_gradient_norm``, ``not_private/gradient_norm_p10`` and ``…_p90``. **These are computed
             from the data without noise: whoever sees them learns more than ε says.**
+
+    Raises:
+        ValueError: δ is not strictly between 0 and 1.
+        PrivacyConfigurationError: At the start of a fit: the strategy is not private.
     """
 
     def __init__(self, delta: float, accountant: Accountant = "pld", log_not_private: bool = False) -> None:
@@ -65,7 +72,7 @@ class PrivacyMonitor(Callback):
         dashboards.begin(trainer.loggers, self._configuration(trainer, strategy))
 
     def _configuration(self, trainer: pl.Trainer, strategy: PrivateMixin) -> dict[str, Any]:
-        """What a dashboard should state beside the curves: all of it public."""
+        """The settings of private training that dashboards show beside the curves: all public."""
         return {
             "delta": self.delta,
             "accountant": self.accountant,
@@ -81,7 +88,7 @@ class PrivacyMonitor(Callback):
         }
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
-        """Notes the expected square of the noise's norm, before the clipping norm of the next step is known."""
+        """Computes the expected squared norm of the noise of this step, for `on_after_backward`."""
         step = private_strategy(trainer, "PrivacyMonitor").private_step
         if step is None or not self._due(trainer, ahead=1):
             return
@@ -98,7 +105,7 @@ class PrivacyMonitor(Callback):
             return
         if step.mechanism.denoiser is None:
             gradients = [p.grad for p in step.engine.parameters.values() if p.grad is not None]
-            square = float(torch.stack(torch._foreach_norm(gradients)).double().square().sum())
+            square = float(torch.stack(euclidean_norms(gradients)).double().square().sum())
         else:
             square = step.noisy_square
         self._signal_to_noise = math.sqrt(max(0.0, square / self._noise_square - 1))
@@ -135,7 +142,7 @@ class PrivacyMonitor(Callback):
                 and (budget.delta, budget.accountant) == (self.delta, self.accountant)
                 and budget.holds_for(strategy.ledger)
             ):
-                self.epsilon = min(self.epsilon, budget.epsilon)  # a lower bound that is proven as well
+                self.epsilon = min(self.epsilon, budget.epsilon)  # both are upper limits on ε: show the smaller
             self._computed_at = steps
         metrics = {
             "privacy/epsilon": self.epsilon,
@@ -161,7 +168,7 @@ class PrivacyMonitor(Callback):
         dashboards.utility(trainer.loggers, max(trainer.global_step - 1, 0), epsilon, metrics)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """States the exact ε, also where the last step was none that is logged."""
+        """Logs the exact ε, also when the last step is not one of those that are logged."""
         strategy = private_strategy(trainer, "PrivacyMonitor")
         logged = self._exact_at == len(strategy.ledger) and (self._due(trainer) or trainer.should_stop)
         metrics = self._metrics(trainer, strategy, exact=True)

@@ -15,7 +15,7 @@ from lightning_dp.mechanism.clipping import Bounding
 
 
 def check_trainer(trainer: Any) -> None:
-    """Refuses Trainer settings under which a Lightning batch would not be one private step."""
+    """Refuses Trainer settings under which a Lightning batch would not be one private step, or float16 overflows."""
     module = trainer.lightning_module
     if not module.automatic_optimization:
         raise PrivacyConfigurationError(
@@ -66,7 +66,7 @@ def check_no_accumulation(trainer: pl.Trainer) -> None:
 
 
 def check_optimizers(trainer: pl.Trainer, engine: Engine) -> None:
-    """The parameters that are optimized and those that are bounded must be the same objects."""
+    """Refuses several optimizers, LBFGS, and an optimizer whose parameters are not exactly the engine's."""
     optimizers = trainer.strategy.optimizers
     if len(optimizers) != 1:
         raise PrivacyConfigurationError(
@@ -97,7 +97,7 @@ def check_optimizers(trainer: pl.Trainer, engine: Engine) -> None:
 
 
 def warn_about_delta(delta: float, num_records: int) -> None:
-    """δ ≥ 1/N allows a mechanism that publishes one record at random."""
+    """Warns of δ ≥ 1/N, which allows a mechanism that publishes one record at random."""
     if delta >= 1 / num_records:
         rank_zero_warn(
             f"delta={delta:g} is not below 1/N = {1 / num_records:.3g} for the {num_records} records of the train set: "

@@ -1,4 +1,4 @@
-"""A few examples pass through the bounding itself, one by one and together."""
+"""Checks the bounding on a few examples, one by one and together: sensitivity, and additivity."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_dp.training.independence.subject import Subject, loss_of, reduced
 _BOUNDED_EXAMPLES = 2
 
 
-#: Pairs that are looked at; and the relative error that no rounding explains.
+#: The most pairs of examples that are tried; and the relative error beyond which rounding is no explanation.
 _PAIRS, _NO_ROUNDING = 4, 0.05
 
 
@@ -35,21 +35,22 @@ def _on_one_record(error: Exception) -> UnsupportedModelError:
 
 
 def check_contributions(subject: Subject, clipping: Bounding, state: State, forms: CallForms) -> list[str]:
-    """Runs a few examples through the bounding itself, in a shadow of the model, one by one and together.
+    """Runs a few examples through the clipping rule, in a copy of the model, one by one and together.
 
-    Every example's contribution must stay within the sensitivity of every group, and those of all must add up to what
-    the batch gives.
+    Every example's contribution must stay within the sensitivity of every group, and the contributions must add up to
+    the sum that the batch gives.
 
     Args:
         subject: The step and the records.
-        clipping, state: The rule, and what it has chosen so far.
-        forms: How layers are called.
+        clipping, state: The rule, and its state.
+        forms: How layers are called, as the examination found it.
 
     Returns:
-        What could not be looked at, in sentences.
+        Sentences on what could not be checked; empty if all was.
 
     Raises:
-        UnsupportedModelError: With the parameter's name.
+        UnsupportedModelError: A contribution exceeds its sensitivity, or contributions do not add up, with the
+            parameters' names; or ``training_step`` fails on a batch of one or two records.
     """
     mechanism = Mechanism(clipping, augmentation_multiplicity=subject.copies)
     bounds: dict[Group, float] = {}
@@ -83,7 +84,7 @@ def check_contributions(subject: Subject, clipping: Bounding, state: State, form
             return step, {n: p.grad.double() for n, p in engine.parameters.items() if p.grad is not None}
 
     def pair(examples: list[int]) -> tuple[str, float]:
-        """The parameter for which contributions add up worst, and by how much of their size they do not."""
+        """The parameter whose single contributions differ most from the batch's sum, and that relative error."""
         step, together = contribution(examples)
         alone = [contribution([example])[1] for example in examples]
         low = any(p.dtype in (torch.bfloat16, torch.float16) for p in step.engine.parameters.values())
@@ -106,8 +107,8 @@ def check_contributions(subject: Subject, clipping: Bounding, state: State, form
 
     with random_state_kept():
         try:
-            # An activation that is zero but for rounding may count in a batch of two and not in one of one: another
-            # pair is looked at then. What is wrong with a rule is wrong for all of them.
+            # A ReLU input that is zero up to rounding may be positive in a batch of two and not in a batch of one: then
+            # another pair is tried. A wrong rule is wrong for every pair.
             for attempt in range(_PAIRS):
                 count = len(subject.records)
                 examples = sorted({(2 * attempt + i) % count for i in range(_BOUNDED_EXAMPLES)})

@@ -1,4 +1,4 @@
-"""What the checks have looked at: when any of it changes, they must look again."""
+"""A fingerprint of what the checks depend on: when it changes, they must run again."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from lightning_dp.training.checks.model import has_hooks, is_batch_norm
+from lightning_dp.torch_api import CALL_HOOKS, has_gradient_hooks, is_batch_norm
 
 
 def fingerprint_of(module: nn.Module, optimized: Iterable[nn.Parameter]) -> tuple[Any, ...]:
-    """Modules, forwards, hooks, parameters and what of them is trained; identities, not values.
+    """Identities, not values, of modules, forwards, hooks and parameters, and which of these are trained.
 
     Args:
         module: The module in training.
@@ -21,9 +21,9 @@ def fingerprint_of(module: nn.Module, optimized: Iterable[nn.Parameter]) -> tupl
     for child in module.modules():
         own = vars(child)
         found += (id(child), type(child), own.get("forward"), child.training if is_batch_norm(child) else 0)
-        for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+        for name in CALL_HOOKS:
             found += map(id, own[name].values())
         for name, p in own["_parameters"].items():
             if p is not None:
-                found += (name, id(p), p.requires_grad, has_hooks(p))
+                found += (name, id(p), p.requires_grad, has_gradient_hooks(p))
     return tuple(found)

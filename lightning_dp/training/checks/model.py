@@ -8,12 +8,17 @@ from torch import nn
 from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.gradients.model import getattr_path, trainable, trained_layers
 from lightning_dp.gradients.rules.registry import refusal_for, rule_for
+from lightning_dp.torch_api import has_gradient_hooks
 
 _WAY_OUT = "or use engine='per_example', which is slow but takes any layer"
 
 
 def check_model(module: pl.LightningModule, engine: str) -> None:
-    """Refuses modules whose per-example gradients are not defined, or that the engine has no rule for."""
+    """Refuses modules whose per-example gradients are not defined, or that the engine cannot compute.
+
+    Raises:
+        UnsupportedModelError: With one line for every problem, and what to do.
+    """
     refused: dict[tuple[str, str], list[str]] = {}
     for name, child in module.named_modules():
         reason = refusal_for(child)
@@ -30,7 +35,7 @@ def check_model(module: pl.LightningModule, engine: str) -> None:
         ]
         problems += _compiled(module) + _tied(module)
     problems += _odd_parameters(module)
-    hooked = [name for name, p in module.named_parameters() if p.requires_grad and has_hooks(p)]
+    hooked = [name for name, p in module.named_parameters() if p.requires_grad and has_gradient_hooks(p)]
     if hooked:
         problems.append(
             f"parameters {hooked} have gradient hooks (register_hook, register_post_accumulate_grad_hook, "
@@ -45,7 +50,7 @@ def check_model(module: pl.LightningModule, engine: str) -> None:
 
 
 def _odd_parameters(module: nn.Module) -> list[str]:
-    """Parameters that have no numbers yet, or complex ones."""
+    """One line for uninitialised parameters (of lazy layers), one for complex ones."""
     problems = []
     lazy = [name for name, p in module.named_parameters() if isinstance(p, nn.UninitializedParameter)]
     if lazy:
@@ -75,12 +80,12 @@ def _few(names: list[str]) -> list[str]:
     return names if len(names) <= _NAMED else [*names[:_NAMED], "…"]
 
 
-#: Layers that a line names.
+#: The most layers that a line names.
 _NAMED = 4
 
 
 def _without_rule(name: str, module: nn.Module) -> list[str]:
-    """What no rule covers and cannot be run once more on its own."""
+    """Why the bookkeeping engine cannot compute a layer's gradients, by a rule or by running the layer once more."""
     own = trainable(module)
     if not own:
         return []
@@ -124,7 +129,7 @@ def _compiled(module: pl.LightningModule) -> list[str]:
 
 
 def _tied(module: nn.Module) -> list[str]:
-    """Tied parameters are exact when every use is a linear map, a look-up, or of a kind that can be materialised."""
+    """One line for every tied parameter that layers hold under different names (a weight that is also a bias)."""
     uses: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, child in trained_layers(module).items():
         for own in trainable(child):
@@ -138,13 +143,3 @@ def _tied(module: nn.Module) -> list[str]:
                 f"{layers} are one parameter in different roles, which no rule covers; untie them, {_WAY_OUT}"
             )
     return problems
-
-
-def has_hooks(parameter: nn.Parameter) -> bool:
-    """Whether something was registered that is called with the parameter's gradient."""
-    return bool(parameter._backward_hooks) or bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
-
-
-def is_batch_norm(module: nn.Module) -> bool:
-    """Whether the module normalises over the batch when it is in training mode."""
-    return isinstance(module, nn.modules.batchnorm._BatchNorm)

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_dp.errors import ACTIVATION_CHECKPOINTING, FormChanged, PrivacyConfigurationError, UnsupportedModelError
+from lightning_dp.mechanism.sampling import Draw
 from lightning_dp.training import lightning_api, steering
 from lightning_dp.training.batches import Layout, find_layout
 from lightning_dp.training.checks.contributions import check_contributions
@@ -26,15 +27,16 @@ from lightning_dp.training.independence.subject import Subject, Understanding, c
 if TYPE_CHECKING:
     from lightning_dp.training.strategy import PrivateMixin
 
-#: Records that are traced, and that are exchanged; at most so many rows, where each record has several.
+#: The most records for the row tracer, the most for the exchange tests, and the most rows of the latter, where each
+#: record has several (``augmentation_multiplicity``).
 _TRACED, _EXCHANGED, _EXAMINED_ROWS = 8, 18, 36
 
 
 class Examiner:
-    """Examines a strategy's training step, and keeps what was found.
+    """Examines a strategy's training step, and keeps the findings.
 
     Args:
-        strategy: Whose step.
+        strategy: The strategy whose ``training_step`` is examined.
     """
 
     def __init__(self, strategy: PrivateMixin) -> None:
@@ -42,15 +44,15 @@ class Examiner:
         self.reset(pending=False)
 
     def reset(self, pending: bool) -> None:
-        """A fit begins: nothing is known.
+        """Forgets all findings, at the start of a fit.
 
         Args:
             pending: Whether the step is to be examined before it is taken.
         """
         self.is_pending = pending
-        #: What examinations of the training step have found; ``None`` before the first.
+        #: The findings of all examinations, merged; ``None`` before the first.
         self.findings: Findings | None = None
-        #: What every step is held to.
+        #: Losses and code that were examined: a step that runs other code raises `FormChanged`.
         self.understanding = Understanding()
         self._subject: Subject | None = None
         self._layout: Layout | None = None
@@ -119,10 +121,10 @@ class Examiner:
         return min(share, (self._strategy.private_step and self._strategy.private_step.engine.max_examples) or share)
 
     def _examine(self, subject: Subject) -> Findings:
-        """Everything that can be known before a step is taken; keeps it.
+        """Runs all examinations on the subject's records, and merges what they find into `findings`.
 
         Raises:
-            UnsupportedModelError, PrivacyConfigurationError: Records are not independent, or the engine cannot see all.
+            UnsupportedModelError, PrivacyConfigurationError: Records are not independent, or a gradient is missed.
         """
         try:
             unseen = check_collation(subject)
@@ -156,7 +158,7 @@ class Examiner:
         return findings
 
     def _refuse_counters(self, counts: list[str]) -> None:
-        """State that every call of training_step changes would count micro-batches, and so the records drawn."""
+        """Raises: state that every call of training_step changes counts micro-batches, and so the records drawn."""
         names = ", ".join(map(repr, counts[:4]))
         if self._strategy.options.engine == "per_example":
             raise UnsupportedModelError(
@@ -169,11 +171,19 @@ class Examiner:
             "micro-batch: how often depends on the size of the sample. Count steps by self.global_step instead."
         )
 
-    def examine_drawn(self, batch: Any, count: int, args: tuple[Any, ...], reason: FormChanged, seed: int) -> None:
-        """A step does what was not examined: examines it on the very batch, before anything is charged.
+    def examine_drawn(self, batch: Any, draw: Draw, args: tuple[Any, ...], reason: FormChanged, seed: int) -> None:
+        """Examines a step that ran code that was not examined before, on its drawn batch; nothing is charged yet.
+
+        Args:
+            batch: The drawn batch, on the device.
+            draw: Its records.
+            args: What ``training_step`` takes after the batch.
+            reason: What stopped the step.
+            seed: Of the random numbers that the examined step draws.
 
         Raises:
-            UnsupportedModelError: Records are not independent in it.
+            UnsupportedModelError: Records are not independent in the step.
+            FormChanged: ``reason``, if there was no examination before the first step.
         """
         subject = self._subject
         if subject is None or self.findings is None:
@@ -181,10 +191,10 @@ class Examiner:
         subject.arguments = args
         copies = self._strategy.mechanism.augmentation_multiplicity
         try:
-            found = examine(subject, batch, count * copies, self.batch_layout(), seed)
+            found = examine(subject, batch, draw.size * copies, self.batch_layout(), seed)
             self.findings.merge(found)
-            # What made the step take another way is among these records.
-            drawn = self._strategy.iterator().last_records
+            # The record that made the step run other code is among those that were drawn.
+            drawn = draw.records
             if len(drawn) > 1 and self._strategy.train_loader is not None:
                 loader = self._strategy.train_loader
                 with random_state_kept():
@@ -205,7 +215,7 @@ class Examiner:
             rank_zero_warn(f"lightning_dp: not checked: {'; '.join(findings.unseen)}. The privacy card says so.")
 
     def _standing_in(self, shadow: Any) -> AbstractContextManager[None]:
-        """Hooks that the Trainer calls reach the shadow of the module, and not the module."""
+        """Within, hooks that the Trainer calls reach a copy of the module (``shadow``), not the module."""
         return lightning_api.standing_in(self._strategy, shadow)
 
     def batch_layout(self) -> Layout:
@@ -229,7 +239,7 @@ class Examiner:
         return self._layout
 
     def statement(self) -> dict[str, Any] | None:
-        """What is known about the independence of records, for the privacy card."""
+        """The findings about the independence of records, for the privacy card; ``None`` without a self-check."""
         if self.findings is None:
             return None
         return {

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.gradients.forms import CallForms
 from lightning_dp.gradients.source import is_own_work
+from lightning_dp.torch_api import READ_NUMBER, TorchDispatchMode
 from lightning_dp.training.independence.passes import Seen, first_difference, run_pass
 from lightning_dp.training.independence.subject import Subject
 from lightning_dp.training.independence.tracer import READS, Read
@@ -64,7 +64,7 @@ class _Scalars(TorchDispatchMode):
         self._answers = answers
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is READ_NUMBER:
             args = (self._answers.read(args[0]),)
         return func(*args, **(kwargs or {}))
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from lightning_dp.errors import UnsupportedModelError
+from lightning_dp.torch_api import tree_leaves
 from lightning_dp.training.batches import (
     Concatenated,
     Items,

@@ -16,9 +16,9 @@ from typing import Any
 import lightning.pytorch as pl
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
-from torch.utils._python_dispatch import _disable_current_modes
 
 from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
+from lightning_dp.torch_api import modes_disabled
 from lightning_dp.training.batches import Layout
 from lightning_dp.training.independence import owners
 from lightning_dp.training.independence.batch_owners import OF_COLLATION, OF_METRIC, BatchOwners, same_values
@@ -98,7 +98,7 @@ class _Examination:
                 state = tracer.state(loss)
                 self._found.reads = list(tracer.reads)
                 self._hook(module, "on_before_backward", loss)
-                with _disable_current_modes():
+                with modes_disabled():
                     self._backward(module, loss)
                 self._hook(module, "on_after_backward")
                 self._hook(module, "on_train_batch_end", _detached(output), batch, *subject.arguments)

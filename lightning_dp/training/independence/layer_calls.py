@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_dp.gradients.forms import CallForms, LayerForm
 from lightning_dp.gradients.model import OPAQUE, trained_layers
 from lightning_dp.gradients.rules.registry import rule_for
 from lightning_dp.gradients.source import here
+from lightning_dp.torch_api import modes_disabled, tree_flatten, tree_unflatten
 from lightning_dp.training.independence import owners
 from lightning_dp.training.independence.owners import State
 from lightning_dp.training.independence.tracer import RowTracer
@@ -77,7 +76,7 @@ class LayerCalls:
         """Whether a layer's one number is the mean or the sum of those of single examples."""
         leaves, structure = tree_flatten((args, dict(kwargs)))
         alone = []
-        with _disable_current_modes(), torch.no_grad():
+        with modes_disabled(), torch.no_grad():
             for row in range(self._rows):
                 taken = [leaf[row : row + 1] if own else leaf for leaf, own in zip(leaves, per_example, strict=True)]
                 own_args, own_kwargs = tree_unflatten(taken, structure)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_dp.torch_api import READ_NUMBER, operation_name, storage_id, tree_flatten, tree_unflatten, writes
 from lightning_dp.training.independence import owners
 from lightning_dp.training.independence.owners import PUBLIC, RANDOM, State, aligned, constant
 from lightning_dp.training.independence.rules.elementwise import is_pointwise, pointwise
@@ -58,9 +58,9 @@ def follow(tracer: RowTracer, func: Any, args: tuple[Any, ...], kwargs: dict[str
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     written = written_by(func, args, kwargs)
     known = [tracer.state(t) for t in tensors]
-    name = func._opname if hasattr(func, "_opname") else func.overloadpacket.__name__
+    name = operation_name(func)
     base = name.rstrip("_") if written and name.endswith("_") else name
-    if base == "_local_scalar_dense":
+    if func is READ_NUMBER:
         tracer.read(tensors[0])
     if not any(s is not None for s in known):
         result = func(*args, **kwargs)
@@ -88,8 +88,8 @@ def follow(tracer: RowTracer, func: Any, args: tuple[Any, ...], kwargs: dict[str
                 tracer.set(copy, state)
         args, kwargs = tree_unflatten(leaves, spec)
     else:
-        memory = {t.untyped_storage()._cdata for t in tensors if t.layout == torch.strided}
-        fresh = [o for o in outputs if o.layout != torch.strided or o.untyped_storage()._cdata not in memory]
+        memory = {storage_id(t) for t in tensors if t.layout == torch.strided}
+        fresh = [o for o in outputs if o.layout != torch.strided or storage_id(o) not in memory]
         if not fresh:  # views, and reads
             if not outputs:
                 _read(tracer, base)
@@ -137,7 +137,7 @@ def _read(tracer: RowTracer, name: str) -> None:
 def _apply(call: Call) -> list[State]:
     if call.name in _PUBLIC:
         return [State(constant(PUBLIC, o.dim())) for o in call.outputs]
-    if call.name in _RANDOM_LIKE or (call.name in _OVERWRITES and call.func._schema.is_mutable):
+    if call.name in _RANDOM_LIKE or (call.name in _OVERWRITES and writes(call.func)):
         code = PUBLIC if call.name in ("fill", "zero") else RANDOM
         source = call.argument("value")
         if isinstance(source, Tensor):

@@ -15,11 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
+from lightning_dp.torch_api import (
+    CALL_HOOKS,
+    TorchDispatchMode,
+    arguments_of,
+    forward_pre_hooks,
+    own_tensors,
+    tree_flatten,
+    tree_map,
+    writes,
+)
 
 RandomState = tuple[Any, ...]
 
@@ -48,7 +54,7 @@ class Shadow:
         self.module = self._copy(module, memo)
         self.module.trainer = module.trainer
         for layer in self.module.modules():  # what layers see is what an engine will see: before a rule clips it
-            for hook in layer._forward_pre_hooks.values():
+            for hook in forward_pre_hooks(layer):
                 if hasattr(hook, "active"):
                     hook.active = False
         for name, stub in self._stubs(module, memo, self.logged).items():
@@ -74,7 +80,7 @@ class Shadow:
             return copy.deepcopy(module, dict(memo))
         except Exception:  # whatever an attribute raises: a lock, an open file, a handle
             for prefix, child in module.named_modules():
-                hooks = {f"{kind}[{i}]": h for kind in _HOOKS for i, h in vars(child).get(kind, {}).items()}
+                hooks = {f"{kind}[{i}]": h for kind in CALL_HOOKS for i, h in vars(child).get(kind, {}).items()}
                 for name, value in [*vars(child).items(), *hooks.items()]:
                     if name in _FRAMEWORK:
                         continue
@@ -159,7 +165,7 @@ def kept_by(module: nn.Module) -> dict[str, Any]:
         path = f"{prefix}." if prefix else ""
         if path.startswith(metrics) if metrics else False:
             continue
-        for name, tensor in (*child._parameters.items(), *child._buffers.items()):
+        for name, tensor in own_tensors(child):
             if tensor is not None:
                 found[path + name] = tensor
         for name, value in list(vars(child).items()):
@@ -293,7 +299,7 @@ class AlignedRandomness(TorchDispatchMode):
                 own_args = tuple([each, *a[1:]] if a is sizes and a is not None else a for a in args)
                 own_kwargs = kwargs
             parts.append(self._seeded(number, self._streams[row], partial(func, *own_args, **own_kwargs)))
-        if func._schema.is_mutable:
+        if writes(func):
             return args[0]
         return torch.cat(parts) if isinstance(parts[0], Tensor) else tuple(map(torch.cat, zip(*parts, strict=True)))
 
@@ -307,7 +313,7 @@ class AlignedRandomness(TorchDispatchMode):
 
     @staticmethod
     def _without_dropout(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        names = [a.name for a in func._schema.arguments]
+        names = [a.name for a in arguments_of(func)]
         if "dropout_p" not in names:
             return func(*args, **kwargs)
         index = names.index("dropout_p")

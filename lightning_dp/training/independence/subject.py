@@ -14,9 +14,9 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_dp.errors import PrivacyConfigurationError
+from lightning_dp.torch_api import tree_leaves, tree_map
 from lightning_dp.training.independence.losses import Forms
 from lightning_dp.training.independence.shadow import random_state_kept, seed_everything
 from lightning_dp.training.independence.tracer import RowTracer

@@ -1,6 +1,6 @@
 """The row tracer: follows who owns every number through the operations of a training step.
 
-A `RowTracer` is a `torch.utils._python_dispatch.TorchDispatchMode`, so it sees every operation that PyTorch runs, of
+A `RowTracer` is a `TorchDispatchMode`, so it sees every operation that PyTorch runs, of
 the user's code and of libraries. Owners are kept per storage and not per tensor: views need no rule, and writes through
 a view reach everything that shares its memory. What each operation does to owners is in
 `lightning_dp.training.independence.operations`; operations that are not listed there are probed.
@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lightning_dp.gradients.source import here, is_own_work
+from lightning_dp.torch_api import TorchDispatchMode, storage_id, tree_leaves
 from lightning_dp.training.independence import operations
 from lightning_dp.training.independence.owners import MIXED, PUBLIC, RANDOM, State, compress, constant
 
@@ -244,7 +243,7 @@ def _is_sparse(tensor: Tensor) -> bool:
 
 
 def _key(tensor: Tensor) -> int:
-    return -id(tensor) if _is_sparse(tensor) else int(tensor.untyped_storage()._cdata)
+    return -id(tensor) if _is_sparse(tensor) else storage_id(tensor)
 
 
 def _same_values(one: Tensor, other: Tensor) -> bool:

@@ -34,6 +34,10 @@ class PatchFeatures(nn.Module):
         size: Height and width of a patch, in pixels.
         cells: Into how many rows, and columns, an image is divided.
         threshold: Below which a resemblance counts as none.
+
+    Raises:
+        ValueError: An argument is out of its range; in ``forward``, for images with another number of channels, or too
+            small for the cells.
     """
 
     def __init__(
@@ -91,12 +95,13 @@ _SMOOTH = 0.02
 
 
 class EqualizedFeatures(nn.Module):
-    """Several features of an image and its mirror image, equalized: ``(B, C, H, W) -> (B, d)``.
+    """Several features of an image and its mirror image, equalized: ``(B, C, H, W) -> (B, d)``,
+    ``d = cells · ⌈cells/2⌉ · ΣC'``.
 
     Every part is averaged over the image and its mirror image, and over cells, and the left half of the cells is kept
     (the right half is what mirrored filters would give on the left). Features are scaled to variance 1 over generated
-    images (`dead_leaves`), and those of a part by the root of their number, so that all parts count alike. With the
-    mean m and the covariance Σ of that over the same images, what comes out of features x is
+    images (`dead_leaves`), and those of a part divided by the root of their number, so that all parts count alike. With
+    the mean m and the covariance Σ of these scaled features x over the same images, the output is
     ``(x - m) (Σ + λ/10⁴)^(-power/2)``, where λ is the largest eigenvalue of Σ.
 
     In features as they are, a few directions (contrast, brightness) carry nearly all variance, and a linear layer
@@ -112,8 +117,8 @@ class EqualizedFeatures(nn.Module):
         generated: Number of images that m and Σ are computed from, at the first call: more than d.
 
     Raises:
-        ValueError: An argument is out of its range; in ``forward``, for what are not images, or not of the size of the
-            first call.
+        ValueError: An argument is out of its range; in ``forward``, for inputs that are not images or not of the first
+            call's size, or if ``generated`` is at most d.
     """
 
     def __init__(self, parts: Sequence[nn.Module], power: float = 0.7, cells: int = 4, generated: int = 8000) -> None:
@@ -177,7 +182,7 @@ class EqualizedFeatures(nn.Module):
 
 
 def _exactly(device: torch.device) -> torch.autocast:
-    """No autocast: what is kept from a first call must not depend on how that was made."""
+    """Turns autocast off: what is kept from the first call must not depend on the precision in which it ran."""
     return torch.autocast(device.type, enabled=False)
 
 

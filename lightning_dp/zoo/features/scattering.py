@@ -30,7 +30,7 @@ class Scattering2D(nn.Module):
             images** (`dead_leaves`), whose statistics are much like those of photographs: public numbers.
 
     Raises:
-        ValueError: In ``forward``, for images of another size.
+        ValueError: ``scales`` is less than 1 or too large for the images; in ``forward``, for images of another size.
     """
 
     def __init__(self, height: int, width: int, scales: int = 2, angles: int = 8, standardize: bool = False) -> None:

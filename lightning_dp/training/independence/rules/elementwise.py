@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_dp.torch_api import overload_name
 from lightning_dp.training.independence import owners
 from lightning_dp.training.independence.owners import MIXED, PUBLIC, SUM, State, aligned, constant, join
 from lightning_dp.training.independence.rules.registry import Call, aten, names_in
@@ -35,7 +36,7 @@ def is_pointwise(func: Any, name: str) -> bool:
     if name in _POINTWISE or torch.Tag.pointwise in func.tags:
         return True
     functional = getattr(aten, name, None) if func.namespace == "aten" else None
-    overload = getattr(functional, func._overloadname, None) if functional is not None else None
+    overload = getattr(functional, overload_name(func), None) if functional is not None else None
     return overload is not None and torch.Tag.pointwise in overload.tags
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_dp.torch_api import tree_flatten, tree_unflatten
 from lightning_dp.training.independence import owners
 from lightning_dp.training.independence.owners import PUBLIC, State, constant
 from lightning_dp.training.independence.rules.registry import Call, aten, names_in, rule

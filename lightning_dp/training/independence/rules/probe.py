@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_dp.torch_api import tree_flatten, tree_unflatten, writes
 from lightning_dp.training.independence import owners
 from lightning_dp.training.independence.owners import PUBLIC, RANDOM, SUM, State, compress, constant
 from lightning_dp.training.independence.rules.registry import Call, written_by
@@ -159,7 +159,7 @@ class _Probe:
             return None
         finally:
             torch.set_rng_state(state)
-        if self._call.func._schema.is_mutable:
+        if writes(self._call.func):
             return written_by(self._call.func, args, kwargs)
         found = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
         return found if len(found) == len(self._call.outputs) else None
@@ -245,7 +245,7 @@ def _moves_with_records(call: Call, results: list[State]) -> bool:
     def run(arguments: Any) -> list[Tensor]:
         torch.default_generator.manual_seed(0)
         result = call.func(*arguments[0], **arguments[1])
-        if call.func._schema.is_mutable:
+        if writes(call.func):
             return written_by(call.func, *arguments)
         return [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
 

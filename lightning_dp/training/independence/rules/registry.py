@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
+from lightning_dp.torch_api import arguments_of, tree_flatten
 from lightning_dp.training.independence import owners
 from lightning_dp.training.independence.owners import MIXED, PUBLIC, SUM, State, aligned, compress, constant
 
@@ -39,7 +39,7 @@ class Call:
         """An argument by its name in the operation's schema."""
         if name in self.kwargs:
             return self.kwargs[name]
-        for index, argument in enumerate(self.func._schema.arguments):
+        for index, argument in enumerate(arguments_of(self.func)):
             if argument.name == name:
                 if index < len(self.args):
                     return self.args[index]
@@ -113,7 +113,7 @@ def names_in(text: str) -> list[str]:
 def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The arguments that an operation writes to."""
     found: list[Tensor] = []
-    for index, argument in enumerate(func._schema.arguments):
+    for index, argument in enumerate(arguments_of(func)):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = kwargs.get(argument.name) if index >= len(args) else args[index]
             found += [value] if isinstance(value, Tensor) else [v for v in value or [] if isinstance(v, Tensor)]

@@ -1,0 +1,129 @@
+"""Every private name of PyTorch that is used: a function each, which ``tests/test_torch_api.py`` holds to what PyTorch
+does.
+
+Overriding what a class documents for it (``nn.Module._load_from_state_dict``) is not meant, nor the tree functions of
+``torch.utils._pytree``, which are passed on as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+__all__ = ["TorchDispatchMode", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"]
+
+# -- tensors -------------------------------------------------------------------------------------------------------
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor's memory was written to in place."""
+    return tensor._version
+
+
+def base_of(tensor: Tensor) -> Tensor | None:
+    """The tensor that this one is a view of; ``None``: it is none."""
+    return tensor._base
+
+
+def storage_id(tensor: Tensor) -> int:
+    """The same number for tensors of the same storage, and for no others that are alive."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def has_gradient_hooks(tensor: Tensor) -> bool:
+    """Whether something was registered that is called with the tensor's gradient."""
+    return bool(tensor._backward_hooks) or bool(getattr(tensor, "_post_accumulate_grad_hooks", None))
+
+
+def euclidean_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The Euclidean norm of every tensor, in few kernels."""
+    return list(torch._foreach_norm(list(tensors)))
+
+
+def scale_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
+    """Multiplies every tensor by a factor, in place, in few kernels."""
+    torch._foreach_mul_(list(tensors), factor)
+
+
+# -- modules -------------------------------------------------------------------------------------------------------
+
+#: Attributes of a module that hold hooks around its call.
+CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """What is called before a module's forward, in order."""
+    return list(module._forward_pre_hooks.values())
+
+
+def remove_forward_pre_hooks(module: nn.Module, kind: type) -> None:
+    """Removes the hooks that are instances of ``kind`` from what is called before a module's forward."""
+    for handle, hook in list(module._forward_pre_hooks.items()):
+        if isinstance(hook, kind):
+            del module._forward_pre_hooks[handle]
+            module._forward_pre_hooks_with_kwargs.pop(handle, None)
+
+
+def has_global_hooks() -> bool:
+    """Whether something was registered that is called around the forward of every module."""
+    hooks = nn.modules.module
+    return bool(hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+
+
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+    """Parameters and buffers of a module itself by attribute, also those that are ``None`` or shared."""
+    yield from module._parameters.items()
+    yield from module._buffers.items()
+
+
+def padding_of(convolution: nn.modules.conv._ConvNd) -> list[int]:
+    """Padding as `torch.nn.functional.pad` takes it: last dimension first, both sides."""
+    return list(convolution._reversed_padding_repeated_twice)
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether the module normalises over the batch when it is in training mode."""
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+# -- operations ----------------------------------------------------------------------------------------------------
+
+#: Reading a tensor's only number (``item()``, ``bool()``, ``float()``), as dispatch modes see it.
+READ_NUMBER = torch.ops.aten._local_scalar_dense.default
+
+
+def modes_disabled() -> AbstractContextManager[Any]:
+    """No dispatch mode sees what runs inside."""
+    return _disable_current_modes()
+
+
+def functions_unwatched() -> AbstractContextManager[Any]:
+    """No ``__torch_function__`` and no mode of functions sees what runs inside: the library's own work on a layer's
+    call is none of the step's code."""
+    return torch._C.DisableTorchFunction()
+
+
+def operation_name(func: Any) -> str:
+    """``"add_"`` of ``aten.add_.Tensor``."""
+    return str(func._opname) if hasattr(func, "_opname") else str(func.overloadpacket.__name__)
+
+
+def overload_name(func: Any) -> str:
+    """``"Tensor"`` of ``aten.add_.Tensor``."""
+    return str(func._overloadname)
+
+
+def arguments_of(func: Any) -> list[Any]:
+    """The arguments of an operation's schema, with ``name``, ``default_value`` and ``alias_info``."""
+    return list(func._schema.arguments)
+
+
+def writes(func: Any) -> bool:
+    """Whether an operation writes to one of its arguments."""
+    return bool(func._schema.is_mutable)
