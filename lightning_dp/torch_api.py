@@ -57,6 +57,11 @@ def scale_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
 CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether something was registered that is called with a module's gradients."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
 def forward_pre_hooks(module: nn.Module) -> list[Callable[..., Any]]:
     """What is called before a module's forward, in order."""
     return list(module._forward_pre_hooks.values())

@@ -79,6 +79,14 @@ def test_hooks_before_a_forward_are_listed_and_removed() -> None:
     assert all(hasattr(layer, name) for name in torch_api.CALL_HOOKS)
 
 
+@pytest.mark.parametrize("name", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_hooks_of_a_module_s_backward_are_seen(name: str) -> None:
+    layer = nn.Linear(2, 2)
+    assert not torch_api.has_backward_hooks(layer)
+    getattr(layer, name)(lambda *_: None)
+    assert torch_api.has_backward_hooks(layer)
+
+
 @pytest.mark.parametrize(
     "register",
     [nn.modules.module.register_module_forward_hook, nn.modules.module.register_module_forward_pre_hook],

@@ -16,7 +16,7 @@ from lightning_dp import zoo
 from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.gradients.engines import BookKeeping
 from lightning_dp.gradients.model import OPAQUE, trained_layers
-from lightning_dp.gradients.rules.attention import calls_linear
+from lightning_dp.gradients.rules.composite import calls_linear
 from lightning_dp.gradients.rules.registry import registered_types, rule_for
 from tests.conftest import assert_close, oracle_gradients
 
@@ -279,7 +279,7 @@ def coverage_table() -> str:
         "| GPT-2, BERT (Hugging Face `transformers`) | rules |",
         "| ViT (Hugging Face `transformers`) | rules; its embeddings are run once more for every example |",
         "| LoRA adapters (`peft`) | rules |",
-        "| `torch.nn.LSTM`, `GRU`, `RNN` | refused: use `opacus.layers.DPLSTM`, `DPGRU`, `DPRNN` |",
+        "| `torch.nn.LSTM`, `GRU`, `RNN` and their cells; packed sequences | recorded as linear maps, step by step |",
         '| `MultiheadAttention`, `add_bias_kv=True` and `dropout > 0` | refused: `engine="per_example"` |',
         '| activation checkpointing | refused: `max_physical_batch_size`, or `engine="per_example"` |',
     ]

@@ -95,12 +95,6 @@ def _without_rule(name: str, module: nn.Module) -> list[str]:
             "engine cannot see; put them into a module of their own, with a forward that applies them, freeze them "
             f"(requires_grad_(False)), {_WAY_OUT}"
         ]
-    if isinstance(module, nn.RNNBase):
-        return [
-            f"its fused kernel hides the gradients of the single steps; use "
-            f"opacus.layers.DP{type(module).__name__}, which takes the same arguments and weights (or let "
-            f"`opacus.validators.ModuleValidator.fix` exchange it), {_WAY_OUT}"
-        ]
     if type(module).forward is nn.Module.forward:
         return [
             f"it holds the parameters {_few(own)} and has no forward of its own (a ParameterList, a parametrization): "

@@ -42,7 +42,7 @@ class _OtherReads(Exception):
 
 
 class _Answers:
-    """Counts what is read, in the order in which the tracer has counted it, and answers something else."""
+    """Matches every read, by its number, with that which the tracer noted, and answers something else."""
 
     def __init__(self, reads: Sequence[Read], alter: Alter) -> None:
         self.number = 0
@@ -185,7 +185,7 @@ def _less_owned(values: Tensor) -> Tensor:
 
 
 def _other(values: Tensor) -> Tensor:
-    """Larger: a length that is larger cuts nothing off. What is true stays: most conditions are about padding."""
+    """Larger numbers: a larger length cuts nothing off. Booleans stay: most conditions are about padding."""
     if values.dtype == torch.bool:
         return values
     return values * 1.5 + 0.1 if values.is_floating_point() else values * 2 + 1

@@ -1,4 +1,4 @@
-"""Whose every number of a batch is."""
+"""Which record each number of a batch belongs to."""
 
 from __future__ import annotations
 
@@ -28,15 +28,11 @@ from lightning_dp.training.independence.owners import State
 from lightning_dp.training.independence.subject import Subject
 from lightning_dp.training.independence.tracer import RowTracer
 
-#: What mixes records before the step begins: it reaches one record at a time as well.
+#: Mixtures that exist before the step begins: they reach a step on a single record as well.
 OF_METRIC = "the state of a metric, which earlier records have left"
 
 
 OF_COLLATION = "what collate_fn computes from the whole batch"
-
-
-#: Lines of a message about one kind of problem.
-_SHOWN = 4
 
 
 class BatchOwners:
@@ -46,7 +42,8 @@ class BatchOwners:
         subject: The step and the records.
         tracer: What is told.
         found: What could not be followed is noted here.
-        drawn: Whether the batch was drawn, and is not that of the subject's records.
+        rows: Number of rows of the batch.
+        drawn: Whether the batch was drawn for a step, rather than made of the subject's records.
     """
 
     def __init__(self, subject: Subject, tracer: RowTracer, found: Findings, rows: int, drawn: bool) -> None:
@@ -55,7 +52,7 @@ class BatchOwners:
         self._layout: Layout | None = None
 
     def find_layout(self, batch: Any) -> Layout:
-        """From the same records, and three of them once more: lengths do not change."""
+        """Finds where the examples are, from this batch and one with three records repeated: no length changes."""
         records = self._subject.records
         more = [*records, *records[:3]]
         large = self._subject.collated(more)
@@ -105,7 +102,7 @@ class BatchOwners:
                 self._tracer.labels[place] = leaf
 
     def _of_others(self) -> Any:
-        """The batch of as many records in another mixture."""
+        """A batch of as many records, all of the second half."""
         records = self._subject.records
         others = records[max(1, len(records) // 2) :] or records
         return self._subject.collated([others[i % len(others)] for i in range(len(records))])

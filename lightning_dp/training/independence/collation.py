@@ -1,4 +1,4 @@
-"""Collation must treat every record by itself: its own rows of a batch are the same in another company."""
+"""Collation must treat every record by itself: its rows of a batch are the same, whichever others are in it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from lightning_dp.training.independence.subject import Subject
 
 
 def check_collation(subject: Subject, seed: int = 0) -> list[str]:
-    """A record's own rows of a batch must be the same in another company.
+    """A record's own rows of a batch must be the same, whichever records are in it besides.
 
     Returns:
         What could not be looked at, in sentences.
 
     Raises:
-        PrivacyConfigurationError: Collation, or a transfer hook, mixes records, drops or repeats some.
+        PrivacyConfigurationError: Collation, or a transfer hook, mixes records or drops some, or the batch changes its
+            form with their number.
     """
     records = subject.records
     rows = len(records) * subject.copies

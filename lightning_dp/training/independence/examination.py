@@ -1,11 +1,13 @@
 """The examination of a training step by the row tracer: proven, checked, or refused with the line that mixes.
 
-Formal guarantee of what is *proven*: the loss is a sum over records of a function of one record each, and so is every
-upstream gradient that a layer records; no decision was taken on what records hold; nothing of a record is kept. Proof:
-every operation of the step was found to act on records separately (see `operations`), on values of the operation's own
-probe; the composition of such operations does so as well. What is *checked* took decisions on
-records (`.item()`, ``if mask.any()``): it holds for the branch that was taken, `Watch` stops at code that was not
-examined, and the exchange tests look at what other records do.
+Formal guarantee of what is *proven*: the loss is a sum over records of a function of one record each, and row b of
+every upstream gradient that a layer records depends on record b alone; no decision was taken on what records hold;
+nothing of a record is kept. Proof: every operation of the step was found to act on records separately (see
+`operations`), on values of the operation's own probe; the composition of such operations does so as well.
+Limits: tensor sizes count as public, though padding makes them depend on records; of the backward pass, hooks of
+tensors are traced, and a layer's backward hook, or a ``backward`` of the module's own, is *checked*. What is *checked*
+took decisions on records (`.item()`, ``if mask.any()``): it holds for the branch that was taken, `Watch` stops at code
+that was not examined, and the exchange tests look at what other records do.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
-from lightning_dp.torch_api import modes_disabled
+from lightning_dp.torch_api import has_backward_hooks, modes_disabled
 from lightning_dp.training.batches import Layout
 from lightning_dp.training.independence import owners
 from lightning_dp.training.independence.batch_owners import OF_COLLATION, OF_METRIC, BatchOwners, same_values
@@ -30,7 +32,7 @@ from lightning_dp.training.independence.shadow import Shadow, is_metric, kept_by
 from lightning_dp.training.independence.subject import Subject, loss_of, reduced
 from lightning_dp.training.independence.tracer import Reads, RowTracer, tensors_in
 
-#: Lines of a message about one kind of problem.
+#: Names that a message shows for one kind of problem.
 _SHOWN = 4
 
 
@@ -45,8 +47,12 @@ def examine(
         layout: That batch's.
         seed: Of the random numbers that the step draws: with others, it may skip other layers (LayerDrop).
 
+    Returns:
+        What was found.
+
     Raises:
         UnsupportedModelError: Records influence one another, or what depends on them is kept; with the line.
+        PrivacyConfigurationError: The step returned no loss, or a hook ended the epoch.
     """
     with random_state_kept():
         return _Examination(subject, batch, rows, layout, seed).run()
@@ -157,6 +163,11 @@ class _Examination:
             self._problems.append(
                 "The loss depends on one record of the batch only, by its place. Give every record the same part in it."
             )
+        for name, layer in self._subject.module.named_modules():
+            if has_backward_hooks(layer):
+                self._found.decisions.setdefault(f"layer '{name}'", "a hook of its backward pass")
+        for why in dict.fromkeys(self._tracer.gradient_problems):
+            self._problems.append(f"The gradient that a hook returns is not one record's: {why}. {remedy(why)}")
         custom = sorted(_custom_functions(loss))
         if custom:
             names = ", ".join(custom)

@@ -1,4 +1,4 @@
-"""Exchange tests, for what a trace of operations cannot see: collation, data sets, branches that it did not take.
+"""Exchange tests, for what a trace of operations cannot see: collation, padding, branches that it did not take.
 
 Some records stay and the others are exchanged: for real ones, chosen to differ, and for extreme ones (zeros, huge
 numbers, NaN). What is seen of those that stay must not change. Both halves are exchanged, and every second record; all
@@ -137,8 +137,11 @@ class _Exchange:
             )
 
     def _compare_with_constants(self, base: Seen, first: list[int]) -> None:
-        """Records hold what the step compares them with, whether or not some record of the data does: the second half
-        only; and all but the second half, beside all (a divisor that counts such records is 1 where there are none)."""
+        """Compares the first half when records hold a number that the step compares them with, or do not.
+
+        The second half is filled with the number, or left; once beside a first half that is left, and once beside one
+        that is filled (a divisor that counts such records is kept at 1 where there are none).
+        """
         layout, records = self._findings.layout, self._subject.records
         if layout is None:
             return
@@ -213,7 +216,7 @@ class _Exchange:
             self._unseen.append(sentence)
 
     def _check_reduction(self, whole: Seen, records: list[list[Any]], kept: list[int]) -> None:
-        """Leaving out records must change the others' gradients as the announced reduction says, and not otherwise."""
+        """Leaving out records must change the others' gradients as ``loss_reduction`` says, and not otherwise."""
         subject = self._subject
         factor = len(subject.records) / len(records) if subject.loss_reduction == "mean" else 1.0
         few = self._run(records)

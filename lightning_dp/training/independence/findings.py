@@ -21,6 +21,7 @@ class Findings:
         logged: Names of metrics that the step logs and that depend on records.
         counts: State that a step changes, whatever the records: counters.
         forms: How layers are called.
+        operations: How many operations PyTorch ran.
         records: How many records were looked at.
         reads: Values that became Python's within ``training_step``, in order.
         constants: Numbers that the batch's are compared with, each with its leaf's place in the batch.
@@ -50,7 +51,7 @@ class Findings:
         return "checked" if self.decisions else "proven"
 
     def merge(self, other: Findings) -> None:
-        """Takes over what a later examination found."""
+        """Adds a later examination's decisions, losses, unseen, metrics, constants and forms; nothing else of it."""
         self.decisions |= other.decisions
         self.understood |= other.understood
         self.unseen += [sentence for sentence in other.unseen if sentence not in self.unseen]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from lightning_dp.gradients.forms import CallForms, LayerForm
-from lightning_dp.gradients.model import OPAQUE, trained_layers
+from lightning_dp.gradients.model import trained_layers
+from lightning_dp.gradients.rules.composite import calls_linear
 from lightning_dp.gradients.rules.registry import rule_for
 from lightning_dp.gradients.source import here
 from lightning_dp.torch_api import modes_disabled, tree_flatten, tree_unflatten
@@ -24,12 +27,12 @@ class LayerCalls:
     Args:
         tracer: Knows whose the layers' inputs are.
         forms: Where the forms of calls go.
-        rows, records: Of the batch.
+        rows, records: How many the batch has.
     """
 
     def __init__(self, tracer: RowTracer, forms: CallForms, rows: int, records: int) -> None:
         self._tracer, self._forms, self._rows, self._records = tracer, forms, rows, records
-        #: Layers of whose calls this is wrong, and the line of the first.
+        #: By problem: the layers whose calls have it, and the line of the first such call.
         self.problems: dict[str, list[str]] = {}
         self.lines: dict[str, str] = {}
 
@@ -47,10 +50,15 @@ class LayerCalls:
                 return
             form = forms.layers.setdefault(name, LayerForm())
             input = args[0] if args else next(iter(kwargs.values()), None)
+            index = len(form.is_shared)
+            if isinstance(input, PackedSequence):
+                form.is_shared.append(False)
+                self._note_problem(name, layer, *self._padded(input), dim=1)
+                return
             if not isinstance(input, Tensor):
                 return  # refused by the engine, which says so
-            index = len(form.is_shared)
-            dim = 0 if not isinstance(layer, OPAQUE) or getattr(layer, "batch_first", False) or input.dim() < 3 else 1
+            time_first = calls_linear(layer) and not getattr(layer, "batch_first", False) and input.dim() > 2
+            dim = 1 if time_first else 0
             state = self._tracer.state(input)
             public = state is None or state.is_public
             shared = public and input.dim() > 0 and input.shape[0] == 1 and self._rows > 1
@@ -63,12 +71,31 @@ class LayerCalls:
                 if isinstance(output, Tensor) and not output.dim():
                     form.reduction = self._reduction_of(layer, args, kwargs, form.per_example, output)
             if not public and isinstance(state, State):
-                problem = self._form_problem(state, input.shape, dim)
-                if problem:
-                    self.problems.setdefault(problem, []).append(f"'{name}' ({type(layer).__name__})")
-                    self.lines.setdefault(problem, here())
+                self._note_problem(name, layer, state, input.shape, dim)
 
         return hook
+
+    def _note_problem(self, name: str, layer: nn.Module, state: State | None, shape: Sequence[int], dim: int) -> None:
+        problem = None if state is None else self._form_problem(state, shape, dim)
+        if problem:
+            self.problems.setdefault(problem, []).append(f"'{name}' ({type(layer).__name__})")
+            self.lines.setdefault(problem, here())
+
+    def _padded(self, packed: PackedSequence) -> tuple[State | None, Sequence[int]]:
+        """Whose the entries of a packed sequence are once it is padded, ``(T, B, d)``, and that shape."""
+        state = self._tracer.state(packed.data)
+        with modes_disabled():
+            if state is None or state.is_mixed or state.is_sum:
+                return state, packed.data.shape
+            owner = state.owner.expand(packed.data.shape).float()
+            moved, _ = pad_packed_sequence(packed._replace(data=owner.contiguous()), padding_value=owners.PUBLIC)
+            # A sequence's padding is its own.
+            own = moved.amax([0, *range(2, moved.dim())], keepdim=True)
+            filled = torch.where(moved == owners.PUBLIC, own, moved)
+        sorts = packed.sorted_indices is not None
+        padded = owners.compress(filled.to(owners.DTYPE))
+        state = replace(state, owner=padded, ragged=False, packed=False, reordered=state.reordered != sorts)
+        return state, moved.shape
 
     def _reduction_of(
         self, layer: nn.Module, args: Any, kwargs: Any, per_example: Sequence[bool], output: Tensor
@@ -101,7 +128,7 @@ class LayerCalls:
         """What is wrong with a layer's input, if examples cannot be told apart by its entries along a dimension."""
         if state.is_mixed:
             return f"what they see depends on several records: {state.why}"
-        if state.is_sum:
+        if bool((state.owner == owners.SUM).any()):
             return f"what they see is a sum over records: {state.why}"
         owner = state.owner
         if state.reordered:
@@ -111,7 +138,11 @@ class LayerCalls:
             )
         expected = owners.rows(self._rows, len(shape), self._records, dim) if len(shape) > dim else None
         if expected is not None and owner.dim() == expected.dim() and shape[dim] == self._rows:
-            filled = torch.where(owner < 0, expected, owner) if owner.shape == expected.shape else owner
+            filled = (
+                torch.where((owner == owners.PUBLIC) | (owner == owners.RANDOM), expected, owner)
+                if owner.shape == expected.shape
+                else owner
+            )
             if filled.shape == expected.shape and bool((filled == expected).all()):
                 return None
         if state.ragged:

@@ -2,7 +2,8 @@
 
 ``cross_entropy`` with class weights, or with targets that are ignored, divides by the weights or the number of the
 targets in the batch: what one record adds to the gradient then depends on the others. `PerRecordMeans` computes the
-mean over records of each record's own mean instead. Class weights are kept, divided by their mean, which is public.
+mean over records of each record's own mean instead (of its sum, where records chose the targets: ``logits[mask]``).
+Class weights are kept, divided by their mean, which is public.
 """
 
 from __future__ import annotations
@@ -46,13 +47,14 @@ class PerRecordMeans(TorchFunctionMode):
     """Rewrites batch means within a training step.
 
     Formal guarantee: the result is ``(1/B) Σ_b l_b``, and ``l_b`` depends on record b alone. Proof: ``l_b`` is the sum
-    of record b's target losses times public weights, divided by the number of its targets that are not ignored.
+    of record b's target losses times public weights, divided by the number of its targets that are not ignored, if
+    they lie together; where records chose the targets (``logits[mask]``), ``l_b`` is the sum itself.
 
     Args:
         rows: Number of rows of the batch, one or more per record.
         forms: How the targets of every call lie, by line; what a tracer finds is added. ``None``: nobody has looked.
         tracer: Tells how targets lie. Without one, calls must have the forms that were found.
-        enabled: Without, losses are left alone, and refused where that makes one record's depend on others.
+        enabled: If false, losses are left alone, and refused where that makes one record's loss depend on others.
     """
 
     def __init__(self, rows: int, forms: Forms | None, tracer: RowTracer | None = None, enabled: bool = True) -> None:
@@ -80,7 +82,7 @@ class PerRecordMeans(TorchFunctionMode):
         return self._mean_over_records(func, given, form)
 
     def _check_plain(self, given: dict[str, Any]) -> None:
-        """What is left alone must have no weights, and no target that is ignored, in any step."""
+        """A loss that is left alone must have no weights, and no target that is ignored, in any step."""
         ignored = given.get("ignore_index", -100)
         if self._tracer is None and (given.get("weight") is not None or bool((given["target"] == ignored).any())):
             raise UnsupportedModelError(
@@ -108,7 +110,7 @@ class PerRecordMeans(TorchFunctionMode):
             known[index : index + 1] = [_both(known[index], found, line) if index < len(known) else found]
             return found
         form = known[index] if index < len(known) else None
-        if form is None and known and len(set(known)) == 1:  # as many as a loop has turns
+        if form is None and known and len(set(known)) == 1:  # a loop may call the loss more often than before
             form = known[0]
         shape = target.shape
         fits = {

@@ -1,11 +1,12 @@
 """What every operation does to owners: rules by kind of operation, and a probe for all others.
 
 An elementwise operation joins the owners of its operands; one that moves data moves owners; a reduction joins along
-dimensions. These are proofs: they follow from what the operation is. Any other operation (a convolution, a
-normalisation, attention, a custom operation) is run a few times by itself, with all records of one half replaced by
-other values, for halvings of which each pair of records is separated by one: an entry of the result that changes when
-some half changes, and never when the other does, belongs to a record of the former. Values are those of the probe, not
-of the data, so rare data hide nothing.
+dimensions. These are proofs: they follow from what the operation is. Any other operation (layer normalisation,
+attention, a custom operation) is run a few times by itself, with all records of one half replaced by other values, for
+halvings of which each pair of records is separated by one: an entry of the result that changes when some half changes,
+and never when the other does, belongs to a record of the former. Floating-point values are drawn by the probe and are
+not those of the data; whole numbers are drawn from the operand's own. An operation that mixes records for rare values
+only is not found.
 
 To add a rule: write a function ``(call) -> list of states`` and register it for its operations' names.
 """
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from lightning_dp.training.independence.tracer import RowTracer
 
 
-#: Results that depend on the form of their arguments only.
+#: Results that depend on the shapes and data types of their arguments only; these count as public.
 _PUBLIC = frozenset(
     names_in(
         "empty_like zeros_like ones_like full_like new_zeros new_ones new_empty new_full new_empty_strided empty "
@@ -44,11 +45,11 @@ _RANDOM_LIKE = frozenset(names_in("rand_like randn_like randint_like randn rand 
 _COMPARISONS = frozenset(names_in("eq ne lt le gt ge isin"))
 
 
-#: Public numbers that records are compared with at once, at most.
+#: A comparison with more public numbers than these is not noted.
 _COMPARED = 4
 
 
-#: Written to, whatever was there before.
+#: In-place operations that overwrite whatever was there before.
 _OVERWRITES = frozenset(names_in("fill zero normal uniform random exponential geometric cauchy log_normal"))
 
 
@@ -81,11 +82,15 @@ def follow(tracer: RowTracer, func: Any, args: tuple[Any, ...], kwargs: dict[str
     result = func(*args, **kwargs)
     outputs = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
     if written:
-        outputs = written
+        memory = {storage_id(t) for t in tensors if t.layout == torch.strided}
+        extra = [o for o in outputs if o.layout != torch.strided or storage_id(o) not in memory]
+        outputs = extra or written
         leaves = [before.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         for tensor_id, copy in before.items():
             if (state := old[tensor_id]) is not None:
                 tracer.set(copy, state)
+            elif extra and torch.Tag.nondeterministic_seeded in func.tags:  # where it puts what it draws
+                tracer.set(copy, State(constant(RANDOM, copy.dim())))
         args, kwargs = tree_unflatten(leaves, spec)
     else:
         memory = {storage_id(t) for t in tensors if t.layout == torch.strided}
@@ -97,12 +102,20 @@ def follow(tracer: RowTracer, func: Any, args: tuple[Any, ...], kwargs: dict[str
         outputs = fresh
     call = Call(tracer, func, base, tuple(args), dict(kwargs), outputs)
     states = _apply(call)
+    if written and outputs is not written:  # results beside what it writes to
+        for target in written:
+            tracer.write(target, tracer.mixed(target.dim(), f"what {base} writes"))
+        written = []
+    memory = set()
     for output, state in zip(outputs, states, strict=True):
         if written:
             state = _checked_write(call, old[id(output)], state)
             tracer.write(output, state)
         elif not state.is_public or bool((state.owner == RANDOM).any()):
-            tracer.set(output, state)
+            shares = output.layout == torch.strided and storage_id(output) in memory
+            (tracer.write if shares else tracer.set)(output, state)
+        if output.layout == torch.strided:
+            memory.add(storage_id(output))
     return result
 
 
@@ -119,7 +132,7 @@ def _note_comparison(tracer: RowTracer, name: str, args: tuple[Any, ...]) -> Non
 
 
 def _checked_write(call: Call, old: State | None, new: State) -> State:
-    """What a write of something public over some records' numbers means: their place is treated in its own way."""
+    """The state after a write: mixed, where public numbers overwrite those of some records and not of others."""
     if old is None or not new.is_public or not old.is_owned:
         return new
     of = set(old.records())

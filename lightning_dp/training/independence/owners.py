@@ -30,7 +30,7 @@ class State:
             packed).
         packed: It is ragged because sequences were packed, and for no other reason.
         reordered: Its rows are in an order that records decide.
-        why: Where records were mixed, and how, when some entry is `MIXED`.
+        why: Where numbers of several records met, and how, when some entry is `MIXED`; of a `SUM`, it may be empty.
         terms: ``(B,)``: how many terms of every record a `SUM` has been given.
     """
 
@@ -68,7 +68,7 @@ class State:
 
 
 def compress(owner: Tensor) -> Tensor:
-    """Cuts every dimension along which owners do not change to 1."""
+    """Cuts every dimension along which owners do not change to 1; if several remain, public entries are filled in."""
     for dim in range(owner.dim()):
         if owner.shape[dim] > 1 and bool((owner == owner.narrow(dim, 0, 1)).all()):
             owner = owner.narrow(dim, 0, 1)
@@ -79,9 +79,9 @@ def compress(owner: Tensor) -> Tensor:
 
 
 def _filled(owner: Tensor, dim: int) -> Tensor:
-    """Public numbers beside one record's (a token put before its own) count as that record's: it is no less than true.
+    """Public numbers beside one record's (a token put before its own) count as that record's: never too few owners.
 
-    Only if all owners along the dimension agree then, which is cut to 1.
+    Only where all owners along the dimension agree then; the dimension is cut to 1.
     """
     free = owner.le(PUBLIC) & owner.ge(RANDOM)
     highest = owner.amax(dim, keepdim=True)
@@ -101,7 +101,7 @@ def constant(code: int, dims: int) -> Tensor:
 
 
 def aligned(owner: Tensor, dims: int) -> Tensor:
-    """With dimensions of size 1 in front, as broadcasting adds them."""
+    """An owner tensor with dimensions of size 1 put in front, as broadcasting adds them."""
     return owner.reshape([1] * (dims - owner.dim()) + list(owner.shape))
 
 
@@ -175,7 +175,8 @@ def is_same_everywhere(tensor: Tensor, shape: Sequence[int], owner: Tensor) -> b
     """Whether a public tensor, broadcast to ``shape``, treats all records of a result with these owners alike.
 
     Returns:
-        ``None`` when records own different numbers of entries, so that nothing can be compared.
+        ``None`` when nothing can be compared: records own different numbers of entries, or owners vary along several
+        dimensions, and the tensor's numbers are not all equal.
     """
     dims = varying(owner)
     sizes = list(aligned_shape(tensor.shape, len(shape)))

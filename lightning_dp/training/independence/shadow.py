@@ -1,4 +1,4 @@
-"""A copy of a module that can be run without a trace: nothing that can change is shared with it."""
+"""A copy of a module that can be run without side effects: what can be copied is not shared with it."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ class Shadow:
         module: The copy. It logs nothing, and its optimizers and schedulers are copies as well.
         shared: Names of attributes that could not be copied and are the user's own.
         logged: What ``self.log`` was called with, by name.
+        optimizers: Copies, without state, of the optimizers that the step asked for.
     """
 
     def __init__(self, module: pl.LightningModule) -> None:
@@ -49,11 +50,11 @@ class Shadow:
         self.optimizers: list[Optimizer] = []
         memo: dict[int, Any] = {}
         for tensor in _tensors_of(module):
-            # Copies of parameters share memory until somebody writes to one.
+            # deepcopy would drop what user code set on a parameter, and refuses results of a computation.
             memo[id(tensor)] = _copied(tensor)
         self.module = self._copy(module, memo)
         self.module.trainer = module.trainer
-        for layer in self.module.modules():  # what layers see is what an engine will see: before a rule clips it
+        for layer in self.module.modules():  # an engine records inputs before a clipping rule's hook changes them
             for hook in forward_pre_hooks(layer):
                 if hasattr(hook, "active"):
                     hook.active = False
@@ -68,7 +69,7 @@ class Shadow:
         return found
 
     def _light(self, optimizer: Optimizer) -> Optimizer:
-        """An optimizer of the same settings that has no state and no say."""
+        """A copy of an optimizer with its settings and without its state."""
         light = copy.copy(getattr(optimizer, "optimizer", optimizer))
         light.param_groups = [dict(group) for group in light.param_groups]
         light.state = {}
@@ -128,7 +129,7 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and tensors among attributes that deepcopy refuses (results of a computation)."""
+    """Parameters, and tensors among attributes that deepcopy refuses (results of a computation)."""
     yield from module.parameters()
     for child in module.modules():
         for name, value in vars(child).items():
@@ -158,7 +159,7 @@ def leaves_of(value: Any, name: str, depth: int = 5) -> Iterator[tuple[str, Any]
 
 
 def kept_by(module: nn.Module) -> dict[str, Any]:
-    """Everything that a module keeps: parameters, buffers, and what its attributes hold; metrics are left out."""
+    """All that a module and its classes keep, by path: parameters, buffers, attributes; metrics are left out."""
     found: dict[str, Any] = {}
     metrics = tuple(f"{name}." for name, child in module.named_modules() if is_metric(child))
     for prefix, child in module.named_modules():
@@ -220,14 +221,14 @@ def set_random_state(state: RandomState) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """All streams that user code draws from, of this process."""
+    """Seeds all random streams of this process that user code draws from."""
     seed_torch(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
 
 
 def seed_torch(seed: int) -> None:
-    """As `torch.manual_seed`, which takes milliseconds to note who called it for devices that there may not be."""
+    """As `torch.manual_seed`, without the milliseconds in which that notes its caller for absent CUDA devices."""
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)

@@ -25,7 +25,7 @@ from lightning_dp.training.independence.watch import Place, Watch
 
 @dataclass
 class Understanding:
-    """What examinations have found out about a step, and every further step holds it to."""
+    """What examinations have found out about a training step, and what every later step is held to."""
 
     #: How the targets of every loss lie.
     losses: Forms = field(default_factory=dict)
@@ -45,6 +45,8 @@ class Subject:
         arguments: What ``training_step`` takes after the batch.
         context: The precision context of a training step.
         stand_in: Lets hooks reach a copy of the module instead of the module.
+        loss_reduction: ``"mean"`` or ``"sum"``: how the loss depends on the number of records.
+        copies: K, the augmentations of each record, and its rows in a batch.
         largest_batch: The most records that a forward pass is likely to have.
         needs_layers: Whether an engine records layers, whose inputs must have one entry per example.
         per_record_means: Whether batch means are understood as means over records.
@@ -76,12 +78,12 @@ class Subject:
         """What surrounds the step while it is examined.
 
         Args:
-            rows: Of the batch.
-            tracer: Looks at the step: what it runs is understood from now on.
+            rows: Number of rows of the batch.
+            tracer: Examines the step: what it runs counts as understood from now on.
             hold: The step must run nothing else than what was understood.
         """
         known = self.understanding
-        if tracer is None and not hold:  # a pass in eval mode, say: what it runs is nobody's business
+        if tracer is None and not hold:  # a pass in eval mode, say: what it learns is thrown away
             losses = {line: list(found) for line, found in known.losses.items()}
             known = Understanding(losses, set(known.places))
         learn = not hold
@@ -111,18 +113,18 @@ def loss_of(output: Any) -> Tensor:
 
 
 def reduced(loss: Tensor, reduction: str) -> Tensor:
-    """The loss as one number: a vector of losses, one per example, is reduced as was announced."""
+    """The loss as one number: a vector of losses, one per example, becomes its ``"mean"`` or ``"sum"``."""
     if loss.dim() == 0:
         return loss
     return loss.mean() if reduction == "mean" else loss.sum()
 
 
-#: Records that are looked at, to choose from them: so many at least, and at most as many as the time allows.
+#: Records that are loaded to choose from: at least, at most, and seconds after which no more than needed are loaded.
 _LOOKED_AT, _LOOKED_AT_MOST, _SECONDS = 32, 2048, 0.1
 
 
 def choose_records(load: Callable[[int], list[Any]], count: int, wanted: int, seed: int = 0) -> list[list[Any]]:
-    """Loads records that differ: every small whole number that occurs, shortest and longest, largest values; then any.
+    """Loads records that differ: the longest, the shortest, the largest values, each label that occurs; then any.
 
     Args:
         load: Loads a record: its items.
@@ -162,12 +164,12 @@ def record_size(record: list[Any]) -> int:
     return _signature(record[0])[1]
 
 
-#: Whole numbers up to which a tensor is taken for labels.
+#: An integer tensor of at most so many entries is taken for labels.
 _FEW = 32
 
 
 def _signature(record: Any) -> tuple[set[Any], int, float]:
-    """Small whole numbers in a record, how much it holds, and how large its numbers are."""
+    """A record's labels, by leaf; how many numbers and characters it holds; its largest finite absolute value."""
     labels: set[Any] = set()
     size, scale = 0, 0.0
     plain = type(record) in (tuple, list) and all(isinstance(part, Tensor | int | float) for part in record)
@@ -193,7 +195,12 @@ def _signature(record: Any) -> tuple[set[Any], int, float]:
 
 
 def stand_in(record: list[Any], kind: str) -> list[Any]:
-    """A record with extreme numbers: ``"zeros"``, ``"large"``, ``"small"`` (huge, negative) or ``"nan"``."""
+    """A record whose floating-point tensors and arrays hold extreme numbers, all else unchanged.
+
+    Args:
+        record: Its items.
+        kind: ``"zeros"``, ``"large"``, ``"small"`` (huge, negative) or ``"nan"``.
+    """
 
     def changed(leaf: Any) -> Any:
         if isinstance(leaf, np.ndarray) and np.issubdtype(leaf.dtype, np.floating):

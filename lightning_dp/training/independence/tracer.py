@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_dp.gradients.source import here, is_own_work
-from lightning_dp.torch_api import TorchDispatchMode, storage_id, tree_leaves
+from lightning_dp.torch_api import TorchDispatchMode, modes_disabled, storage_id, tree_leaves
 from lightning_dp.training.independence import operations
-from lightning_dp.training.independence.owners import MIXED, PUBLIC, RANDOM, State, compress, constant
+from lightning_dp.training.independence.owners import MIXED, PUBLIC, RANDOM, State, compress, constant, reduce
 
 #: Functions by which a tensor's values become Python's or NumPy's without an operation.
 READS = frozenset(("tolist", "numpy", "__array__", "__dlpack__"))
@@ -28,7 +28,7 @@ READS = frozenset(("tolist", "numpy", "__array__", "__dlpack__"))
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """Values that became Python's.
+    """A tensor's values that became Python objects or a NumPy array.
 
     Attributes:
         shape: Of the tensor that was read.
@@ -89,9 +89,12 @@ class _Cell:
             full, own = self.elements(), self.geometry[3]
             if size < own:  # real numbers within complex ones
                 full = full.repeat_interleave(own // size)
-            elif size > own:
-                full = full[:: size // own]
-            self.views[geometry] = self.state.with_owner(full.as_strided(shape, stride, offset))
+            elif size > own:  # complex numbers made of real ones
+                count = size // own
+                full = reduce(full[: len(full) // count * count].view(-1, count), [1], linear=False, keepdim=False)
+            state = self.state.with_owner(full.as_strided(shape, stride, offset))
+            why = state.why or (f"numbers of several records read as one at {here()}" if state.is_mixed else "")
+            self.views[geometry] = replace(state, why=why)
         return self.views[geometry]
 
     def write(self, geometry: Geometry, state: State) -> None:
@@ -105,7 +108,9 @@ class _Cell:
             why = state.why or old.why
             own_shape, own_stride, own_offset, _ = self.geometry
             owner = compress(full.as_strided(own_shape, own_stride, own_offset))
-            state = State(owner, old.ragged, why, terms)
+            packed = all(s.packed for s in (old, state) if s.ragged) and (old.ragged or state.ragged)
+            reordered = old.reordered or state.reordered
+            state = State(owner, old.ragged or state.ragged, why, terms, packed, reordered)
         elif not whole:
             state = State(constant(MIXED, len(self.geometry[0])), why=state.why or "a write in another data type")
             self.full = None
@@ -138,6 +143,8 @@ class RowTracer(TorchDispatchMode):
         self.operations = 0
         #: Whether the batch holds what cannot be followed (strings), of which tensors may be made.
         self.opaque = False
+        #: What hooks of gradients do that mixes records.
+        self.gradient_problems: list[str] = []
         self._cells: dict[int, _Cell] = {}
         self._probes: dict[Any, Any] = {}
 
@@ -151,7 +158,7 @@ class RowTracer(TorchDispatchMode):
         return cell.state if _is_sparse(tensor) else cell.read(_geometry(tensor))
 
     def set(self, tensor: Tensor, state: State) -> None:
-        """Says what is known of a tensor in memory of its own."""
+        """Says what is known of a tensor in memory of its own; forgets what was known of that memory."""
         if _is_sparse(tensor):
             self._cells[_key(tensor)] = _Cell(tensor, ((), (), 0, 1), state)
         elif tensor.numel():
@@ -159,9 +166,8 @@ class RowTracer(TorchDispatchMode):
             self._cells[storage._cdata] = _Cell(storage, _geometry(tensor), state)
 
     def own(self, tensor: Tensor, owner: Tensor, ragged: bool = False) -> None:
-        """Says who owns the numbers of an input."""
-        if tensor.numel():
-            self.set(tensor, State(compress(owner.expand(tensor.shape)), ragged))
+        """Says who owns the numbers of an input, which may share its memory with other inputs."""
+        self.write(tensor, State(compress(owner.expand(tensor.shape)), ragged))
 
     def write(self, tensor: Tensor, state: State) -> None:
         """Says what has been written into a tensor, or into the part of one that it shows."""
@@ -180,11 +186,6 @@ class RowTracer(TorchDispatchMode):
             cell = _Cell(storage, flat, State(constant(PUBLIC, 1), state.ragged, state.why, state.terms))
             cell.write(geometry, state)
             self._cells[storage._cdata] = cell
-
-    def written_since(self, tensor: Tensor) -> State | None:
-        """The state of a tensor's memory, whatever shape it is looked at in; ``None``: nothing of it is known."""
-        cell = self._cells.get(_key(tensor))
-        return None if cell is None else cell.state
 
     # -- notes -----------------------------------------------------------------------------------------------------
 
@@ -217,8 +218,31 @@ class RowTracer(TorchDispatchMode):
                 near = [n for n in (int(value) - 1, int(value), int(value) + 1) if least <= n <= most]
             self.constants |= {(place, float(n)) for n in near}
 
+    def check_hook(self, tensor: Tensor, hook: Callable[[Tensor], Any]) -> None:
+        """Looks at what a hook makes of a tensor's gradient, in which every number is of its owner in the tensor.
+
+        That the gradient of a sum over records has the owners of the tensor itself is what the trace of the forward
+        shows. The hook must leave it so.
+        """
+        state = self.state(tensor)
+        if state is None or state.is_public:
+            return
+        with modes_disabled():
+            gradient = torch.randn(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        self.set(gradient, replace(state, terms=None))
+        changed = hook(gradient)
+        after = self.state(changed) if isinstance(changed, Tensor) else None
+        if after is None or after.is_public:
+            return
+        same = tensor.shape == changed.shape and bool(
+            ((after.owner == state.owner) | (after.owner == PUBLIC) | (after.owner == RANDOM)).all()
+        )
+        if not same:
+            why = after.why or f"a hook on a gradient moves numbers between records at {here()}"
+            self.gradient_problems.append(why)
+
     def doubt_place(self, what: str) -> None:
-        """Notes that nobody could tell whether places matter."""
+        """Notes that nobody could tell whether a record's place in the batch matters."""
         self.places.setdefault(here(), what)
 
     def mixed(self, dims: int, what: str) -> State:
@@ -226,7 +250,7 @@ class RowTracer(TorchDispatchMode):
         return State(constant(MIXED, dims), why=f"{what} at {here()}")
 
     def probes(self) -> dict[Any, Any]:
-        """What probing has found so far, by operation, shapes and owners."""
+        """Owners that probing has found so far, by the key of the call (``rules.probe``)."""
         return self._probes
 
     # -- every operation -------------------------------------------------------------------------------------------
@@ -259,6 +283,8 @@ class Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
+        if name == "register_hook" and len(args) > 1:
+            self._tracer.check_hook(args[0], args[1])
         if name in READS and args:
             self._tracer.read(args[0])
             if self._tracer.state(args[0]) is not None:

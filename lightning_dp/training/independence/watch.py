@@ -1,4 +1,4 @@
-"""What surrounds every training step: losses understood, and code that nobody has examined noticed.
+"""What surrounds every training step: it rewrites batch means, and stops at code that was not examined.
 
 The tracer examines the operations that a step runs. Another step may take another branch: a term that starts in a later
 epoch, a head for rare records. `Watch` sees every PyTorch function that a step calls and the line that calls it, and
@@ -17,7 +17,7 @@ from lightning_dp.gradients.shared_outputs import follow, understood
 from lightning_dp.gradients.source import OWN, ZOO, here
 from lightning_dp.training.independence.losses import Forms, PerRecordMeans
 
-#: A function, where it was called, and the switches among its arguments.
+#: A function, the code and the line that call it, and its boolean arguments.
 Place = tuple[Any, CodeType, int, tuple[bool, ...]]
 
 
@@ -30,7 +30,7 @@ _WRAPPERS = (
 )
 
 
-#: Attention, which is one function to PyTorch, and the linear maps that it is made of to a recorder.
+#: Calls from here are not held: attention is one function when it is traced, and several when it is recorded.
 _RECORDED = "torch/nn/modules/activation.py"
 
 
@@ -52,7 +52,7 @@ def _is_logging(frame: FrameType | None) -> bool:
 
 
 class Watch(PerRecordMeans):
-    """Notices code that was not examined; with ``learn``, takes note of it.
+    """Raises `FormChanged` at code that was not examined; with ``learn``, takes note of it instead.
 
     Args:
         rows, forms, tracer, enabled: As for `PerRecordMeans`.

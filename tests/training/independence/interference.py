@@ -94,6 +94,24 @@ def weighted(module: Net, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(module.net(x), targets, weight=torch.tensor([1.0, 5.0, 20.0]))
 
 
+def one_tensor(items: Any) -> Any:
+    """Inputs and labels as parts of one tensor."""
+    whole = torch.stack([torch.cat([x, y[None].float()]) for x, y in items])
+    return whole[:, :-1], whole[:, -1]
+
+
+@step("inputs and labels that are views of one tensor", PROVEN, collate=one_tensor)
+def views(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(module.net(x), y.long())
+
+
+@step("a hook that turns or scales each record's gradient", PROVEN)
+def turned(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    hidden = torch.tanh(module.net[0](x))  # type: ignore[index]
+    hidden.register_hook(lambda grad: -0.5 * grad)
+    return F.cross_entropy(module.net[2](hidden), y)  # type: ignore[index]
+
+
 @step("dropout, noise, in-place activations, masks within a record", PROVEN)
 def noisy(module: Net, x: Tensor, y: Tensor) -> Tensor:
     x = F.dropout(x + torch.randn_like(x), 0.1)
@@ -154,6 +172,18 @@ def padded(items: Any) -> Any:
     return nn.utils.rnn.pad_sequence(list(x), batch_first=True), torch.tensor([len(s) for s in x]), torch.stack(y)
 
 
+@kind("packed sequences through a recurrent layer", CHECKED, data=sequences, collate=padded)
+class Recurrent(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.out = nn.GRU(6, 4, batch_first=True), nn.Linear(4, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, lengths, y = batch
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return F.cross_entropy(self.out(self.rnn(packed)[1][0]), y)
+
+
 @step("padding, masked", PROVEN, data=sequences, collate=padded)
 def masked(module: Net, x: Tensor, lengths: Tensor, y: Tensor) -> Tensor:
     mask = torch.arange(x.shape[1])[None] < lengths[:, None]
@@ -176,6 +206,34 @@ def centred(module: Net, x: Tensor, y: Tensor) -> Tensor:
 @step("the largest value of the batch", REFUSED, "max over several records")
 def scaled(module: Net, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(module.net(x / x.abs().max().clamp(min=1)), y)
+
+
+def rare(x: Tensor) -> Tensor:
+    """A factor that no record of the data changes."""
+    return 1 + ((x > 70) & (x < 71)).float().sum()
+
+
+@step(
+    "a rare factor, where inputs and labels are views of one tensor",
+    REFUSED,
+    "several records meet",
+    collate=one_tensor,
+)
+def views_mixed(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(module.net(x), y.long()) * rare(x)
+
+
+@step("class weights that other records change", REFUSED, "sum over records|several records")
+def class_weights(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(module.net(x), y, weight=torch.ones(3) * rare(x), reduction="none").mean()
+
+
+@step("a hook of a gradient that other records change", REFUSED, "gradient that a hook returns")
+def hooked(module: Net, x: Tensor, y: Tensor) -> Tensor:
+    hidden = module.net[0](x)  # type: ignore[index]
+    factor = rare(x)
+    hidden.register_hook(lambda grad: grad * factor)
+    return F.cross_entropy(module.net[2](torch.tanh(hidden)), y)  # type: ignore[index]
 
 
 @step("a loss over pairs within the batch", REFUSED, "mm mixes records")
@@ -230,7 +288,7 @@ def half(module: Net, x: Tensor, y: Tensor) -> Tensor:
 
 
 @kind(
-    "packed sequences, sorted by length",
+    "a layer on the rows of packed sequences, sorted by length",
     REFUSED,
     "in an order that their lengths decide|chosen by what",
     data=sequences,

@@ -60,6 +60,8 @@ RIGHT_ALONE = (
     "a divisor that is kept above 1 (`max(n, 1)`)",
     "a factor where some record has a rare number (`(x == 7.).any()`, an interval)",
     "a number that is read after many others",
+    "a rare factor, where inputs and labels are views of one tensor",
+    "class weights that other records change",
 )
 
 #: Seen, or not, by what the records hold that happen to be compared.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 from torch.utils.data import DataLoader
 
 from lightning_dp import FlatClipping, GaussianNoise, PrivateStrategy
@@ -185,6 +185,24 @@ class Recurrent(nn.Module):
         return self.out(self.rnn(x)[0])
 
 
+class Packed(nn.Module):
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.rnn = kind(6, 8, num_layers=2, bidirectional=True, batch_first=True, dropout=0.1)
+        self.out = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = pack_padded_sequence(x, lengths.cpu(), batch_first=True, enforce_sorted=False)
+        states = self.rnn(packed)[1]
+        last = (states[0] if isinstance(states, tuple) else states)[-2:]
+        return self.out(torch.cat([last[0], last[1]], 1))
+
+
+def at_the_end(net: nn.Module, batch: Any) -> Tensor:
+    x, lengths, y = batch
+    return F.cross_entropy(net(x, lengths), y)
+
+
 def last_of(net: nn.Module, batch: Any) -> Tensor:
     x, lengths, y = batch
     return F.cross_entropy(net(x)[torch.arange(len(x)), lengths - 1], y)
@@ -289,6 +307,9 @@ MODELS: dict[str, Model] = {
     "Llama": (llama, text, causal, by_name),
     "ViT": (vit, images, None, lambda net, b: F.cross_entropy(net(pixel_values=b[0]).logits, b[1])),
     "T5": (t5, text, translated, by_name),
+    "GRU": (lambda: Recurrent(nn.GRU), sequences, padded_sequences, last_of),
+    "LSTM on packed sequences": (lambda: Packed(nn.LSTM), sequences, padded_sequences, at_the_end),
+    "GRU on packed sequences": (lambda: Packed(nn.GRU), sequences, padded_sequences, at_the_end),
     "DPGRU": (lambda: Recurrent(opacus.layers.DPGRU), sequences, padded_sequences, last_of),
     "DPLSTM": (lambda: Recurrent(opacus.layers.DPLSTM), sequences, padded_sequences, last_of),
     "CTC": (lambda: Recurrent(opacus.layers.DPGRU), spoken, padded_speech, ctc),

@@ -180,3 +180,147 @@ def test_packed_sequences_are_followed_through_a_recurrence() -> None:
 
     tracer, result = trace(last, torch.randn(B, 5, 4))
     assert is_rows(tracer, result)
+
+
+def rare(x: Tensor) -> Tensor:
+    """A factor that is one for every record that is traced."""
+    return 1 + ((x > 70) & (x < 71)).float().sum()
+
+
+#: Losses per record in which a number of all records hides.
+HIDING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "class weights": lambda z, y: F.cross_entropy(z, y, weight=torch.ones(4) * rare(z), reduction="none"),
+    "class weights of a margin": lambda z, y: F.multi_margin_loss(
+        z, y, weight=torch.ones(4) * rare(z), reduction="none"
+    ),
+    "the scale of a normalisation": lambda z, y: F.cross_entropy(
+        F.batch_norm(z, torch.zeros(4), torch.ones(4), weight=torch.ones(4) * rare(z)), y, reduction="none"
+    ),
+    "the statistics of a normalisation": lambda z, y: F.cross_entropy(
+        F.batch_norm(z, torch.zeros(4), torch.ones(4) * rare(z)), y, reduction="none"
+    ),
+    "an operation that also writes": lambda z, y: F.cross_entropy(
+        F.rrelu(z, training=True) * rare(z), y, reduction="none"
+    ),
+    "what an operation that also writes is given": lambda z, y: F.cross_entropy(
+        F.rrelu(z * rare(z), training=True), y, reduction="none"
+    ),
+    "a complex number of two records": lambda z, y: torch.view_as_complex(
+        torch.stack([z[:, 0], z[:, 0].roll(1)], 1)
+    ).abs(),
+}
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_a_number_of_all_records_is_found_wherever_it_goes(name: str) -> None:
+    tracer, result = trace(HIDING[name], torch.randn(B, 4), torch.arange(B) % 4)
+    state = tracer.state(result)
+    assert state is not None and state.is_mixed
+
+
+def test_a_random_activation_keeps_records_apart() -> None:
+    tracer, result = trace(lambda z: F.rrelu(z, training=True), torch.randn(B, 4))
+    assert is_rows(tracer, result)
+
+
+def test_complex_numbers_of_one_record_are_its_own() -> None:
+    """Rotary positions by complex numbers."""
+
+    def rotated(z: Tensor) -> Tensor:
+        turned = torch.view_as_complex(z.reshape(-1, 2, 2)) * torch.polar(torch.ones(2), torch.rand(2))
+        return torch.view_as_real(turned).flatten(1)
+
+    tracer, result = trace(rotated, torch.randn(B, 4))
+    assert is_rows(tracer, result)
+
+
+def test_parts_of_a_batch_may_share_memory() -> None:
+    whole = torch.randn(B, 5)
+    tracer, result = trace(lambda x, y: (x.tanh(), y.tanh()), whole[:, :4], whole[:, 4:])
+    assert is_rows(tracer, result[0]) and is_rows(tracer, result[1])
+
+
+def test_rows_that_a_mask_chose_are_so_even_where_it_chose_all() -> None:
+    tracer, result = trace(lambda z: z[z[:, 0] < 70], torch.randn(B, 4))
+    state = tracer.state(result)
+    assert state is not None and state.ragged and not state.packed
+
+
+def test_a_second_order_by_what_records_hold_does_not_undo_the_first() -> None:
+    def twice(z: Tensor) -> Tensor:
+        return z[z[:, 0].argsort()][z[:, 1].argsort()]
+
+    torch.manual_seed(1)
+    tracer, result = trace(twice, torch.randn(B, 4))
+    state = tracer.state(result)
+    assert state is not None and (state.reordered or state.is_mixed)
+
+    def back(z: Tensor) -> Tensor:
+        order = z[:, 0].argsort()
+        return z[order][order.argsort()]
+
+    tracer, result = trace(back, torch.randn(B, 4))
+    state = tracer.state(result)
+    assert state is not None and not state.reordered and not state.is_mixed
+
+
+@pytest.mark.parametrize("records", [2, 8])
+def test_the_largest_of_a_pair_of_records_is_neither_s(records: int) -> None:
+    for seed in range(20):
+        torch.manual_seed(seed)
+        tracer, result = trace(
+            lambda x: F.adaptive_max_pool2d(x.T[None, None], (1, records // 2)),
+            torch.randn(records, 1),
+            records=records,
+        )
+        state = tracer.state(result)
+        assert state is not None and state.is_mixed
+
+
+def test_a_mask_of_attention_is_part_of_what_was_asked() -> None:
+    """The same operation with two masks has two answers: each record by itself, and all together."""
+    alone = torch.full((B, B), -torch.inf).fill_diagonal_(0.0)
+
+    def attended(x: Tensor) -> tuple[Tensor, Tensor]:
+        q = x[None, None]
+        masks = alone, torch.zeros(B, B)
+        one, other = (F.scaled_dot_product_attention(q, q, q, attn_mask=mask) for mask in masks)
+        return one, other
+
+    tracer, (one, other) = trace(attended, torch.randn(B, 4))
+    assert not tracer.state(one).is_mixed
+    assert tracer.state(other).is_mixed
+
+
+def test_a_large_constant_hides_no_record() -> None:
+    """-1e9 in one entry, as a mask has it, does not make others look unchanged."""
+    bias = torch.zeros(B + 1, 1, 3)
+    bias[:, :, 2] = -1e9
+
+    def product(x: Tensor) -> Tensor:
+        return torch.baddbmm(bias, torch.cat([x[:, None], torch.zeros(1, 1, 4)]), torch.randn(B + 1, 4, 3))
+
+    tracer, result = trace(product, torch.randn(B, 4))
+    state = tracer.state(result)
+    assert state is not None and (state.is_mixed or state.owner.expand(result.shape)[:B, 0, 0].tolist() == [*range(B)])
+
+
+@pytest.mark.parametrize(
+    ("hook", "is_found"),
+    [
+        (lambda grad, z: -0.5 * grad, False),
+        (lambda grad, z: grad / grad.flatten(1).norm(dim=1, keepdim=True), False),
+        (lambda grad, z: None, False),
+        (lambda grad, z: grad / grad.norm(), True),
+        (lambda grad, z: grad * rare(z), True),
+        (lambda grad, z: grad.roll(1, 0), True),
+    ],
+)
+def test_hooks_of_gradients_are_looked_at(hook: Callable[[Tensor, Tensor], Any], is_found: bool) -> None:
+    def step(x: Tensor) -> Tensor:
+        hidden = linear(x)
+        hidden.register_hook(lambda grad: hook(grad, x))
+        return hidden.square().mean()
+
+    tracer, _ = trace(step, torch.randn(B, 4))
+    assert bool(tracer.gradient_problems) == is_found

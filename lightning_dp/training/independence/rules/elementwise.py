@@ -14,7 +14,7 @@ from lightning_dp.training.independence import owners
 from lightning_dp.training.independence.owners import MIXED, PUBLIC, SUM, State, aligned, constant, join
 from lightning_dp.training.independence.rules.registry import Call, aten, names_in
 
-#: Elementwise operations that PyTorch does not tag as such.
+#: Elementwise operations that PyTorch, or an older version of it, does not tag as such.
 _POINTWISE = frozenset(
     names_in(
         "copy _to_copy floor_divide hardswish special_erf masked_fill rrelu_with_noise log_sigmoid_forward prelu lerp "

@@ -14,11 +14,18 @@ from lightning_dp.training.independence.owners import PUBLIC, State, compress, c
 from lightning_dp.training.independence.rules.registry import Call, aten, rule
 
 
+def _is_in_order(owner: Tensor) -> bool:
+    """Whether records follow one another as in the batch."""
+    placed = owners.blocks(compress(owner))
+    return placed is not None and bool((placed[1][1:] > placed[1][:-1]).all())
+
+
 def indexed_state(call: Call, tensor: Tensor, index: Tensor, dim: int, gathered: Tensor, index_owner: Tensor) -> State:
     """Owners of what an index chose: those of the entries, and of the index.
 
     An index that depends on a record may point anywhere along its dimension: only where all of that belongs to that
-    record, or to nobody, is the result its own.
+    record, or to nobody, is the result its own. Two exceptions are noted as decisions: an index that picks its own
+    record's rows (from `nonzero`), and a permutation of all rows.
     """
     [output] = call.outputs
     state, of_index = call.state(tensor), call.state(index)
@@ -28,12 +35,12 @@ def indexed_state(call: Call, tensor: Tensor, index: Tensor, dim: int, gathered:
         if everything and not of_index.is_owned:
             call.tracer.decide("rows are put into another order, by what records hold")
             ordered = call.result(gathered, output, ragged=of_index.ragged)
-            return replace(ordered, reordered=not state.reordered)
+            return replace(ordered, reordered=not (state.reordered and _is_in_order(gathered)))
         if own:
             call.tracer.decide("rows are chosen by what records hold")
         else:
             return call.tracer.mixed(output.dim(), "rows of the batch are looked up by what records hold")
-    # As many as the index has, along the dimension of the records.
+    # Along the dimension of the records, the result has as many rows as the index.
     ragged = of_index.ragged or (state.ragged and state.owner.shape[dim] == 1)
     return call.result(join(gathered, index_owner), output, ragged=ragged)
 
@@ -64,7 +71,7 @@ def embedding(call: Call) -> list[State]:
 
 
 def _advanced(call: Call, tensor: Tensor, indices: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Tensor]:
-    """The indices as integers, and owners of the whole index, in the shape of the result."""
+    """The indices as integers, and owners of the whole index, broadcastable to the shape of the result."""
     expanded: list[Tensor | None] = []
     owner_parts: list[Tensor] = []
     for index in indices:
@@ -122,7 +129,8 @@ def index(call: Call) -> list[State]:
         own = bool(((index_owner.expand(gathered.shape) == gathered) | (gathered < 0)).all())
         if alone and not call.state(item).is_owned and _is_order(item, tensor.shape[dim]):
             call.tracer.decide("rows are put into another order, by what records hold")
-            return [replace(call.result(gathered, output), reordered=not state.reordered)]
+            back = state.reordered and _is_in_order(gathered)
+            return [replace(call.result(gathered, output), reordered=not back)]
         if own and call.state(item).ragged:
             call.tracer.decide("rows are chosen by what records hold")
             ragged = True
@@ -209,7 +217,7 @@ def _is_mask(index: Tensor) -> bool:
 
 @rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill")
 def scatter(call: Call) -> list[State]:
-    """Writes along one dimension: an owner there is everybody's who could have written there."""
+    """Writes along one dimension: an entry there depends on every record that could have written to it."""
     tensor, dim, index = call.args[:3]
     dim = dim % max(tensor.dim(), 1)
     source = call.argument("src", call.argument("source"))

@@ -15,7 +15,7 @@ from lightning_dp.training.independence.rules.registry import Call, rule
 
 @rule("mm", "addmm")
 def matrix_product(call: Call) -> list[State]:
-    """Entry (i, j) is a sum of row i of one matrix times numbers of the other: it is whose the row is, or the column.
+    """Entry (i, j) is row i of one matrix times column j of the other: its owner is that of the row, or of the column.
 
     Where the entries that are added up are several records' own, or both matrices depend on records, it is probed.
     """

@@ -32,6 +32,12 @@ def ctc_loss(call: Call) -> list[State]:
     return [call.result(own, losses, ragged=ragged), call.result(own.view(-1, 1, 1), alphas, ragged=ragged)]
 
 
+def _of_all(call: Call, tensor: Tensor) -> Tensor:
+    """The owner of what depends on all of an operand: a tensor of no dimension."""
+    state = call.state(tensor)
+    return owners.reduce(state.owner, list(range(state.owner.dim())), linear=False, keepdim=False)
+
+
 @rule("nll_loss_forward", "nll_loss2d_forward")
 def nll_loss(call: Call) -> list[State]:
     """Mean over targets: divided by their weights, or their number, it is a sum only where both are public."""
@@ -40,6 +46,8 @@ def nll_loss(call: Call) -> list[State]:
     per_target = State(constant(PUBLIC, target.dim()))
     own = owners.reduce(call.state(logits).owner, [min(1, logits.dim() - 1)], linear=False, keepdim=False)
     owner = join(own, call.state(target).owner)
+    if isinstance(weight, Tensor):
+        owner = join(owner, _of_all(call, weight).expand_as(owner))
     ragged = call.state(logits).ragged or call.state(target).ragged
     state = State(owner, ragged, next((s.why for s in call.states() if s.why), ""))
     if reduction == 0:
@@ -58,7 +66,7 @@ def nll_loss(call: Call) -> list[State]:
 
 @rule("nll_loss_backward", "nll_loss2d_backward")
 def nll_loss_backward(call: Call) -> list[State]:
-    """The gradient at a target's logits is one number at its own class: of that target, and what comes from above."""
+    """The gradient at a target's logits depends on that target, the upstream gradient and the total of the weights."""
     grad, logits, target = call.args[:3]
     total = call.argument("total_weight")
     if logits.dim() < 2:
@@ -67,7 +75,18 @@ def nll_loss_backward(call: Call) -> list[State]:
     above = above.unsqueeze(1) if grad.dim() == target.dim() else aligned(above, logits.dim())
     owner = join(call.state(target).owner.unsqueeze(1), above, scaling=True)
     owner = join(owner, aligned(call.state(total).owner, logits.dim()), scaling=True)
+    if isinstance(weight := call.argument("weight"), Tensor):
+        owner = join(owner, aligned(_of_all(call, weight), logits.dim()))
     return [call.result(owner, call.outputs[0], what="the gradient of a mean that several records decide")]
+
+
+def _with_parameters(call: Call, owner: Tensor) -> Tensor:
+    """Owners of what is normalised by statistics, scales and shifts of its channels."""
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if isinstance(parameter := call.argument(name), Tensor):
+            of_channels = call.state(parameter).owner
+            owner = join(owner, of_channels.view(1, -1, *[1] * (owner.dim() - 2)))
+    return owner
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "_batch_norm_with_update")
@@ -80,16 +99,16 @@ def batch_norm(call: Call) -> list[State]:
         if not call.state(tensor).is_owned or bool((owner == MIXED).any()):
             return call.mixed("batch normalisation over the records of the batch")
         first, *rest = call.outputs
-        found = [call.result(owner, first)]
+        found = [call.result(_with_parameters(call, owner), first)]
         return found + [call.result(owner.flatten() if o.dim() == 1 else constant(PUBLIC, o.dim()), o) for o in rest]
-    return [call.result(call.state(tensor).owner, call.outputs[0])] + [
+    return [call.result(_with_parameters(call, call.state(tensor).owner), call.outputs[0])] + [
         State(constant(PUBLIC, o.dim())) for o in call.outputs[1:]
     ]
 
 
 @rule("_native_batch_norm_legit_no_training")
 def frozen_batch_norm(call: Call) -> list[State]:
-    return [call.result(call.state(call.args[0]).owner, call.outputs[0])] + [
+    return [call.result(_with_parameters(call, call.state(call.args[0]).owner), call.outputs[0])] + [
         State(constant(PUBLIC, o.dim())) for o in call.outputs[1:]
     ]
 
@@ -126,7 +145,10 @@ def row_loss(call: Call) -> list[State]:
     of_target = call.state(target).owner
     if target.dim() == scores.dim():
         of_target = owners.reduce(of_target, last, linear=False, keepdim=False)
-    state = State(join(owner, of_target), any(s.ragged for s in call.states()))
+    owner = join(owner, of_target)
+    if isinstance(weight := call.argument("weight"), Tensor):
+        owner = join(owner, _of_all(call, weight).expand_as(owner))
+    state = State(owner, any(s.ragged for s in call.states()))
     first, *rest = call.outputs
     if reduction == 0:
         found = call.result(state.owner, first)

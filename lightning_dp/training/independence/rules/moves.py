@@ -17,7 +17,7 @@ from lightning_dp.training.independence.rules.registry import Call, aten, names_
 
 
 def moved_states(call: Call, *also: Tensor) -> list[State]:
-    """Owners go where the numbers go: the operation itself moves them."""
+    """Owners go where the numbers go: the operation is run on the owners of its first tensor."""
     leaves, spec = tree_flatten((call.args, call.kwargs))
     first = next(t for t in call.tensors())
 
@@ -68,7 +68,7 @@ def joined(call: Call) -> list[State]:
         parts = [p for p in parts if p.dim() == output.dim()]
     owner = call.func([call.owner(p) for p in parts], dim)
     result = call.result(owner, output)
-    return [State(result.owner, result.ragged, result.why, result.terms)]
+    return [replace(result, packed=False)]
 
 
 @rule(
@@ -103,7 +103,7 @@ def packed(call: Call) -> list[State]:
     data, sizes = call.outputs
     return [
         replace(call.result(moved.to(owners.DTYPE), data, ragged=True), packed=True, ragged=True),
-        State(constant(PUBLIC, sizes.dim())),  # a decision, noted
+        State(constant(PUBLIC, sizes.dim())),  # noted as a decision above
     ]
 
 

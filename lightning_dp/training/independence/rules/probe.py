@@ -7,15 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dp.torch_api import tree_flatten, tree_unflatten, writes
+from lightning_dp.torch_api import storage_id, tree_flatten, tree_unflatten, writes
 from lightning_dp.training.independence import owners
-from lightning_dp.training.independence.owners import PUBLIC, RANDOM, SUM, State, compress, constant
+from lightning_dp.training.independence.owners import MIXED, PUBLIC, RANDOM, SUM, State, compress, constant
 from lightning_dp.training.independence.rules.registry import Call, written_by
 
 # -- all others --------------------------------------------------------------------------------------------------------
 
 #: Rounds of probing before a result that never changes is given up.
 _ROUNDS = 6
+#: Rounds for operations that choose among numbers: what was not chosen does not show.
+_ROUNDS_OF_CHOICES = 10
+_CHOICES = ("max", "min", "median", "mode", "sort", "topk", "quantile", "relu", "clamp", "threshold", "hard")
+#: Of results that changed with some halves, and with too few to tell whose they are.
+_PARTLY = MIXED
 
 
 def probe(call: Call) -> list[State]:
@@ -49,7 +54,11 @@ def probe(call: Call) -> list[State]:
 
 
 def _key(call: Call) -> Any:
-    """What decides who owns the results: the operation, shapes, owners, and arguments that are no tensors."""
+    """What decides who owns the results: the operation, shapes, owners, public whole numbers, where public numbers are
+    infinite, and what is no tensor.
+
+    ``None``: a public operand is too large to compare.
+    """
     leaves, _ = tree_flatten((call.args, call.kwargs))
     parts: list[Any] = [str(call.func)]
     for leaf in leaves:
@@ -61,6 +70,10 @@ def _key(call: Call) -> Any:
                 if leaf.numel() > 4096:
                     return None
                 owner = ((), leaf.detach().cpu().numpy().tobytes())
+            if owner is None and not whole and leaf.numel() and not bool((ordinary := _is_ordinary(leaf)).all()):
+                if leaf.numel() > 4096:  # a mask of attention: where it is infinite matters
+                    return None
+                owner = ((), leaf.detach().masked_fill(ordinary, 0).float().cpu().numpy().tobytes())
             parts.append((tuple(leaf.shape), leaf.dtype, owner))
         else:
             parts.append(repr(leaf))
@@ -81,8 +94,9 @@ class _Probe:
         """Owners of every result; ``None`` where some depend on several records, or nobody could tell."""
         base = [self._other(leaf) if self._is_public_float(leaf) else leaf for leaf in self._leaves]
         changed: list[Tensor] | None = None
-        for _ in range(_ROUNDS):
-            # Any record's numbers may hide what another's would do: also those that stay are other ones each round.
+        least = _ROUNDS_OF_CHOICES if any(word in self._call.name for word in _CHOICES) else 1
+        for round_ in range(max(_ROUNDS, least)):
+            # One record's numbers may hide an effect of another's: every round starts from other values for all.
             start = [self._replaced(b, o, None) for b, o in zip(base, self._owners, strict=True)]
             reference = self._run(start)
             if reference is None:
@@ -100,16 +114,17 @@ class _Probe:
             new = [torch.stack(list(column)) for column in zip(*seen, strict=True)]
             changed = new if changed is None else [a | b for a, b in zip(changed, new, strict=True)]
             answers = [self._read(c) for c in changed]
-            if all(answer is not None and bool((answer != PUBLIC).all()) for answer in answers):
+            told = all(answer is not None and bool((answer >= 0).all()) for answer in answers)
+            if told and round_ + 1 >= least:
                 return answers
             if all(answer is None for answer in answers):
                 return answers
-        # What never changes belongs to nobody where some of the operands' rows do not either; else nobody can tell.
+        # An entry that never changed counts as public if some operand has public or random entries; else it is unknown.
         partly = any(o is not None and bool((o < 0).any()) for o in self._owners)
-        told = [partly and (o.is_floating_point() or o.is_complex()) for o in self._call.outputs]
+        may_stay = [partly and (o.is_floating_point() or o.is_complex()) for o in self._call.outputs]
         return [
-            None if a is None or (bool((a == PUBLIC).any()) and not ok) else a
-            for a, ok in zip(answers, told, strict=True)
+            None if a is None or bool((a == _PARTLY).any()) or (bool((a == PUBLIC).any()) and not ok) else a
+            for a, ok in zip(answers, may_stay, strict=True)
         ]
 
     def _is_public_float(self, leaf: Any) -> bool:
@@ -117,7 +132,7 @@ class _Probe:
         return not known and (leaf.is_floating_point() or leaf.is_complex())
 
     def _random(self, like: Tensor) -> Tensor:
-        """Other values of the same kind."""
+        """Other values of the same kind; whole numbers are drawn from those of the operand."""
         shape = like.shape
         if like.dtype == torch.bool:
             return torch.randint(0, 2, shape, generator=self._generator).bool().to(like.device)
@@ -131,7 +146,7 @@ class _Probe:
         return noise * (1 + (ordinary.abs().mean() if ordinary.numel() else 0))
 
     def _other(self, leaf: Tensor) -> Tensor:
-        """A public operand, moved: one that is zero would hide what the operation does."""
+        """A public operand plus noise: one that is zero would hide what the operation does."""
         leaf = leaf.detach()
         moved = leaf + 0.3 * self._random(leaf)
         return torch.where(_is_ordinary(leaf), moved, leaf)
@@ -159,9 +174,7 @@ class _Probe:
             return None
         finally:
             torch.set_rng_state(state)
-        if writes(self._call.func):
-            return written_by(self._call.func, args, kwargs)
-        found = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
+        found = _results(self._call, args, kwargs, result)
         return found if len(found) == len(self._call.outputs) else None
 
     def _read(self, changed: Tensor) -> Tensor | None:
@@ -174,7 +187,7 @@ class _Probe:
             owner = self._decode(along)
             if owner is not None and len(owner[owner >= 0].unique()) == len(self._records):
                 owner = owner.view([-1 if d == dim else 1 for d in range(len(shape))])
-                if bool((owner != PUBLIC).all()):
+                if bool((owner >= 0).all()):
                     return compress(owner)
                 best = best if best is not None else owner
         if best is not None:
@@ -183,7 +196,7 @@ class _Probe:
         return None if owner is None else owner.reshape(shape)  # what has not changed yet is nobody's, for all we know
 
     def _decode(self, changed: Tensor) -> Tensor | None:
-        """``(2 · bits, n)`` to owners ``(n,)``; `PUBLIC`: nothing changed; ``None``: several records did."""
+        """``(2 · bits, n)`` to owners ``(n,)``; `PUBLIC`: nothing changed; ``None``: several records count."""
         zero, one = changed[0::2], changed[1::2]
         if bool((zero & one).any()):
             return None
@@ -193,7 +206,18 @@ class _Probe:
         if bool((index >= len(self._records)).any()):
             return None
         ids = torch.tensor(self._records, dtype=owners.DTYPE)
-        return torch.where(known, ids[index], PUBLIC).to(owners.DTYPE)
+        partly = torch.where((zero | one).any(0), _PARTLY, PUBLIC)
+        return torch.where(known, ids[index], partly).to(owners.DTYPE)
+
+
+def _results(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> list[Tensor]:
+    """What an operation returns beside what it writes to; or, if that is nothing, what it has written."""
+    found = [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
+    if not writes(call.func):
+        return found
+    written = written_by(call.func, args, kwargs)
+    memory = {storage_id(t) for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)}
+    return [t for t in found if storage_id(t) not in memory] or written
 
 
 def _is_ordinary(tensor: Tensor) -> Tensor:
@@ -205,7 +229,8 @@ def _differs(one: Tensor, other: Tensor) -> Tensor:
     if one.shape != other.shape:
         return torch.ones(one.shape, dtype=torch.bool)
     if one.is_floating_point() or one.is_complex():
-        scale = float(one[one.isfinite()].abs().max()) if bool(one.isfinite().any()) else 1.0
+        ordinary = one[_is_ordinary(one)]
+        scale = float(ordinary.abs().max()) if ordinary.numel() else 1.0
         tolerance = 1e-2 if one.dtype in (torch.bfloat16, torch.float16) else 1e-5
         same = torch.isclose(one, other, rtol=tolerance, atol=tolerance * 1e-1 * scale, equal_nan=True)
         return ~same.cpu()
@@ -223,7 +248,8 @@ def _moves_with_records(call: Call, results: list[State]) -> bool:
     if not suspicious:
         return True
     of_results = [owners.blocks(s.owner) for s in results]
-    if any(p is None for p in [*placed.values(), *of_results]):
+    random = torch.Tag.nondeterministic_seeded in call.func.tags  # what it draws goes by places
+    if random or any(p is None for p in [*placed.values(), *of_results]):
         call.tracer.doubt_place(call.name)
         return True
 
@@ -244,10 +270,7 @@ def _moves_with_records(call: Call, results: list[State]) -> bool:
 
     def run(arguments: Any) -> list[Tensor]:
         torch.default_generator.manual_seed(0)
-        result = call.func(*arguments[0], **arguments[1])
-        if writes(call.func):
-            return written_by(call.func, *arguments)
-        return [t for t in tree_flatten(result)[0] if isinstance(t, Tensor)]
+        return _results(call, arguments[0], arguments[1], call.func(*arguments[0], **arguments[1]))
 
     try:
         moved, first = run((args, kwargs)), run(plain)

@@ -80,7 +80,7 @@ def extremum(call: Call) -> list[State]:
     )
 )
 def along_a_dimension(call: Call) -> list[State]:
-    """Mixes along one dimension and leaves all others alone."""
+    """Mixes along one dimension and leaves all others alone; ``flip`` and ``roll`` only move owners."""
     tensor = call.args[0]
     if call.name in ("flip", "roll"):
         return moved_states(call)
@@ -107,7 +107,7 @@ def renorm(call: Call) -> list[State]:
 
 @rule("tril", "triu")
 def triangle(call: Call) -> list[State]:
-    """Zeros by place: within a matrix of one record's own."""
+    """Zeroes entries by their place, which is allowed within a matrix that belongs to one record."""
     state = call.state(call.args[0])
     if any(d >= call.args[0].dim() - 2 for d in owners.varying(state.owner)):
         return call.mixed(f"{call.name} treats places in the batch differently")

@@ -72,7 +72,7 @@ class Call:
         """A state for a result, with the reason where it is mixed."""
         states = self.states()
         ragged = any(s.ragged for s in states) if ragged is None else ragged
-        packed = ragged and all(s.packed for s in states if s.ragged)
+        packed = ragged and any(s.ragged for s in states) and all(s.packed for s in states if s.ragged)
         owner = compress(aligned(owner, output.dim()))
         if packed and self._has_one_row_each(owner):  # the last state of every packed sequence
             ragged = packed = False
