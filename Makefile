@@ -26,7 +26,7 @@ test-slow: $(INSTALLED)
 
 test-device: $(INSTALLED)  ## what depends on the device, with LIGHTNING_DP_TEST_DEVICE=cuda on a GPU
 	$(BIN)/python -m pytest -m "not slow" tests/training/test_device.py tests/training/test_distributed.py tests/gradients/test_layers.py \
-		tests/gradients/test_engines.py tests/gradients/test_coverage.py tests/mechanism/test_clipping.py tests/mechanism/test_backprop.py tests/test_dfa.py \
+		tests/gradients/test_engines.py tests/gradients/test_coverage.py tests/gradients/test_recurrent.py tests/mechanism/test_clipping.py tests/mechanism/test_backprop.py tests/test_dfa.py \
 		tests/mechanism/test_noise.py tests/mechanism/test_encoding.py tests/mechanism/test_denoising.py tests/mechanism/test_step.py tests/training/test_strategy.py
 
 lint: $(INSTALLED)

@@ -18,7 +18,7 @@ from lightning_dp.gradients.engine import PerExampleEngine, set_aside
 from lightning_dp.gradients.model import getattr_path, trainable, trained_layers
 from lightning_dp.gradients.precision import full_precision
 from lightning_dp.gradients.recorder import LayerCall, Recorder
-from lightning_dp.gradients.rules.attention import calls_linear, of_linear_map
+from lightning_dp.gradients.rules.composite import calls_linear, of_linear_map
 from lightning_dp.gradients.rules.recompute import recompute
 from lightning_dp.gradients.rules.registry import rule_for
 from lightning_dp.gradients.tied import add

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointError
 from lightning_dp.errors import ACTIVATION_CHECKPOINTING, UnsupportedModelError
 from lightning_dp.gradients.forms import CallForms
 from lightning_dp.gradients.model import getattr_path, trainable
-from lightning_dp.gradients.rules.attention import LinearMap, calls_linear, forward_with_linear, linear_map
+from lightning_dp.gradients.rules.composite import LinearMap, calls_linear, forward_with_linear, linear_map
 from lightning_dp.gradients.shared_outputs import note_expanded
 from lightning_dp.gradients.source import here
 from lightning_dp.torch_api import base_of, functions_unwatched, version_of
@@ -241,26 +241,14 @@ class Recorder:
             output.register_hook(keep)
         return output
 
-    def _make_linear(
-        self, name: str, module: nn.Module, batch_size: int, anchor: Tensor
-    ) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-        """A recorded `torch.nn.functional.linear`, for time in front of the batch: ``(T, B, d)`` or ``(T · B, d)``."""
-
-        def arrange(tensor: Tensor) -> Tensor:
-            return (
-                tensor.unflatten(0, (-1, batch_size)).transpose(0, 1) if tensor.dim() == 2 else tensor.transpose(0, 1)
-            )
-
-        def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            output = F.linear(input, weight, bias)
-            if not (self._recording and torch.is_grad_enabled()):  # a copy of the layer may outlive the recording
-                return output
-            if (input.dim() == 3 and input.shape[1] != batch_size) or (input.dim() == 2 and len(input) % batch_size):
-                raise _no_batch(name, module, input, batch_size)
-            call = LayerCall(arrange(input.detach()), version_of(input), linear=linear_map(module, weight, bias))
+    def _make_linear(self, name: str, module: nn.Module, batch_size: int, anchor: Tensor) -> RecordedLinear:
+        def record(call: LayerCall, output: Tensor, arrange: Callable[[Tensor], Tensor]) -> Tensor:
             return self._record(name, call, output, anchor, arrange)
 
-        return linear
+        def is_recording() -> bool:  # a copy of the layer may outlive the recording
+            return self._recording and torch.is_grad_enabled()
+
+        return RecordedLinear(name, module, batch_size, record, is_recording)
 
     def _make_hook(self, name: str, batch_size: int, anchor: Tensor) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -313,6 +301,75 @@ class Recorder:
             return (output, *rest)
 
         return hook
+
+
+class RecordedLinear:
+    """A recorded `torch.nn.functional.linear`, of layers that are made of linear maps.
+
+    Inputs have time in front of the batch: ``(T, B, d)`` or ``(T · B, d)``.
+
+    Args:
+        name, module: The layer.
+        batch_size: Number of examples.
+        record: Keeps a call, given its output and what brings that into the order ``(B, T, …)``.
+        is_recording: Whether calls are recorded now.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        batch_size: int,
+        record: Callable[[LayerCall, Tensor, Callable[[Tensor], Tensor]], Tensor],
+        is_recording: Callable[[], bool],
+    ) -> None:
+        self._name, self._module, self._batch_size = name, module, batch_size
+        self._record, self._is_recording = record, is_recording
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        output = F.linear(input, weight, bias)
+        if not self._is_recording():
+            return output
+        self._check(input)
+        linear = linear_map(self._module, weight, bias)
+        call = LayerCall(self._arrange(input.detach()), version_of(input), linear=linear)
+        return self._record(call, output, self._arrange)
+
+    def over_time(
+        self, steps: int, like: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> Callable[[Tensor], Tensor]:
+        """The same map at so many time steps, one after another, recorded as one call.
+
+        Returns:
+            The map of one step's input ``(B, d)``; to be called exactly ``steps`` times.
+        """
+        if not self._is_recording():
+            return lambda input: F.linear(input, weight, bias)
+        self._check(like)
+        call = LayerCall(like.new_empty(0), 0, linear=linear_map(self._module, weight, bias))
+        # The gradient at what is added at every step is that at the map's output.
+        added = like.new_zeros(steps, self._batch_size, len(weight)) if bias is None else bias
+        added = added.expand(steps, self._batch_size, len(weight)).clone()
+        each = iter(self._record(call, added, self._arrange).unbind(0))
+        inputs: list[Tensor] = []
+
+        def one_step(input: Tensor) -> Tensor:
+            inputs.append(input.detach())
+            if len(inputs) == steps:
+                call.input = torch.stack(inputs, 1)
+                call.version = version_of(call.input)
+            return torch.addmm(next(each), input, weight.T)
+
+        return one_step
+
+    def _arrange(self, tensor: Tensor) -> Tensor:
+        by_time = tensor.unflatten(0, (-1, self._batch_size)) if tensor.dim() == 2 else tensor
+        return by_time.transpose(0, 1)
+
+    def _check(self, input: Tensor) -> None:
+        size = self._batch_size
+        if (input.dim() == 3 and input.shape[1] != size) or (input.dim() == 2 and len(input) % size):
+            raise _no_batch(self._name, self._module, input, size)
 
 
 def same_memory(base: Tensor, view: Tensor) -> bool:
