@@ -31,6 +31,7 @@ from lightning_dp.training.callbacks.differential_privacy import DifferentialPri
 from lightning_dp.training.callbacks.monitor import PrivacyMonitor
 from lightning_dp.training.distributed import PrivateDDPStrategy
 from lightning_dp.training.distributed import register_strategies as register_ddp_strategies
+from lightning_dp.training.repair import repair
 from lightning_dp.training.single_device import PrivateStrategy, register_strategies
 
 register_strategies()
@@ -80,4 +81,5 @@ __all__ = [
     "privacy_card",
     "public_gradients",
     "render_card",
+    "repair",
 ]

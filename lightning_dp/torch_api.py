@@ -87,6 +87,11 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
     yield from module._buffers.items()
 
 
+def own_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The children of a module by attribute, also those that are shared."""
+    return [(name, child) for name, child in module._modules.items() if child is not None]
+
+
 def padding_of(convolution: nn.modules.conv._ConvNd) -> list[int]:
     """Padding as `torch.nn.functional.pad` takes it: last dimension first, both sides."""
     return list(convolution._reversed_padding_repeated_twice)

@@ -108,6 +108,11 @@ def test_a_module_s_own_tensors_are_listed() -> None:
     assert own["weight"] is None and own["running_mean"] is layer.running_mean
 
 
+def test_a_module_s_own_children_are_listed_wherever_they_are_used() -> None:
+    layer = nn.Linear(2, 2)
+    assert torch_api.own_modules(nn.Sequential(layer, layer)) == [("0", layer), ("1", layer)]
+
+
 def test_padding_is_as_pad_takes_it() -> None:
     layer = nn.Conv2d(1, 1, 3, padding=(1, 2), padding_mode="circular")
     assert torch_api.padding_of(layer) == [2, 2, 1, 1]

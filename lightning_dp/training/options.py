@@ -30,13 +30,14 @@ class PrivacyOptions:
     seed: int | None = None
     journal: bool = True
     per_record_means: bool = True
+    repair: bool = False
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise ValueError(f"engine must be one of {ENGINES}, got {self.engine!r}.")
         if self.loss_reduction not in ("mean", "sum"):
             raise ValueError(f"loss_reduction must be 'mean' or 'sum', got {self.loss_reduction!r}.")
-        for name in ("self_check", "journal", "per_record_means"):
+        for name in ("self_check", "journal", "per_record_means", "repair"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         for name, least in (("max_physical_batch_size", 1), ("seed", 0)):
@@ -74,6 +75,7 @@ def privacy_options(
     secure_rng: bool = False,
     augmentation_multiplicity: int = 1,
     per_record_means: bool = True,
+    repair: bool = False,
 ) -> tuple[Mechanism, PrivacyOptions]:
     """Checks the arguments of private training, and parts them into what decides ε and what cannot change it.
 
@@ -104,6 +106,8 @@ def privacy_options(
         per_record_means: Whether a cross-entropy that is a mean over the batch's targets, weighted by class or without
             those that are ignored, is understood as the mean over records of each record's own mean. Without, such
             losses are refused: what they divide by depends on the other records.
+        repair: Whether layers that mix the records of a batch are exchanged before training: GroupNorm for BatchNorm,
+            see `lightning_dp.repair`.
 
     Returns:
         The mechanism (clipping, noise, denoiser, multiplicity, generator), and the other options.
@@ -115,7 +119,7 @@ def privacy_options(
         raise ValueError("secure_rng=True draws its own secret: leave seed out.")
     mechanism = Mechanism(clipping, noise, denoiser, augmentation_multiplicity, secure_rng)
     options = PrivacyOptions(
-        max_physical_batch_size, engine, loss_reduction, self_check, seed, journal, per_record_means
+        max_physical_batch_size, engine, loss_reduction, self_check, seed, journal, per_record_means, repair
     )
     if max_physical_batch_size is not None and max_physical_batch_size < augmentation_multiplicity:
         raise ValueError(

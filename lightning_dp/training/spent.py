@@ -23,6 +23,7 @@ from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.statistics.base import PrivateStatistic
 from lightning_dp.training import lightning_api
 from lightning_dp.training.loader import record_bytes, sources
+from lightning_dp.training.repair import loading_repaired
 
 #: The key of the ledger in a Lightning checkpoint.
 CHECKPOINT_KEY = "lightning_dp"
@@ -141,7 +142,10 @@ def _load_state(load: Any) -> Any:
 
     @functools.wraps(load)
     def wrapper(cls: Any, checkpoint: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        made = load(cls, checkpoint, *args, **kwargs)
+        entry = checkpoint.get(CHECKPOINT_KEY, {})
+        made = load(loading_repaired(cls, entry.get("repaired", {})), checkpoint, *args, **kwargs)
+        if type(made) is not cls and isinstance(made, nn.Module):
+            made.__class__ = cls
         if CHECKPOINT_KEY in checkpoint and isinstance(made, nn.Module):
             note_spending(made, PrivacyLedger.from_state_dict(checkpoint[CHECKPOINT_KEY]["ledger"]), None)
         return made

@@ -8,6 +8,7 @@ from dp_accounting import NeighboringRelation
 
 from lightning_dp.mechanism.mechanism import describe
 from lightning_dp.statistics.base import PrivateStatistic
+from lightning_dp.training.repair import repaired
 from lightning_dp.training.run_directory import software_versions
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def public_configuration(strategy: PrivateMixin) -> dict[str, Any]:
             for layer in strategy.module_in_fit().modules()
             if isinstance(layer, PrivateStatistic)
         ],
+        "repaired": sorted(f"{name} ({kind})" for name, kind in repaired(strategy.module_in_fit()).items()),
         "seed_given": strategy.seed is not None,
         "secure_rng": strategy.randomness.secure,
         "journal": strategy.options.journal,

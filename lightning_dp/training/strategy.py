@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
@@ -29,6 +30,7 @@ from lightning_dp.training.checks import model as model_checks
 from lightning_dp.training.checks.fingerprint import fingerprint_of
 from lightning_dp.training.configured import ConfiguredStrategy
 from lightning_dp.training.loader import PoissonIterator, poisson_loader
+from lightning_dp.training.repair import repair_and_say, repaired
 from lightning_dp.training.run_directory import run_directory
 from lightning_dp.training.spent import CHECKPOINT_KEY
 
@@ -48,7 +50,14 @@ class PrivateMixin(ConfiguredStrategy):
 
     # -- set-up ----------------------------------------------------------------------------------------------------
 
+    def connect(self, model: pl.LightningModule) -> None:
+        if self.options.repair:  # before a checkpoint is loaded
+            repair_and_say(model)
+        super().connect(model)
+
     def setup(self, trainer: Trainer) -> None:
+        if self.options.repair and self.lightning_module is not None:  # layers that configure_model has made
+            repair_and_say(self.lightning_module)
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
             assert self.lightning_module is not None
@@ -227,6 +236,8 @@ class PrivateMixin(ConfiguredStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         checkpoint[CHECKPOINT_KEY] = {**self.books.checkpoint_entry(filepath), **self.public_state()}
+        if layers := repaired(self.module_in_fit()):
+            checkpoint[CHECKPOINT_KEY]["repaired"] = layers
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def normalised() -> nn.Sequential:
 
 
 def test_batch_norm_is_refused_and_the_advice_works() -> None:
-    refused(Net(normalised()), r"'net.1' \(BatchNorm1d\).*ModuleValidator.fix")
+    refused(Net(normalised()), r"'net.1' \(BatchNorm1d\).*repair=True")
     images = DataLoader(TensorDataset(torch.randn(40, 1, 5, 5), torch.randint(3, (40,))), batch_size=8)
     convolutional = nn.Sequential(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(72, 3))
     refused(Net(convolutional), r"'net.1' \(BatchNorm2d\)", images)

@@ -201,8 +201,7 @@ def _refuse_batch_norm(module: nn.modules.batchnorm._BatchNorm) -> str | None:
     if not module.training and not any(p.requires_grad for p in module.parameters()) and module.track_running_stats:
         return None
     return (
-        "batch normalisation mixes the examples of a batch, so no example's influence can be bounded; use GroupNorm, "
-        "or let Opacus exchange it in your module's __init__: "
-        "`self.net = opacus.validators.ModuleValidator.fix(self.net)`. A pretrained one may stay as it is when it is "
-        "frozen there: `layer.eval().requires_grad_(False)`"
+        "batch normalisation mixes the examples of a batch, so no example's influence can be bounded; repair=True "
+        "(of DifferentialPrivacy or PrivateStrategy; or lightning_dp.repair(self) at the end of __init__) puts "
+        "GroupNorm in its place, and leaves a frozen one as it is, with its statistics"
     )

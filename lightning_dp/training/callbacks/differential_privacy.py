@@ -17,6 +17,7 @@ from lightning_dp.training.callbacks.budget import PrivacyBudget
 from lightning_dp.training.callbacks.card import PrivacyCard
 from lightning_dp.training.callbacks.monitor import PrivacyMonitor
 from lightning_dp.training.options import check_names, privacy_options
+from lightning_dp.training.repair import repair_and_say
 from lightning_dp.training.strategy import PrivateMixin, make_private
 
 
@@ -36,7 +37,7 @@ class DifferentialPrivacy(Callback):
         log_not_private: As for `PrivacyMonitor`.
         card: Whether a `PrivacyCard` is written beside the logs at the end.
         options: ``max_physical_batch_size``, ``engine``, ``loss_reduction``, ``self_check``, ``seed``, ``journal``,
-            ``secure_rng``, ``augmentation_multiplicity``, ``per_record_means``: see `privacy_options`.
+            ``secure_rng``, ``augmentation_multiplicity``, ``per_record_means``, ``repair``: see `privacy_options`.
 
     Raises:
         TypeError, ValueError: An argument is wrong, or neither ε nor a noise multiplier is given.
@@ -58,7 +59,7 @@ class DifferentialPrivacy(Callback):
         **options: Any,
     ) -> None:
         check_names("DifferentialPrivacy", options)
-        privacy_options(clipping, noise, denoiser, **options)  # a mistake is an error here, rather than in fit
+        _, checked = privacy_options(clipping, noise, denoiser, **options)  # an error here, not in fit
         if epsilon is None and noise.multiplier is None:
             raise ValueError(
                 "DifferentialPrivacy: give epsilon (the noise is then chosen for it), or "
@@ -67,7 +68,7 @@ class DifferentialPrivacy(Callback):
         self.budget = None if epsilon is None else PrivacyBudget(epsilon, delta, accountant)
         self.monitor = PrivacyMonitor(delta, accountant, log_not_private)
         self.card = PrivacyCard(delta=delta) if card else None
-        self._clipping = clipping
+        self._clipping, self._repair = clipping, checked.repair
         self._configuration = {"clipping": clipping, "noise": noise, "denoiser": denoiser, **options}
 
     @property
@@ -77,6 +78,8 @@ class DifferentialPrivacy(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """For a fit, makes the Trainer's strategy private, by `make_private`, before Lightning sets it up."""
+        if self._repair:
+            repair_and_say(pl_module)
         if stage != "fit":
             self._clipping.attach(pl_module)
             return
