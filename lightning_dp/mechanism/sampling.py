@@ -43,7 +43,7 @@ class Draw:
 
 
 class PoissonBatchSampler(Sampler[list[int]]):
-    """Yields ``⌈1/q⌉`` Poisson samples per epoch; of every sample, each of ``num_shards`` ranks takes its own share.
+    """Yields Poisson samples; of every one, each of ``num_shards`` ranks takes its own share.
 
     Args:
         num_records: N, the number of records of the data set.
@@ -51,6 +51,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         randomness: The secret source; all ranks of a group must share it.
         first_step: Called when an epoch starts, returns the number of the private step that the first batch is for.
         shard, num_shards: This rank takes every ``num_shards``-th index of the sample, from ``shard`` on.
+        steps: Samples per epoch, a public number. ``None``: ``⌈1/q⌉``.
         copies: How often each index is repeated, one after another: the data set augments a record anew every time.
 
     Raises:
@@ -66,20 +67,22 @@ class PoissonBatchSampler(Sampler[list[int]]):
         shard: int = 0,
         num_shards: int = 1,
         copies: int = 1,
+        steps: int | None = None,
     ) -> None:
         if not 0 < sampling_rate <= 1:
             raise ValueError(f"sampling_rate must lie in (0, 1], got {sampling_rate}.")
         self.num_records = num_records
         self.sampling_rate = sampling_rate
         self.shard, self.num_shards, self.copies = shard, num_shards, copies
+        # 1/q is b/N in floating point: without the tolerance, N = 49 b would have 50 batches.
+        self._steps = math.ceil(1 / sampling_rate - 1e-6) if steps is None else steps
         #: The draws that no batch was taken for yet, in order.
         self.draws: deque[Draw] = deque()
         self._randomness = randomness
         self._first_step = first_step
 
     def __len__(self) -> int:
-        # 1/q is b/N in floating point: without the tolerance, N = 49 b would have 50 batches.
-        return math.ceil(1 / self.sampling_rate - 1e-6)
+        return self._steps
 
     def __iter__(self) -> Iterator[list[int]]:
         draws = self.draws = deque()

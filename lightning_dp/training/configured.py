@@ -46,7 +46,7 @@ class ConfiguredStrategy(OneProcess):
     """A strategy with a mechanism, options, and what belongs to one fit: books, releases, micro-batches, examiner."""
 
     def configure_privacy(
-        self, clipping: Bounding, noise: Noise, denoiser: Denoiser | None = None, **options: Any
+        self, clipping: Bounding | float, noise: Noise | float, denoiser: Denoiser | None = None, **options: Any
     ) -> None:
         """Checks and keeps the configuration; arguments as for `privacy_options`."""
         check_names(type(self).__name__, options)
@@ -55,7 +55,7 @@ class ConfiguredStrategy(OneProcess):
         #: trainings of the module on the same records.
         self.ledger = PrivacyLedger()
         #: The noise multiplier in force: that of ``noise``, or the one that a budget chose.
-        self.noise_multiplier = noise.multiplier
+        self.noise_multiplier = self.mechanism.noise.multiplier
         #: Chooses the noise and limits the steps; set by `PrivacyBudget`.
         self.budget: Budget | None = None
         #: The private step of the current fit; ``None`` before it is set up.

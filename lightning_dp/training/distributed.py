@@ -227,7 +227,8 @@ class PrivateDDPStrategy(PrivateParallelMixin, DDPStrategy):
     Args:
         clipping, noise, denoiser: As for `PrivateStrategy`.
         options: ``max_physical_batch_size`` (per device), ``engine``, ``loss_reduction``, ``self_check``, ``seed``,
-            ``journal``, ``secure_rng``, ``augmentation_multiplicity``, ``per_record_means``: see `privacy_options`.
+            ``journal``, ``secure_rng``, ``augmentation_multiplicity``, ``per_record_means``, ``repair``: see
+            `privacy_options`.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin, process_group_backend,
             timeout, start_method: As for Lightning's `DDPStrategy`; the Trainer fills most of them in.
 
@@ -241,8 +242,8 @@ class PrivateDDPStrategy(PrivateParallelMixin, DDPStrategy):
 
     def __init__(
         self,
-        clipping: Bounding = FlatClipping(1.0),
-        noise: Noise = GaussianNoise(),
+        clipping: Bounding | float = FlatClipping(1.0),
+        noise: Noise | float = GaussianNoise(),
         denoiser: Denoiser | None = None,
         *,
         accelerator: Accelerator | None = None,

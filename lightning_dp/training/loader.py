@@ -300,6 +300,19 @@ def records_and_batch_size(loader: object) -> tuple[int, int]:
     return num_records, loader.batch_size
 
 
+def steps_per_epoch(loader: Any, num_records: int, batch_size: int) -> int:
+    """Batches of an epoch, as the loader counts them: with ``drop_last`` the last one only if it is full, and of a
+    ``RandomSampler(num_samples=…)`` as many as that has. Any number that does not depend on the records is as private.
+
+    Args:
+        loader: The user's train loader.
+        num_records: N.
+        batch_size: Of all processes together.
+    """
+    seen = len(loader.sampler) if type(loader.sampler) is RandomSampler else num_records
+    return max(1, seen // batch_size if loader.drop_last else -(-seen // batch_size))
+
+
 def poisson_loader(strategy: PrivateMixin, dataloader: Any) -> PoissonDataLoader:
     """A loader over the same data set that yields this process's share of every Poisson sample.
 
@@ -334,5 +347,6 @@ def poisson_loader(strategy: PrivateMixin, dataloader: Any) -> PoissonDataLoader
         shard=strategy.trainer_in_fit().global_rank,
         num_shards=strategy.trainer_in_fit().world_size,
         copies=strategy.mechanism.augmentation_multiplicity,
+        steps=steps_per_epoch(dataloader, num_records, expected),
     )
     return PoissonDataLoader.replacing(dataloader, sampler)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,9 +62,15 @@ def check_names(where: str, options: Mapping[str, Any]) -> None:
             raise TypeError(f"{where} has no option {name!r}: {hint}")
 
 
+def _made(kind: Callable[[float], Any], value: Any) -> Any:
+    """What a number stands for; anything else as it is."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return kind(value) if is_number else value
+
+
 def privacy_options(
-    clipping: Bounding = FlatClipping(1.0),
-    noise: Noise = GaussianNoise(),
+    clipping: Bounding | float = FlatClipping(1.0),
+    noise: Noise | float = GaussianNoise(),
     denoiser: Denoiser | None = None,
     max_physical_batch_size: int | None = None,
     engine: str = "bookkeeping",
@@ -80,8 +86,9 @@ def privacy_options(
     """Checks the arguments of private training, and parts them into what decides ε and what cannot change it.
 
     Args:
-        clipping: How contributions are bounded.
-        noise: The noise. Without a multiplier, `PrivacyBudget` chooses one.
+        clipping: How contributions are bounded. A number is the norm of a `FlatClipping`.
+        noise: The noise. Without a multiplier, `PrivacyBudget` chooses one. A number is the multiplier of a
+            `GaussianNoise`.
         denoiser: What is done to the noisy gradient before the optimizer sees it; ``None``: nothing.
         max_physical_batch_size: The most examples that pass through the model at once, every augmentation counted; the
             result does not depend on it. ``None``: the whole logical batch.
@@ -117,7 +124,9 @@ def privacy_options(
     """
     if secure_rng and seed is not None:
         raise ValueError("secure_rng=True draws its own secret: leave seed out.")
-    mechanism = Mechanism(clipping, noise, denoiser, augmentation_multiplicity, secure_rng)
+    mechanism = Mechanism(
+        _made(FlatClipping, clipping), _made(GaussianNoise, noise), denoiser, augmentation_multiplicity, secure_rng
+    )
     options = PrivacyOptions(
         max_physical_batch_size, engine, loss_reduction, self_check, seed, journal, per_record_means, repair
     )

@@ -32,11 +32,12 @@ class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
         )
 
     Args:
-        clipping: How contributions are bounded.
-        noise: The noise. Without a multiplier, `PrivacyBudget` chooses one.
+        clipping: How contributions are bounded. A number is the norm of a `FlatClipping`.
+        noise: The noise. Without a multiplier, `PrivacyBudget` chooses one. A number is the multiplier of a
+            `GaussianNoise`.
         denoiser: What is done to the noisy gradient before the optimizer sees it; ``None``: nothing.
         options: ``max_physical_batch_size``, ``engine``, ``loss_reduction``, ``self_check``, ``seed``, ``journal``,
-            ``secure_rng``, ``augmentation_multiplicity``, ``per_record_means``: see `privacy_options`.
+            ``secure_rng``, ``augmentation_multiplicity``, ``per_record_means``, ``repair``: see `privacy_options`.
         device, accelerator, checkpoint_io, precision_plugin: As for Lightning's `SingleDeviceStrategy`; the Trainer
             fills them in.
 
@@ -49,8 +50,8 @@ class PrivateStrategy(PrivateMixin, SingleDeviceStrategy):
 
     def __init__(
         self,
-        clipping: Bounding = FlatClipping(1.0),
-        noise: Noise = GaussianNoise(),
+        clipping: Bounding | float = FlatClipping(1.0),
+        noise: Noise | float = GaussianNoise(),
         denoiser: Denoiser | None = None,
         *,
         device: torch.device | str | int | None = None,

@@ -17,7 +17,7 @@ from lightning_dp.accounting.events import Accountant
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.training.callbacks.lookup import (
-    check_delta_of,
+    Delta,
     private_strategy,
     target_epsilon_of,
     trainer_callbacks,
@@ -46,7 +46,7 @@ class PrivacyBudget(Callback):
 
     Args:
         epsilon: The most that ε may become, for adding or removing one record.
-        delta: The δ at which ε is stated; well below 1/N.
+        delta: The δ at which ε is stated; well below 1/N. ``None``: 1/(10·N), rounded down to a power of ten.
         accountant: ``"pld"`` or ``"rdp"``.
 
     Raises:
@@ -56,14 +56,13 @@ class PrivacyBudget(Callback):
         PrivacyLimitReached: In a fit, when a step or statistic beyond the budget is attempted.
     """
 
-    def __init__(self, epsilon: float, delta: float, accountant: Accountant = "pld") -> None:
-        for name, value in (("epsilon", epsilon), ("delta", delta)):
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise TypeError(f"PrivacyBudget: {name} must be a number, got {value!r}.")
+    def __init__(self, epsilon: float, delta: float | None = None, accountant: Accountant = "pld") -> None:
+        if isinstance(epsilon, bool) or not isinstance(epsilon, int | float):
+            raise TypeError(f"PrivacyBudget: epsilon must be a number, got {epsilon!r}.")
         if not epsilon > 0:
             raise ValueError(f"PrivacyBudget: epsilon must be positive, got {epsilon}.")
-        check_delta_of("PrivacyBudget", delta)
-        self.epsilon, self.delta, self.accountant = epsilon, delta, accountant
+        self._delta = Delta("PrivacyBudget", delta)
+        self.epsilon, self.accountant = epsilon, accountant
         self._chosen: dict[str, float] = {}
         self._limits: dict[tuple[DpEvent, int], int] = {}
         self._verified = 0
@@ -74,10 +73,16 @@ class PrivacyBudget(Callback):
         """The most that ε may become."""
         return self.epsilon
 
+    @property
+    def delta(self) -> float:
+        """δ. RuntimeError where none was given and no fit has begun."""
+        return self._delta.value
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         strategy = private_strategy(trainer, "PrivacyBudget")
+        self._delta.follow(strategy)
         searches = [c for c in trainer_callbacks(trainer) if isinstance(c, LearningRateFinder | BatchSizeFinder)]
         if searches and strategy.mechanism.noise.multiplier is None:
             raise PrivacyConfigurationError(
@@ -109,8 +114,9 @@ class PrivacyBudget(Callback):
         planned = "an unlimited number of" if remaining is None else f"{remaining}"
         within = allowed if remaining is None else min(allowed, remaining)
         rank_zero_info(
-            f"PrivacyBudget: ε ≤ {self.epsilon:g} at δ = {self.delta:g}; noise multiplier {multiplier:.4g}, sampling "
-            f"rate {strategy.sampling_rate:.4g}; {within} of {planned} planned steps are within the budget."
+            f"PrivacyBudget: ε ≤ {self.epsilon:g} at δ = {self.delta:g}{self._delta.reason}; noise multiplier "
+            f"{multiplier:.4g}, sampling rate {strategy.sampling_rate:.4g}; "
+            f"{within} of {planned} planned steps are within the budget."
         )
         self._stop_if_spent(trainer, strategy)
 

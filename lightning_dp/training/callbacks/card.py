@@ -14,7 +14,7 @@ from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.reporting import dashboards
 from lightning_dp.reporting.card import privacy_card, write_card
 from lightning_dp.training.callbacks.budget import PrivacyBudget
-from lightning_dp.training.callbacks.lookup import trainer_callbacks
+from lightning_dp.training.callbacks.lookup import Delta, trainer_callbacks
 from lightning_dp.training.callbacks.monitor import PrivacyMonitor
 from lightning_dp.training.strategy import PrivateMixin
 
@@ -36,9 +36,9 @@ class PrivacyCard(Callback):
     """
 
     def __init__(self, path: str | None = None, delta: float | None = None) -> None:
-        if delta is not None and not 0 < delta < 1:
-            raise ValueError(f"PrivacyCard: delta must lie strictly between 0 and 1, got {delta}.")
-        self.path, self.delta = path, delta
+        self.path, self._delta = path, Delta("PrivacyCard", delta)
+        #: The callback that δ is taken from.
+        self._of: PrivacyBudget | PrivacyMonitor | None = None
         #: Where the card was written; empty before.
         self.markdown_path, self.json_path = "", ""
         self._target_epsilon: float | None = None
@@ -52,9 +52,29 @@ class PrivacyCard(Callback):
             return
         self._started = False
         strategy = _private_strategy(trainer)
-        if self.delta is None:
-            self.delta = _delta_of(trainer)
         self._target_epsilon = getattr(strategy.budget, "epsilon", None)
+        if self._delta.given is None:
+            self._find_delta(trainer)
+
+    def _find_delta(self, trainer: pl.Trainer) -> None:
+        for callback in trainer_callbacks(trainer):
+            if isinstance(callback, PrivacyBudget | PrivacyMonitor):
+                self._of = callback
+                return
+        if self._of is None:
+            raise PrivacyConfigurationError(
+                "PrivacyCard needs a δ to state ε at: PrivacyCard(delta=…), or a PrivacyMonitor or PrivacyBudget "
+                "beside it."
+            )
+
+    def follow(self, callback: PrivacyBudget | PrivacyMonitor) -> None:
+        """Takes δ from a callback that the Trainer does not know."""
+        self._of = callback
+
+    @property
+    def delta(self) -> float:
+        """δ. RuntimeError before it is known."""
+        return self._delta.value if self._of is None else self._of.delta
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Makes sure that the card can be written, before there is anything to write."""
@@ -129,7 +149,6 @@ class PrivacyCard(Callback):
     def _write(self, trainer: pl.Trainer, status: str) -> None:
         self._started = False
         strategy = _private_strategy(trainer)
-        assert self.delta is not None
         training, validation = self._metrics()
         card = privacy_card(
             strategy.ledger,
@@ -157,12 +176,3 @@ def _private_strategy(trainer: pl.Trainer) -> PrivateMixin:
             "or use the callback DifferentialPrivacy(epsilon=…, delta=…) alone, which writes a card as well."
         )
     return trainer.strategy
-
-
-def _delta_of(trainer: pl.Trainer) -> float:
-    for callback in trainer_callbacks(trainer):
-        if isinstance(callback, PrivacyBudget | PrivacyMonitor):
-            return callback.delta
-    raise PrivacyConfigurationError(
-        "PrivacyCard needs a δ to state ε at: PrivacyCard(delta=…), or a PrivacyMonitor or PrivacyBudget beside it."
-    )

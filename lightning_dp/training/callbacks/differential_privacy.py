@@ -31,7 +31,7 @@ class DifferentialPrivacy(Callback):
 
     Args:
         epsilon: The most that ε may become. ``None``: no limit; ``noise`` must then have a multiplier.
-        delta: The δ at which ε is stated; well below 1/N.
+        delta: The δ at which ε is stated; well below 1/N. ``None``: 1/(10·N), rounded down to a power of ten.
         clipping, noise, denoiser: As for `PrivateStrategy`.
         accountant: ``"pld"`` or ``"rdp"``.
         log_not_private: As for `PrivacyMonitor`.
@@ -48,9 +48,9 @@ class DifferentialPrivacy(Callback):
     def __init__(
         self,
         epsilon: float | None,
-        delta: float,
-        clipping: Bounding = FlatClipping(1.0),
-        noise: Noise = GaussianNoise(),
+        delta: float | None = None,
+        clipping: Bounding | float = FlatClipping(1.0),
+        noise: Noise | float = GaussianNoise(),
         denoiser: Denoiser | None = None,
         *,
         accountant: Accountant = "pld",
@@ -59,16 +59,18 @@ class DifferentialPrivacy(Callback):
         **options: Any,
     ) -> None:
         check_names("DifferentialPrivacy", options)
-        _, checked = privacy_options(clipping, noise, denoiser, **options)  # an error here, not in fit
-        if epsilon is None and noise.multiplier is None:
+        mechanism, checked = privacy_options(clipping, noise, denoiser, **options)  # an error here, not in fit
+        if epsilon is None and mechanism.noise.multiplier is None:
             raise ValueError(
                 "DifferentialPrivacy: give epsilon (the noise is then chosen for it), or "
                 "noise=GaussianNoise(multiplier=…)."
             )
         self.budget = None if epsilon is None else PrivacyBudget(epsilon, delta, accountant)
         self.monitor = PrivacyMonitor(delta, accountant, log_not_private)
-        self.card = PrivacyCard(delta=delta) if card else None
-        self._clipping, self._repair = clipping, checked.repair
+        self.card = PrivacyCard() if card else None
+        if self.card is not None:
+            self.card.follow(self.monitor)
+        self._clipping, self._repair = mechanism.clipping, checked.repair
         self._configuration = {"clipping": clipping, "noise": noise, "denoiser": denoiser, **options}
 
     @property
@@ -92,6 +94,7 @@ class DifferentialPrivacy(Callback):
         make_private(trainer.strategy, **self._configuration)
         if self.budget:
             self.budget.setup(trainer, pl_module, stage)
+        self.monitor.setup(trainer, pl_module, stage)
         if self.card:
             self.card.setup(trainer, pl_module, stage)
 

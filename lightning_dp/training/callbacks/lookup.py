@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -30,6 +31,55 @@ def check_delta_of(callback: str, delta: float) -> None:
     """Raises ValueError unless 0 < δ < 1; ``callback`` is the name that the message begins with."""
     if not 0 < delta < 1:
         raise ValueError(f"{callback}: delta must lie strictly between 0 and 1, got {delta}.")
+
+
+def default_delta(num_records: int) -> float:
+    """The δ where none is given: 1/(10·N), rounded down to a power of ten.
+
+    Example::
+
+        >>> default_delta(60_000), default_delta(1000)
+        (1e-06, 0.0001)
+    """
+    return float(f"1e-{math.ceil(math.log10(10 * num_records))}")
+
+
+class Delta:
+    """The δ of a callback: the one that was given, or `default_delta` of the number of records.
+
+    Args:
+        callback: Its name, for messages.
+        given: The δ, or ``None``.
+
+    Raises:
+        TypeError, ValueError: δ is not a number strictly between 0 and 1.
+    """
+
+    def __init__(self, callback: str, given: float | None) -> None:
+        if given is not None and (isinstance(given, bool) or not isinstance(given, int | float)):
+            raise TypeError(f"{callback}: delta must be a number, got {given!r}.")
+        if given is not None:
+            check_delta_of(callback, given)
+        self.given = given
+        self._strategy: PrivateMixin | None = None
+
+    def follow(self, strategy: PrivateMixin) -> None:
+        """Takes the number of records from this strategy, once its train loader is known."""
+        self._strategy = strategy
+
+    @property
+    def value(self) -> float:
+        """δ. RuntimeError where it depends on the number of records and that is not known yet."""
+        if self.given is not None:
+            return self.given
+        if self._strategy is None:
+            raise RuntimeError("delta=None is chosen by the number of records, which is known once a fit has begun.")
+        return default_delta(self._strategy.num_records)
+
+    @property
+    def reason(self) -> str:
+        """Why δ is what it is, in brackets; empty where it was given."""
+        return "" if self.given is not None else " (1/(10·N), rounded down to a power of ten: none was given)"
 
 
 def trainer_callbacks(trainer: pl.Trainer) -> list[Callback]:

@@ -15,7 +15,7 @@ from lightning_dp.accounting.monitor import EpsilonMonitor
 from lightning_dp.reporting import dashboards
 from lightning_dp.torch_api import euclidean_norms
 from lightning_dp.training.callbacks.budget import PrivacyBudget
-from lightning_dp.training.callbacks.lookup import check_delta_of, private_strategy, target_of_budget, trainer_setting
+from lightning_dp.training.callbacks.lookup import Delta, private_strategy, target_of_budget, trainer_setting
 from lightning_dp.training.checks.configuration import warn_about_delta
 from lightning_dp.training.strategy import PrivateMixin
 
@@ -36,7 +36,7 @@ class PrivacyMonitor(Callback):
     summary, and a chart of the validation metrics against ε is added at the end.
 
     Args:
-        delta: The δ at which ε is stated.
+        delta: The δ at which ε is stated. ``None``: 1/(10·N), rounded down to a power of ten.
         accountant: ``"pld"`` or ``"rdp"``.
         log_not_private: Also log ``not_private/clipped_fraction`` and quantiles of the gradient norms before clipping,
             ``not_private/median_gradient_norm``, ``not_private/gradient_norm_p10`` and ``…_p90``. **These are computed
@@ -47,12 +47,14 @@ class PrivacyMonitor(Callback):
         PrivacyConfigurationError: At the start of a fit: the strategy is not private.
     """
 
-    def __init__(self, delta: float, accountant: Accountant = "pld", log_not_private: bool = False) -> None:
-        check_delta_of("PrivacyMonitor", delta)
-        self.delta, self.accountant, self.log_not_private = delta, accountant, log_not_private
+    def __init__(
+        self, delta: float | None = None, accountant: Accountant = "pld", log_not_private: bool = False
+    ) -> None:
+        self._delta = Delta("PrivacyMonitor", delta)
+        self.accountant, self.log_not_private = accountant, log_not_private
         #: ε as last shown.
         self.epsilon = 0.0
-        self._monitor = EpsilonMonitor(delta, accountant)
+        self._monitor: EpsilonMonitor | None = None
         self._computed_at, self._exact_at = -1, -1
         self._noise_square = 0.0
         self._signal_to_noise: float | None = None
@@ -60,7 +62,12 @@ class PrivacyMonitor(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            private_strategy(trainer, "PrivacyMonitor")
+            self._delta.follow(private_strategy(trainer, "PrivacyMonitor"))
+
+    @property
+    def delta(self) -> float:
+        """δ. RuntimeError where none was given and no fit has begun."""
+        return self._delta.value
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         strategy = private_strategy(trainer, "PrivacyMonitor")
@@ -135,6 +142,8 @@ class PrivacyMonitor(Callback):
             self._computed_at = self._exact_at = steps
         elif steps != self._computed_at:
             # Lightning keeps metrics in single precision: rounded upwards.
+            if self._monitor is None or self._monitor.delta != self.delta:
+                self._monitor = EpsilonMonitor(self.delta, self.accountant)
             self.epsilon = self._monitor.bound(strategy.ledger) * (1 + 1e-6)
             budget = strategy.budget
             if (
