@@ -17,6 +17,7 @@ from lightning_dp.mechanism.noise import with_multiplier
 from lightning_dp.training.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_dp.training.callbacks.lookup import trainer_callbacks
 from lightning_dp.training.callbacks.monitor import PrivacyMonitor
+from lightning_dp.training.loader import records_and_batch_size
 from lightning_dp.training.single_device import PrivateStrategy
 
 
@@ -51,7 +52,7 @@ def audit_command(arguments: Sequence[str]) -> None:
     cli.datamodule.prepare_data()
     cli.datamodule.setup("fit")
     loader = cli.datamodule.train_dataloader()
-    delta = _delta_of(cli.trainer)
+    delta = _delta_of(cli.trainer, records_and_batch_size(loader)[0])
     common: dict[str, Any] = {"delta": delta, "confidence": options.confidence}
     try:
         found = [audit_training(cli.model, loader, cli.trainer, canaries=options.canaries, **common)]
@@ -91,9 +92,9 @@ def audit_command(arguments: Sequence[str]) -> None:
 ATTACKS = ("training", "mechanism", "step")
 
 
-def _delta_of(trainer: pl.Trainer) -> float:
+def _delta_of(trainer: pl.Trainer, num_records: int) -> float:
     for callback in trainer_callbacks(trainer):
         monitor = callback.monitor if isinstance(callback, DifferentialPrivacy) else callback
         if isinstance(monitor, PrivacyMonitor):
-            return monitor.delta
+            return monitor.delta_of(num_records)
     raise SystemExit("lightning-dp audit: the recipe states no δ: add DifferentialPrivacy or PrivacyMonitor.")

@@ -6,11 +6,13 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningCLI
 
+from lightning_dp import __version__
 from lightning_dp.cli.accounting import calibrate_command, epsilon_command
 from lightning_dp.cli.audit import audit_command
 from lightning_dp.cli.card import card_command
@@ -93,6 +95,15 @@ def main(args: list[str] | None = None) -> None:
     if arguments and arguments[0] in COMMANDS:
         COMMANDS[arguments[0]][1](arguments[1:])
         return
+    if arguments[:1] == ["--version"]:
+        print(f"lightning-dp {__version__}")
+        return
+    known = [*LightningCLI.subcommands(), *COMMANDS]
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in known:
+        near = get_close_matches(arguments[0], known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        print(f"lightning-dp: no command {arguments[0]!r}{hint}. There are: {', '.join(known)}.", file=sys.stderr)
+        raise SystemExit(2)
     try:
         PrivateCLI(
             pl.LightningModule,

@@ -18,6 +18,7 @@ from lightning_dp.mechanism.randomness import Randomness
 from lightning_dp.mechanism.sampling import PoissonBatchSampler
 from lightning_dp.mechanism.step import PrivateStep
 from lightning_dp.training import steering
+from lightning_dp.training.accumulation import Accumulation
 from lightning_dp.training.books import Books
 from lightning_dp.training.checks.self_check import Examiner
 from lightning_dp.training.independence.findings import Findings
@@ -66,6 +67,7 @@ class ConfiguredStrategy(OneProcess):
             MicroBatches(cast("PrivateMixin", self)),
             Examiner(cast("PrivateMixin", self)),
         )
+        self.accumulation = Accumulation()
         self.logs: steering.Logs | None = None
         self.train_loader: PoissonDataLoader | None = None
         self._clipping_state: State = {}

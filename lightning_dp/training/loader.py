@@ -300,7 +300,7 @@ def records_and_batch_size(loader: object) -> tuple[int, int]:
     return num_records, loader.batch_size
 
 
-def steps_per_epoch(loader: Any, num_records: int, batch_size: int) -> int:
+def steps_per_epoch(loader: Any, num_records: int, batch_size: int, accumulated: int = 1) -> int:
     """Batches of an epoch, as the loader counts them: with ``drop_last`` the last one only if it is full, and of a
     ``RandomSampler(num_samples=…)`` as many as that has. Any number that does not depend on the records is as private.
 
@@ -308,9 +308,11 @@ def steps_per_epoch(loader: Any, num_records: int, batch_size: int) -> int:
         loader: The user's train loader.
         num_records: N.
         batch_size: Of all processes together.
+        accumulated: Batches of a step; the last ones of an epoch may be fewer.
     """
     seen = len(loader.sampler) if type(loader.sampler) is RandomSampler else num_records
-    return max(1, seen // batch_size if loader.drop_last else -(-seen // batch_size))
+    batches = max(1, seen // batch_size if loader.drop_last else -(-seen // batch_size))
+    return -(-batches // accumulated)
 
 
 def poisson_loader(strategy: PrivateMixin, dataloader: Any) -> PoissonDataLoader:
@@ -333,7 +335,9 @@ def poisson_loader(strategy: PrivateMixin, dataloader: Any) -> PoissonDataLoader
             "and a record could count several times. Load the same records in the same order everywhere: give "
             "random_split a generator with a fixed seed; sort what is listed from folders.",
         )
-    expected = batch_size * strategy.trainer_in_fit().world_size
+    accumulated = strategy.accumulation.factor
+    expected = batch_size * accumulated * strategy.trainer_in_fit().world_size
+    strategy.micro_batches.most_at_once = batch_size if accumulated > 1 else None
     if expected > num_records:
         rank_zero_warn(
             f"The expected batch size ({expected}) exceeds the {num_records} records of the train set; every "
@@ -347,6 +351,6 @@ def poisson_loader(strategy: PrivateMixin, dataloader: Any) -> PoissonDataLoader
         shard=strategy.trainer_in_fit().global_rank,
         num_shards=strategy.trainer_in_fit().world_size,
         copies=strategy.mechanism.augmentation_multiplicity,
-        steps=steps_per_epoch(dataloader, num_records, expected),
+        steps=steps_per_epoch(dataloader, num_records, expected // accumulated, accumulated),
     )
     return PoissonDataLoader.replacing(dataloader, sampler)

@@ -34,8 +34,19 @@ class MicroBatches:
         self._strategy = strategy
         #: The draw of the current batch; ``None`` once its step has begun.
         self.drawn: Draw | None = None
+        #: The most records at once where ``max_physical_batch_size`` says nothing; ``None``: all.
+        self.most_at_once: int | None = None
         #: Examples of the last micro-batch, whose backward pass Lightning runs; 0 if there is none.
         self.left_to_backward = 0
+
+    @property
+    def records_at_once(self) -> int | None:
+        """The most records that pass through the model at once; ``None``: a whole logical batch."""
+        rows, copies = (
+            self._strategy.options.max_physical_batch_size,
+            self._strategy.mechanism.augmentation_multiplicity,
+        )
+        return max(1, rows // copies) if rows else self.most_at_once
 
     def run(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs the user's ``training_step`` on every micro-batch of the logical batch, and all backward passes but the
@@ -79,12 +90,7 @@ class MicroBatches:
         # The same number of micro-batches in every process, so that collectives in training_step match.
         count, largest = draw.size, -(-draw.total // trainer.world_size)
         copies = step.engine.copies
-        physical = (
-            max(1, self._strategy.options.max_physical_batch_size // copies)
-            if self._strategy.options.max_physical_batch_size
-            else largest
-        )
-        most = min(physical, step.engine.max_examples or largest)
+        most = min(self.records_at_once or largest, step.engine.max_examples or largest)
         parts = -(-largest // most) if largest else 0
         weighted_loss: Any = 0.0
         for part in range(parts):

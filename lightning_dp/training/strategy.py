@@ -60,6 +60,7 @@ class PrivateMixin(ConfiguredStrategy):
             repair_and_say(self.lightning_module)
         fitting = trainer.state.fn == TrainerFn.FITTING
         if fitting:
+            self.accumulation.take_over(trainer)
             assert self.lightning_module is not None
             configuration.check_trainer(trainer)
             configuration.check_precision(trainer, self.mechanism.clipping)
@@ -115,6 +116,7 @@ class PrivateMixin(ConfiguredStrategy):
         trainer = self.trainer_in_fit()
         if not (trainer.state.fn == TrainerFn.FITTING and trainer.training):
             return super().process_dataloader(dataloader)
+        self.accumulation.take_over(trainer)  # also before a hook asks how many steps there are
         self.train_loader = poisson_loader(self, dataloader)
         self.books.is_due = not self._is_set_up
         if self._is_set_up:
@@ -158,6 +160,7 @@ class PrivateMixin(ConfiguredStrategy):
             self.logs.close()
         self.logs = None
         self._is_set_up = False
+        self.accumulation.restore()
         super().teardown()
 
     # -- the training step -----------------------------------------------------------------------------------------

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+import lightning_dp
 from lightning_dp import calibrate_noise, epsilon
 from lightning_dp.accounting.calibration import calibrate_steps
-from lightning_dp.cli.command import main
+from lightning_dp.cli.command import COMMANDS, main
 
 
 def rows(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
@@ -84,3 +85,20 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for command in ("fit", "validate", "test", "predict", "epsilon", "calibrate", "plot"):
         assert command in text
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out == f"lightning-dp {lightning_dp.__version__}\n"
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("fitt", "fit"), ("epsilo", "epsilon"), ("foo", "")])
+def test_an_unknown_command_is_met_with_all_that_there_are(
+    typed: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([typed])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert all(name in said for name in ("fit", "validate", "test", "predict", *COMMANDS))
+    assert (f"did you mean {meant}?" in said) == bool(meant)

@@ -173,7 +173,7 @@ def test_a_card_that_fails_hides_no_other_error(tmp_path: Path, monkeypatch: pyt
 
 
 def test_an_error_before_training_leaves_no_card(tmp_path: Path) -> None:
-    run = trainer(default_root_dir=tmp_path, callbacks=[one_callback()], accumulate_grad_batches=2)
+    run = trainer(default_root_dir=tmp_path, callbacks=[one_callback()], overfit_batches=2)
     with pytest.raises(PrivacyConfigurationError):
         fit(run, Net(), loader())
     assert not list(tmp_path.iterdir())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from typing import Any
 
 import pytest
@@ -119,3 +121,44 @@ def test_an_epoch_has_as_many_steps_as_the_loader_says(make: Any, steps: int) ->
     assert counts.epochs == [steps, steps]
     assert len(strategy.ledger) == 2 * steps
     assert strategy.sampling_rate == pytest.approx(min(1.0, 8 / strategy.num_records))
+
+
+def warned(callback: DifferentialPrivacy, module: Net, data: Any, **options: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(callbacks=[callback], **options).fit(module, data)
+    return [str(w.message) for w in caught if "ε" in str(w.message) or "batch size is" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "options", "batch", "says"),
+    [
+        (50.0, {}, 20, "ε = 50 promises little.*Usual targets are 1 to 10"),
+        (0.01, {}, 4, "larger than the norm C that a record is clipped to.*larger batch size.*fewer steps.*larger ε"),
+        (8.0, {}, 1, "expected batch size is 1.*Batches of hundreds"),
+    ],
+)
+def test_budgets_that_protect_little_or_allow_little_are_warned_about(
+    epsilon: float, options: dict[str, Any], batch: int, says: str
+) -> None:
+    found = warned(DifferentialPrivacy(epsilon, 1e-3), Net(), loader(40, batch), **options)
+    assert [w for w in found if re.search(says, w)], found
+
+
+def test_an_ordinary_budget_is_not_warned_about() -> None:
+    assert warned(DifferentialPrivacy(8.0, 1e-3), Net(), loader(40, 20)) == []
+
+
+def test_a_budget_that_is_nearly_spent_is_warned_about_with_numbers() -> None:
+    """The same module again: what is left of ε needs much more noise."""
+    module = Net()
+    assert not [w for w in warned(DifferentialPrivacy(2.0, 1e-3), module, loader()) if "spent before" in w]
+    [said] = [w for w in warned(DifferentialPrivacy(2.0, 1e-3), module, loader()) if "spent before" in w]
+    numbers = re.search(r"multiplier of ([\d.]+), (\d+) times the ([\d.]+).*epsilon=([\d.]+) would keep", said)
+    assert numbers is not None
+    noise, times, alone, enough = map(float, numbers.groups())
+    assert noise > 2 * alone and abs(noise / alone - times) <= 0.5 and enough > 2.0
+    again = DifferentialPrivacy(enough * 1.01, 1e-3)
+    module = Net()
+    warned(DifferentialPrivacy(2.0, 1e-3), module, loader())
+    assert not [w for w in warned(again, module, loader()) if "spent before" in w]  # the way out

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
@@ -449,7 +450,10 @@ def test_a_step_that_is_random_is_not_mistaken_for_one_that_mixes_examples() -> 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"accumulate_grad_batches": 2}, "max_physical_batch_size"),
+        (
+            {"callbacks": [GradientAccumulationScheduler({0: 1, 1: 2})], "max_epochs": 2, "max_steps": -1},
+            "within the fit",
+        ),
         ({"overfit_batches": 2}, "fast_dev_run"),
         ({"precision": "16-true"}, "bf16-mixed"),
     ],

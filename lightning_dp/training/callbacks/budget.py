@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from dp_accounting import DpEvent
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_dp.accounting.calibration import affordable_steps, calibrate_noise
 from lightning_dp.accounting.events import Accountant
@@ -22,8 +22,11 @@ from lightning_dp.training.callbacks.lookup import (
     target_epsilon_of,
     trainer_callbacks,
 )
-from lightning_dp.training.checks.configuration import warn_about_delta
+from lightning_dp.training.checks.configuration import warn_about_delta, warn_about_strength
 from lightning_dp.training.strategy import PrivateMixin
+
+#: How many times the noise that a whole budget needs is worth a warning.
+_LARGER = 2.0
 
 
 class PrivacyBudget(Callback):
@@ -107,6 +110,7 @@ class PrivacyBudget(Callback):
         assert step is not None
         if multiplier is None:
             return
+        warn_about_strength(self.epsilon, multiplier, strategy.expected_batch_size)
         allowed = self.step_limit(strategy.ledger, step.mechanism.event(multiplier, strategy.sampling_rate)) - len(
             strategy.ledger
         )
@@ -179,7 +183,30 @@ class PrivacyBudget(Callback):
             except ValueError:
                 return self._chosen.get("noise_multiplier", 0.0)  # all spent: no step will be taken
             self._chosen = {**plan, "noise_multiplier": multiplier}
+            if len(strategy.ledger) and not math.isinf(self.epsilon):
+                self._warn_if_spent_before(strategy, remaining, multiplier)
         return self._chosen["noise_multiplier"]
+
+    def _warn_if_spent_before(self, strategy: PrivateMixin, steps: int, multiplier: float) -> None:
+        """Warns where what was charged before makes the noise much larger than the whole budget would need."""
+        assert strategy.private_step is not None
+        event = strategy.private_step.mechanism.unsampled_event
+        alone = calibrate_noise(
+            epsilon=self.epsilon, delta=self.delta, sampling_rate=strategy.sampling_rate, steps=steps,
+            accountant=self.accountant, mechanism=event,
+        )  # fmt: skip
+        if multiplier < _LARGER * alone:
+            return
+        needed = strategy.ledger.copy()
+        needed.record(strategy.private_step.mechanism.event(alone, strategy.sampling_rate), steps)
+        spent, enough = (ledger.epsilon(self.delta, self.accountant) for ledger in (strategy.ledger, needed))
+        rank_zero_warn(
+            f"PrivacyBudget: ε = {spent:.3g} of {self.epsilon:g} was spent before this fit, in {len(strategy.ledger)} "
+            f"releases, so that {steps} more steps need a noise multiplier of {multiplier:.3g}, "
+            f"{multiplier / alone:.0f} times the {alone:.3g} that they would need with all of it: expect a worse model "
+            f"than before. epsilon={enough:.3g} would keep the noise at {alone:.3g}; a new module, in a run directory "
+            "of its own, begins with nothing spent."
+        )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Looks again: a reloaded train loader may draw with another sampling rate, at another price."""

@@ -91,7 +91,7 @@ class DifferentialPrivacy(Callback):
                 "use either DifferentialPrivacy on a plain Trainer, or PrivateStrategy with PrivacyBudget and "
                 "PrivacyMonitor."
             )
-        make_private(trainer.strategy, **self._configuration)
+        make_private(trainer.strategy, **self._configuration).accumulation.take_over(trainer)
         if self.budget:
             self.budget.setup(trainer, pl_module, stage)
         self.monitor.setup(trainer, pl_module, stage)

@@ -15,7 +15,13 @@ from lightning_dp.accounting.monitor import EpsilonMonitor
 from lightning_dp.reporting import dashboards
 from lightning_dp.torch_api import euclidean_norms
 from lightning_dp.training.callbacks.budget import PrivacyBudget
-from lightning_dp.training.callbacks.lookup import Delta, private_strategy, target_of_budget, trainer_setting
+from lightning_dp.training.callbacks.lookup import (
+    Delta,
+    default_delta,
+    private_strategy,
+    target_of_budget,
+    trainer_setting,
+)
 from lightning_dp.training.checks.configuration import warn_about_delta
 from lightning_dp.training.strategy import PrivateMixin
 
@@ -68,6 +74,10 @@ class PrivacyMonitor(Callback):
     def delta(self) -> float:
         """δ. RuntimeError where none was given and no fit has begun."""
         return self._delta.value
+
+    def delta_of(self, num_records: int) -> float:
+        """δ for a train set of so many records."""
+        return default_delta(num_records) if self._delta.given is None else self._delta.given
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         strategy = private_strategy(trainer, "PrivacyMonitor")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,7 +23,6 @@ def check_trainer(trainer: Any) -> None:
             "Manual optimization (automatic_optimization=False) decides by itself when gradients are computed and "
             "applied, so steps cannot be accounted for. Use automatic optimization."
         )
-    check_no_accumulation(trainer)
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         raise PrivacyConfigurationError(
             "training_step(dataloader_iter) fetches batches by itself, so steps cannot be matched to samples. Take a "
@@ -56,12 +56,12 @@ def check_precision(trainer: pl.Trainer, clipping: Bounding) -> None:
 
 
 def check_no_accumulation(trainer: pl.Trainer) -> None:
-    """Refuses gradient accumulation over Lightning batches."""
+    """Refuses accumulation that changes within a fit: the batch size decides the sampling rate, and so ε."""
     if trainer.accumulate_grad_batches != 1:
         raise PrivacyConfigurationError(
-            f"accumulate_grad_batches={trainer.accumulate_grad_batches}: a union of Poisson batches is not a Poisson "
-            "batch. Give the DataLoader the whole (logical) batch size, and PrivateStrategy or DifferentialPrivacy "
-            "max_physical_batch_size=… for what fits into memory; the result does not depend on it."
+            f"accumulate_grad_batches became {trainer.accumulate_grad_batches} within the fit "
+            "(GradientAccumulationScheduler): the size of the logical batch decides the sampling rate, and so ε. Give "
+            "Trainer(accumulate_grad_batches=…) one number."
         )
 
 
@@ -93,6 +93,36 @@ def check_optimizers(trainer: pl.Trainer, engine: Engine) -> None:
         raise PrivacyConfigurationError(
             f"Trainable parameters that the optimizer does not hold: {missing}. They would take a share of the "
             "clipping norm for nothing. Give them to the optimizer, or freeze them with requires_grad_(False)."
+        )
+
+
+#: Above it, ε says little; above it, noise drowns a gradient of few records; below it, a batch is hardly one.
+_LARGE_EPSILON, _LARGE_NOISE, _SMALL_BATCH = 20.0, 1.0, 2.0
+
+
+def warn_about_strength(epsilon: float, multiplier: float, expected_batch_size: float) -> None:
+    """Warns of a target that protects little, and of noise that no gradient will show through.
+
+    Args:
+        epsilon: The target; infinite ones are left alone.
+        multiplier: Noise over sensitivity.
+        expected_batch_size: q·N.
+    """
+    if _LARGE_EPSILON < epsilon < math.inf:
+        rank_zero_warn(
+            f"ε = {epsilon:g} promises little: what an attacker believes of a record may change by a factor of "
+            f"e^{epsilon:g}. Usual targets are 1 to 10."
+        )
+    if multiplier / expected_batch_size > _LARGE_NOISE:
+        rank_zero_warn(
+            f"The noise on every coordinate of the mean gradient ({multiplier:.3g} · C / {expected_batch_size:g}) is "
+            "larger than the norm C that a record is clipped to: the model will hardly learn. Give the loader a larger "
+            "batch size (it costs time, and little ε), train fewer steps, or allow a larger ε."
+        )
+    elif expected_batch_size < _SMALL_BATCH:
+        rank_zero_warn(
+            f"The expected batch size is {expected_batch_size:g}: each step adds the noise of a whole step to the "
+            "gradient of hardly one record. Batches of hundreds of records cost time, and little ε."
         )
 
 

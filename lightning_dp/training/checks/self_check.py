@@ -81,8 +81,7 @@ class Examiner:
         copies, loader = self._strategy.mechanism.augmentation_multiplicity, self._strategy.train_loader
         assert loader is not None
         most = min(_EXCHANGED, _EXAMINED_ROWS // copies)
-        if self._strategy.options.max_physical_batch_size:
-            most = min(most, self._strategy.options.max_physical_batch_size // copies)
+        most = min(most, self._strategy.micro_batches.records_at_once or most)
         with random_state_kept():
             seed_records(0)
             records = choose_records(
@@ -113,11 +112,7 @@ class Examiner:
         expected = self._strategy.expected_batch_size
         drawn = expected + 4 * math.sqrt(expected * (1 - self._strategy.sampling_rate))
         share = math.ceil(min(drawn, self._strategy.num_records) / self._strategy.trainer_in_fit().world_size)
-        if self._strategy.options.max_physical_batch_size:
-            share = min(
-                share,
-                self._strategy.options.max_physical_batch_size // self._strategy.mechanism.augmentation_multiplicity,
-            )
+        share = min(share, self._strategy.micro_batches.records_at_once or share)
         return min(share, (self._strategy.private_step and self._strategy.private_step.engine.max_examples) or share)
 
     def _examine(self, subject: Subject) -> Findings:
@@ -133,9 +128,8 @@ class Examiner:
             sorts = any("order of its own" in sentence for sentence in unseen)
             few = replace(subject, records=subject.records[: max(2, min(_TRACED, len(subject.records)))])
             findings = examine(few)
-            if findings.counts and (
-                self._strategy.options.engine == "per_example" or self._strategy.options.max_physical_batch_size
-            ):
+            in_parts = self._strategy.micro_batches.records_at_once is not None
+            if findings.counts and (self._strategy.options.engine == "per_example" or in_parts):
                 self._refuse_counters(findings.counts)
             try:
                 unseen += check_exchange(subject, findings, compare_places=not sorts)
@@ -167,8 +161,9 @@ class Examiner:
                 "self.global_step instead."
             )
         raise UnsupportedModelError(
-            f"training_step changes {names} whenever it is called, and max_physical_batch_size calls it once per "
-            "micro-batch: how often depends on the size of the sample. Count steps by self.global_step instead."
+            f"training_step changes {names} whenever it is called, and max_physical_batch_size (or "
+            "accumulate_grad_batches) calls it once per micro-batch: how often depends on the size of the sample. "
+            "Count steps by self.global_step instead."
         )
 
     def examine_drawn(self, batch: Any, draw: Draw, args: tuple[Any, ...], reason: FormChanged, seed: int) -> None:

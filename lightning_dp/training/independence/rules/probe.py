@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import torch
@@ -36,11 +37,9 @@ def probe(call: Call) -> list[State]:
     if len(records) == 1:
         return [call.result(constant(records[0], o.dim()), o) for o in call.outputs]
     key = _key(call)
-    found = call.tracer.probes().get(key) if key is not None else None
+    found = call.tracer.probes().get(key)
     if found is None:
-        found = _Probe(call, records).owners()
-        if key is not None:
-            call.tracer.probes()[key] = found
+        found = call.tracer.probes()[key] = _Probe(call, records).owners()
     result = []
     for owner, output in zip(found, call.outputs, strict=True):
         if owner is None:
@@ -55,10 +54,7 @@ def probe(call: Call) -> list[State]:
 
 def _key(call: Call) -> Any:
     """What decides who owns the results: the operation, shapes, owners, public whole numbers, where public numbers are
-    infinite, and what is no tensor.
-
-    ``None``: a public operand is too large to compare.
-    """
+    infinite, and what is no tensor."""
     leaves, _ = tree_flatten((call.args, call.kwargs))
     parts: list[Any] = [str(call.func)]
     for leaf in leaves:
@@ -67,17 +63,20 @@ def _key(call: Call) -> Any:
             owner = None if state is None else (tuple(state.owner.shape), state.owner.numpy().tobytes())
             whole = not leaf.is_floating_point() and not leaf.is_complex()
             if owner is None and whole and leaf.numel() > 1:  # an index, say: its values matter
-                if leaf.numel() > 4096:
-                    return None
-                owner = ((), leaf.detach().cpu().numpy().tobytes())
+                owner = ((), _digest(leaf))
             if owner is None and not whole and leaf.numel() and not bool((ordinary := _is_ordinary(leaf)).all()):
-                if leaf.numel() > 4096:  # a mask of attention: where it is infinite matters
-                    return None
-                owner = ((), leaf.detach().masked_fill(ordinary, 0).float().cpu().numpy().tobytes())
+                owner = ((), _digest(leaf.masked_fill(ordinary, 0)))  # a mask of attention: where it is infinite
             parts.append((tuple(leaf.shape), leaf.dtype, owner))
         else:
             parts.append(repr(leaf))
     return tuple(parts)
+
+
+def _digest(tensor: Tensor) -> bytes:
+    """The same for tensors of the same numbers, and for others never by accident."""
+    values = tensor.detach().cpu()
+    values = values if values.dtype == torch.bool or not values.is_floating_point() else values.double()
+    return hashlib.sha256(values.numpy().tobytes()).digest()
 
 
 class _Probe:
