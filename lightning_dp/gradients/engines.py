@@ -20,7 +20,7 @@ from lightning_dp.gradients.precision import full_precision
 from lightning_dp.gradients.recorder import LayerCall, Recorder
 from lightning_dp.gradients.rules.composite import calls_linear, of_linear_map
 from lightning_dp.gradients.rules.recompute import recompute
-from lightning_dp.gradients.rules.registry import rule_for
+from lightning_dp.gradients.rules.registry import rule_for, takes_arguments
 from lightning_dp.gradients.tied import add
 
 ENGINES = ("bookkeeping", "per_example")
@@ -56,10 +56,12 @@ class BookKeeping(PerExampleEngine):
 
     def make_recorder(self, consume: Callable[[str, LayerCall], None] | None) -> Recorder:
         """A recorder of this engine's layers."""
-        without_rule = [
-            name for name, layer in self.layers.items() if rule_for(layer) is None and not calls_linear(layer)
+        with_arguments = [
+            name
+            for name, layer in self.layers.items()
+            if not calls_linear(layer) and ((rule := rule_for(layer)) is None or takes_arguments(rule))
         ]
-        recorder = Recorder(self.layers, without_rule, consume)
+        recorder = Recorder(self.layers, with_arguments, consume)
         recorder.forms = self.forms
         return recorder
 
@@ -123,6 +125,8 @@ def gradients_of(
     input, rule = call.unchanged_input(layer), rule_for(module)
     if call.linear is not None:
         return of_linear_map(module, call.linear, input, call.grad_output)
+    if rule is not None and takes_arguments(rule):
+        return rule(module, input, call.grad_output, call.arguments)
     if rule is not None:
         return rule(module, input, call.grad_output)
     assert call.arguments is not None

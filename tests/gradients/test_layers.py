@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from opacus import GradSampleModule
 from torch import Tensor, nn
 
-from lightning_dp import FlatClipping, GaussianNoise, PrivacyLedger
+from lightning_dp import FlatClipping, GaussianNoise, PrivacyLedger, UnsupportedModelError
 from lightning_dp.gradients import convolution as convolutions
 from lightning_dp.gradients import linear as linears
 from lightning_dp.gradients.base import PerExampleGradient
@@ -102,6 +102,9 @@ EXAMPLES: dict[type[nn.Module], dict[str, Callable[[], tuple[nn.Module, Tensor]]
     nn.EmbeddingBag: {
         "mean": lambda: (nn.EmbeddingBag(6, 3), torch.randint(6, (BATCH, 4))),
         "sum, padding": lambda: (nn.EmbeddingBag(6, 3, mode="sum", padding_idx=2), torch.randint(6, (BATCH, 4))),
+        "mean, padding": lambda: (nn.EmbeddingBag(6, 3, padding_idx=2), torch.randint(6, (BATCH, 4))),
+        "max": lambda: (nn.EmbeddingBag(6, 3, mode="max"), torch.randint(6, (BATCH, 4))),
+        "max, padding": lambda: (nn.EmbeddingBag(6, 3, mode="max", padding_idx=2), torch.randint(6, (BATCH, 4))),
     },
     nn.LayerNorm: {
         "vectors": lambda: (nn.LayerNorm(4), randn(BATCH, 4)),
@@ -331,8 +334,7 @@ def test_a_subclass_that_overrides_forward_has_no_rule() -> None:
         (nn.Embedding(3, 2, scale_grad_by_freq=True), "scale_grad_by_freq"),
         (nn.Embedding(3, 2, sparse=True), "sparse"),
         (nn.InstanceNorm2d(3, track_running_stats=True), "track_running_stats"),
-        (nn.EmbeddingBag(3, 2, mode="max"), "attain a maximum"),
-        (nn.EmbeddingBag(3, 2, mode="mean", padding_idx=0), "not padding"),
+        (nn.EmbeddingBag(3, 2, max_norm=1.0), "max_norm"),
         (nn.BatchNorm1d(3), "GroupNorm"),
         (nn.SyncBatchNorm(3), "GroupNorm"),
     ],
@@ -381,6 +383,9 @@ OPACUS_DIFFERS = {
     "Embedding: padding": "counts the padding row",
     "EmbeddingBag: mean": "wants offsets",
     "EmbeddingBag: sum, padding": "wants offsets",
+    "EmbeddingBag: mean, padding": "wants offsets",
+    "EmbeddingBag: max": "wants offsets",
+    "EmbeddingBag: max, padding": "wants offsets",
     "LayerNorm: two dimensions, no bias": "wants a bias",
 }
 
@@ -416,3 +421,44 @@ def test_opacus_agrees(make: Callable[[], tuple[nn.Module, Tensor]]) -> None:
         rows = parameter.grad_sample
         assert_close(gradients[name].squared_norms(), rows.flatten(1).pow(2).sum(1), 1e-8)
         assert_close(weighted_sum(gradients[name], torch.ones(len(input)).double(), parameter), rows.sum(0), 1e-8)
+
+
+class Weighted(nn.Module):
+    """A bag whose entries are weighted by numbers that another layer makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights, self.bag = nn.Linear(4, 4), nn.EmbeddingBag(6, 3, mode="sum", padding_idx=2)
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.bag(index, per_sample_weights=self.weights(index.to(self.bag.weight.dtype)))
+
+
+def test_weights_of_the_entries_of_a_bag_are_part_of_its_gradient() -> None:
+    module, index = Weighted().double(), torch.randint(6, (5, 4))
+    engine = BookKeeping(module)
+    with engine.forward(5):
+        losses = module(index).square().sum(1)
+    with engine.backward():
+        losses.sum().backward()
+    gradients = engine.gradients()
+    for i in range(5):
+        module.zero_grad()
+        module(index[i : i + 1]).square().sum().backward()
+        for name, parameter in module.named_parameters():
+            torch.testing.assert_close(gradients[name].materialise()[i], parameter.grad)
+
+
+def test_bags_by_offsets_are_refused_with_the_way_out() -> None:
+    module = nn.EmbeddingBag(6, 3, mode="sum")
+    engine = BookKeeping(module)
+    with pytest.raises(UnsupportedModelError, match="Pad the bags.*leave offsets out"), engine.forward(4):
+        losses = module(torch.randint(6, (4,)), torch.arange(4))
+        with engine.backward():
+            losses.sum().backward()
+    engine = BookKeeping(module)  # the way out
+    with engine.forward(4):
+        losses = module(torch.randint(6, (4, 1)))
+    with engine.backward():
+        losses.sum().backward()
+    assert len(engine.gradients()["weight"].squared_norms()) == 4

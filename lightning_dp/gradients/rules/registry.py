@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_dp.gradients.base import PerExampleGradient
 
-Rule = Callable[[Any, Tensor, Tensor], Mapping[str, PerExampleGradient]]
+Rule = Callable[..., Mapping[str, PerExampleGradient]]
+
+
+#: All arguments of a layer's call, by position and by name.
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 Refusal = Callable[[Any], str | None]
@@ -24,14 +28,24 @@ RULES: dict[type[nn.Module], Rule] = {}
 _RULES_BY_NAME: dict[str, Rule] = {}
 
 
+_WITH_ARGUMENTS: set[Rule] = set()
+
+
 _REFUSALS: dict[type[nn.Module], Refusal] = {}
 
 
-def register_rule(*types: type[nn.Module]) -> Callable[[Rule], Rule]:
-    """Registers a rule for these module types (exactly these: a subclass may compute something else)."""
+def register_rule(*types: type[nn.Module], with_arguments: bool = False) -> Callable[[Rule], Rule]:
+    """Registers a rule for these module types (exactly these: a subclass may compute something else).
+
+    Args:
+        types: The module types.
+        with_arguments: Whether the rule also takes all arguments of the call (`Arguments`), not the first alone.
+    """
 
     def register(rule: Rule) -> Rule:
         RULES.update(dict.fromkeys(types, rule))
+        if with_arguments:
+            _WITH_ARGUMENTS.add(rule)
         return rule
 
     return register
@@ -60,6 +74,11 @@ def register_refusal(*types: type[nn.Module]) -> Callable[[Refusal], Refusal]:
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule of this module's type; see `registered_for`."""
     return registered_for(module, RULES, _RULES_BY_NAME)
+
+
+def takes_arguments(rule: Rule) -> bool:
+    """Whether a rule takes all arguments of a call."""
+    return rule in _WITH_ARGUMENTS
 
 
 def registered_for(
