@@ -63,7 +63,7 @@ def test_delta_is_a_power_of_ten_that_is_at_most_a_tenth_of_one_over_n(records: 
 
 
 def test_without_a_delta_it_follows_from_the_number_of_records_and_is_said(tmp_path: Any, caplog: Any) -> None:
-    callback = DifferentialPrivacy(epsilon=8.0)
+    callback = DifferentialPrivacy(epsilon=8.0, accountant="rdp")
     run = trainer(callbacks=[callback], default_root_dir=tmp_path)
     with pytest.raises(RuntimeError, match="number of records"):
         _ = callback.budget.delta  # type: ignore[union-attr]
@@ -141,24 +141,28 @@ def warned(callback: DifferentialPrivacy, module: Net, data: Any, **options: Any
 def test_budgets_that_protect_little_or_allow_little_are_warned_about(
     epsilon: float, options: dict[str, Any], batch: int, says: str
 ) -> None:
-    found = warned(DifferentialPrivacy(epsilon, 1e-3), Net(), loader(40, batch), **options)
+    found = warned(DifferentialPrivacy(epsilon, 1e-3, accountant="rdp"), Net(), loader(40, batch), **options)
     assert [w for w in found if re.search(says, w)], found
 
 
 def test_an_ordinary_budget_is_not_warned_about() -> None:
-    assert warned(DifferentialPrivacy(8.0, 1e-3), Net(), loader(40, 20)) == []
+    assert warned(DifferentialPrivacy(8.0, 1e-3, accountant="rdp"), Net(), loader(40, 20)) == []
 
 
 def test_a_budget_that_is_nearly_spent_is_warned_about_with_numbers() -> None:
     """The same module again: what is left of ε needs much more noise."""
     module = Net()
-    assert not [w for w in warned(DifferentialPrivacy(2.0, 1e-3), module, loader()) if "spent before" in w]
-    [said] = [w for w in warned(DifferentialPrivacy(2.0, 1e-3), module, loader()) if "spent before" in w]
+    assert not [
+        w for w in warned(DifferentialPrivacy(2.0, 1e-3, accountant="rdp"), module, loader()) if "spent before" in w
+    ]
+    [said] = [
+        w for w in warned(DifferentialPrivacy(2.0, 1e-3, accountant="rdp"), module, loader()) if "spent before" in w
+    ]
     numbers = re.search(r"multiplier of ([\d.]+), (\d+) times the ([\d.]+).*epsilon=([\d.]+) would keep", said)
     assert numbers is not None
     noise, times, alone, enough = map(float, numbers.groups())
     assert noise > 2 * alone and abs(noise / alone - times) <= 0.5 and enough > 2.0
-    again = DifferentialPrivacy(enough * 1.01, 1e-3)
+    again = DifferentialPrivacy(enough * 1.01, 1e-3, accountant="rdp")
     module = Net()
-    warned(DifferentialPrivacy(2.0, 1e-3), module, loader())
+    warned(DifferentialPrivacy(2.0, 1e-3, accountant="rdp"), module, loader())
     assert not [w for w in warned(again, module, loader()) if "spent before" in w]  # the way out

@@ -701,8 +701,8 @@ def test_several_devices_are_refused_rather_than_ignored() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "says"),
     [
-        ({"clipping": 1.0}, "clipping must be"),
-        ({"noise": 1.0}, "noise must be"),
+        ({"clipping": "flat"}, "clipping must be"),
+        ({"noise": "1.0"}, "noise must be"),
         ({"engine": "fast"}, "engine must be one of"),
         ({"loss_reduction": "none"}, "loss_reduction must be"),
         ({"max_physical_batch_size": 0}, "max_physical_batch_size must be at least 1"),
@@ -778,7 +778,7 @@ def test_labels_out_of_range_stop_before_anything_is_charged() -> None:
         ({"seed": "a"}, "seed must be a whole number"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"secure_rng": True, "seed": 3}, "leave seed out"),
-        ({"noise": 1.1}, "noise must be a noise such as"),
+        ({"noise": "1.1"}, "noise must be a noise such as"),
     ],
 )
 def test_a_wrong_option_is_named(make: Any, options: dict[str, Any], says: str) -> None:
