@@ -52,7 +52,7 @@ def _rates(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[fl
 
 
 def _lengths(parser: argparse.ArgumentParser, args: argparse.Namespace, rate: float) -> list[int]:
-    """Numbers of steps. An epoch has ⌈1/q⌉ of them, as in training."""
+    """Numbers of steps. An epoch has ⌈1/q⌉ of them, as in training without ``drop_last``."""
     if (args.steps is None) == (args.epochs is None):
         parser.error("give either --steps or --epochs")
     if args.steps is not None:

@@ -137,7 +137,8 @@ class Rows(PerExampleGradient):
         rows: Number of rows of the table.
     """
 
-    __slots__ = ("index", "rows", "values")
+    __slots__ = ("_known_lengths", "index", "rows", "values")
+    _known_lengths: Tensor
 
     def __init__(self, index: Tensor, values: Tensor, rows: int) -> None:
         self.index, self.values, self.rows = index, values, rows
@@ -170,17 +171,22 @@ class Rows(PerExampleGradient):
         runs += torch.arange(batch, device=runs.device)[:, None] * steps
         return torch.empty_like(runs).scatter_(1, order, runs)
 
-    def _lengths(self, runs: Tensor) -> Tensor:
-        """How many positions touch the row that each one does, ``(B, T)``."""
-        flat = runs.flatten()
-        ones = torch.ones(len(flat), device=flat.device)
-        return torch.zeros_like(ones).index_add_(0, flat, ones)[flat].view_as(runs)
+    def _lengths(self, runs: Tensor | None = None) -> Tensor:
+        """How many positions touch the row that each one does, ``(B, T)``, computed once."""
+        try:
+            return self._known_lengths
+        except AttributeError:
+            runs = self._runs() if runs is None else runs
+            flat = runs.flatten()
+            ones = torch.ones(len(flat), device=flat.device)
+            self._known_lengths = torch.zeros_like(ones).index_add_(0, flat, ones)[flat].view_as(runs)
+            return self._known_lengths
 
     def size_of_runs(self) -> Tensor:
         """``Σ_t n_t ‖v_t‖²`` per example, with the number n_t of positions that touch the same row: what
         ``Σ_r (Σ_{t in r} ‖v_t‖)²`` is at most (Cauchy-Schwarz)."""
         squares = torch.linalg.vector_norm(wide(self.values), dim=2).square()
-        return (self._lengths(self._runs()) * squares).sum(1)
+        return (self._lengths() * squares).sum(1)
 
     def add_weighted_sum_(self, total: Tensor, weights: Tensor) -> None:
         values = scaled_rows(self.values.to(total.dtype), weights)

@@ -345,7 +345,7 @@ class RecordedLinear:
         """
         if not self._is_recording():
             return lambda input: F.linear(input, weight, bias)
-        self._check(like)
+        self._check(like[None])
         call = LayerCall(like.new_empty(0), 0, linear=linear_map(self._module, weight, bias))
         # The gradient at what is added at every step is that at the map's output.
         added = like.new_zeros(steps, self._batch_size, len(weight)) if bias is None else bias

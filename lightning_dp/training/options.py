@@ -91,7 +91,8 @@ def privacy_options(
             `GaussianNoise`.
         denoiser: What is done to the noisy gradient before the optimizer sees it; ``None``: nothing.
         max_physical_batch_size: The most examples that pass through the model at once, every augmentation counted; the
-            result does not depend on it. ``None``: the whole logical batch.
+            result does not depend on it. ``None``: the whole logical batch; with ``accumulate_grad_batches``, the
+            loader's batch size.
         engine: ``"bookkeeping"``, fast, for layers that have a rule; ``"per_example"``, slow, for any.
         loss_reduction: Whether the loss that ``training_step`` returns is a ``"mean"`` or a ``"sum"`` over examples.
         self_check: Whether the training step is examined before the first private step: whether examples influence one

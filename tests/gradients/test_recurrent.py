@@ -185,6 +185,22 @@ def test_a_sequence_without_a_batch_is_refused(layer: nn.Module, shape: tuple[in
         layer(torch.randn(shape))
 
 
+@pytest.mark.parametrize("make", [lambda: nn.LSTMCell(3, 4), lambda: nn.GRUCell(3, 4), lambda: nn.RNNCell(3, 4)])
+def test_a_cell_of_several_rows_per_example_is_refused(make: Any) -> None:
+    """Rows of two examples must not pass for two time steps of one."""
+    cell = make()
+    engine = BookKeeping(cell)
+    with pytest.raises(UnsupportedModelError, match="leading dimension must be the batch"), engine.forward(2):
+        cell(torch.randn(4, 3))
+
+
+def test_a_state_of_several_rows_per_example_is_refused() -> None:
+    layer = nn.GRU(3, 4)
+    engine = BookKeeping(layer)
+    with pytest.raises(UnsupportedModelError, match="leading dimension must be the batch"), engine.forward(2):
+        layer(torch.randn(5, 2, 3), torch.randn(1, 4, 4))
+
+
 def test_a_subclass_with_a_forward_of_its_own_is_another_layer() -> None:
     class Twice(nn.GRU):
         def forward(self, input: Tensor, hx: Any = None) -> Any:

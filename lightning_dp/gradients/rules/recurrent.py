@@ -74,8 +74,9 @@ def cell(module: Any, linear: Linear) -> Callable[..., Any]:
             zeros = input.new_zeros(len(input), module.hidden_size)
             hx = (zeros, zeros) if isinstance(module, nn.LSTMCell) else zeros
         state = hx if isinstance(hx, tuple) else (hx,)
-        gates = linear(input, module.weight_ih, module.bias_ih)
-        after = step(gates, state, lambda h: linear(h, module.weight_hh, module.bias_hh))
+        # As one time step, (1, B, d): rows that are not one per example are an error, and no time steps.
+        gates = linear(input[None], module.weight_ih, module.bias_ih)[0]
+        after = step(gates, state, lambda h: linear(h[None], module.weight_hh, module.bias_hh)[0])
         return after if isinstance(module, nn.LSTMCell) else after[0]
 
     return forward

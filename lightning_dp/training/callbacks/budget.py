@@ -200,12 +200,13 @@ class PrivacyBudget(Callback):
         needed = strategy.ledger.copy()
         needed.record(strategy.private_step.mechanism.event(alone, strategy.sampling_rate), steps)
         spent, enough = (ledger.epsilon(self.delta, self.accountant) for ledger in (strategy.ledger, needed))
+        begins = "; a new module, in a run directory of its own, begins with nothing spent"
+        anew = begins if strategy.ledger.steps else ""
         rank_zero_warn(
-            f"PrivacyBudget: ε = {spent:.3g} of {self.epsilon:g} was spent before this fit, in {len(strategy.ledger)} "
-            f"releases, so that {steps} more steps need a noise multiplier of {multiplier:.3g}, "
+            f"PrivacyBudget: ε = {spent:.3g} of {self.epsilon:g} was spent before these steps, in "
+            f"{len(strategy.ledger)} releases, so that {steps} more steps need a noise multiplier of {multiplier:.3g}, "
             f"{multiplier / alone:.0f} times the {alone:.3g} that they would need with all of it: expect a worse model "
-            f"than before. epsilon={enough:.3g} would keep the noise at {alone:.3g}; a new module, in a run directory "
-            "of its own, begins with nothing spent."
+            f"than before. epsilon={enough:.3g} would keep the noise at {alone:.3g}{anew}."
         )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -85,7 +85,9 @@ class LayerCalls:
         """Whose the entries of a packed sequence are once it is padded, ``(T, B, d)``, and that shape."""
         state = self._tracer.state(packed.data)
         with modes_disabled():
-            if state is None or state.is_mixed or state.is_sum:
+            if state is None or state.is_public:
+                return None, packed.data.shape
+            if state.is_mixed or state.is_sum:
                 return state, packed.data.shape
             owner = state.owner.expand(packed.data.shape).float()
             moved, _ = pad_packed_sequence(packed._replace(data=owner.contiguous()), padding_value=owners.PUBLIC)

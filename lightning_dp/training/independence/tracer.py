@@ -231,6 +231,7 @@ class RowTracer(TorchDispatchMode):
             gradient = torch.randn(tensor.shape, dtype=tensor.dtype, device=tensor.device)
         self.set(gradient, replace(state, terms=None))
         changed = hook(gradient)
+        changed = gradient if changed is None else changed  # it may have written into it
         after = self.state(changed) if isinstance(changed, Tensor) else None
         if after is None or after.is_public:
             return

@@ -98,16 +98,30 @@ def test_the_page_says_what_these_tests_found() -> None:
     assert page == written
 
 
+class OneLayer(LightningModule):
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, classes)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def one_step(module: OneLayer, labels: torch.Tensor) -> PrivateStrategy:
+    """Trains for a step on random inputs."""
+    torch.manual_seed(0)
+    data = TensorDataset(torch.randn(len(labels), 4), labels)
+    strategy = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0))
+    fit(trainer(strategy=strategy, max_steps=1), module, DataLoader(data, 20, shuffle=True))
+    return strategy
+
+
 #: Not on the module, so that no copy of it counts for itself.
 STEPS_RUN: list[None] = []
 
 
-class ReadsOthersEveryTime(LightningModule):
+class ReadsOthersEveryTime(OneLayer):
     """Looks at one more number of the first record every time that the step runs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(4, 2)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         x, y = batch
@@ -116,29 +130,19 @@ class ReadsOthersEveryTime(LightningModule):
             x[0, 0].item()
         return torch.nn.functional.cross_entropy(self.layer(x), y)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
 
 def test_numbers_that_could_not_be_answered_otherwise_are_named() -> None:
     """That test did not run, and nothing says that all is checked."""
     STEPS_RUN.clear()
-    torch.manual_seed(0)
-    data = TensorDataset(torch.randn(80, 4), torch.randint(2, (80,)))
-    strategy = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0))
-    fit(trainer(strategy=strategy, max_steps=1), ReadsOthersEveryTime(), DataLoader(data, 20, shuffle=True))
+    strategy = one_step(ReadsOthersEveryTime(2), torch.arange(80) % 2)
     assert strategy.findings is not None
     assert strategy.findings.verdict == "partly checked"
     (sentence,) = strategy.findings.unseen
     assert "test_independence.py" in sentence and "could not be compared" in sentence
 
 
-class CountsClasses(LightningModule):
-    """Decides on each of 20 labels, and only prints."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(4, 20)
+class CountsClasses(OneLayer):
+    """Decides on each of 20 labels, and does nothing."""
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         x, y = batch
@@ -147,39 +151,23 @@ class CountsClasses(LightningModule):
                 pass
         return torch.nn.functional.cross_entropy(self.layer(x), y)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
 
 def test_numbers_that_records_were_not_made_to_hold_are_counted() -> None:
-    torch.manual_seed(0)
-    data = TensorDataset(torch.randn(80, 4), torch.arange(80) % 20)
-    strategy = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0))
-    fit(trainer(strategy=strategy, max_steps=1), CountsClasses(), DataLoader(data, 20, shuffle=True))
+    strategy = one_step(CountsClasses(20), torch.arange(80) % 20)
     assert strategy.findings is not None
     assert strategy.findings.verdict == "partly checked"
     assert any("16 of them" in sentence for sentence in strategy.findings.unseen)
 
 
-class DividesByNearlyTheSize(LightningModule):
+class DividesByNearlyTheSize(OneLayer):
     """Every record's part in the loss changes by half a percent between batches of 9 records and of 18."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(4, 2)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         x, y = batch
         return torch.nn.functional.cross_entropy(self.layer(x), y, reduction="sum") / (len(x) + 0.1)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
 
 def test_a_divisor_that_differs_a_little_from_the_size_of_the_batch_is_refused() -> None:
     """Less than rounding may differ by for single records, but the same way for all of them."""
-    torch.manual_seed(0)
-    data = TensorDataset(torch.randn(80, 4), torch.randint(2, (80,)))
-    strategy = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0))
     with pytest.raises(UnsupportedModelError, match="does not explain|count for more"):
-        fit(trainer(strategy=strategy, max_steps=1), DividesByNearlyTheSize(), DataLoader(data, 20, shuffle=True))
+        one_step(DividesByNearlyTheSize(2), torch.arange(80) % 2)

@@ -314,6 +314,8 @@ def test_a_large_constant_hides_no_record() -> None:
         (lambda grad, z: grad / grad.norm(), True),
         (lambda grad, z: grad * rare(z), True),
         (lambda grad, z: grad.roll(1, 0), True),
+        (lambda grad, z: (grad.mul_(2), None)[1], False),
+        (lambda grad, z: (grad.mul_(rare(z)), None)[1], True),
     ],
 )
 def test_hooks_of_gradients_are_looked_at(hook: Callable[[Tensor, Tensor], Any], is_found: bool) -> None:
