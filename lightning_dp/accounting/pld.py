@@ -12,10 +12,9 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from dp_accounting import NeighboringRelation
-from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+from dp_accounting.pld.privacy_loss_distribution import _create_pld_pmf_from_monotone_privacy_loss
+from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
 from scipy.fft import irfft, next_fast_len, rfft
-from scipy.special import logsumexp
 from scipy.stats import norm
 
 from lightning_dp.accounting.events import Adjacency, Part
@@ -139,8 +138,16 @@ def _moment_orders(size: int) -> np.ndarray:
 def log_moments(distribution: LossDistribution) -> np.ndarray:
     """Logarithms of the moment generating function of the losses in cells, at dp-accounting's orders."""
     cells = np.arange(len(distribution.probabilities))
-    orders = _moment_orders(len(cells))
-    return np.array([logsumexp(cells * order, b=distribution.probabilities) for order in orders])
+    with np.errstate(divide="ignore"):
+        logs = np.log(np.maximum(distribution.probabilities, 0.0))
+    moments = []
+    for order in _moment_orders(len(cells)):
+        terms = cells * order
+        terms += logs
+        largest = terms.max()
+        terms -= largest
+        moments.append(largest + math.log(np.exp(terms, out=terms).sum()) if math.isfinite(largest) else largest)
+    return np.array(moments)
 
 
 def composed_losses(parts: Sequence[Part], adjacency: Adjacency, resolution: float, rough: float) -> WorstDirection:
@@ -195,23 +202,76 @@ def _common_interval(kinds: Sequence[tuple[float, float]], resolution: float, ro
     return interval * 2.0 ** max(0, math.ceil(math.log2(rough * 1e-6 / interval))) if rough > 0 else interval
 
 
+class GaussianLosses(GaussianPrivacyLoss):  # type: ignore[misc]
+    """dp-accounting's privacy loss of the subsampled Gaussian mechanism, with δ of many ε at once: there, each ε is a
+    call of its own, which is nearly all of the time that ε takes."""
+
+    def get_delta_for_epsilon(self, epsilon: Any) -> Any:
+        """δ of each ε; as dp-accounting's method of this name, for arrays."""
+        if not isinstance(epsilon, np.ndarray):
+            return super().get_delta_for_epsilon(epsilon)
+        rate, deltas, inside = self.sampling_prob, np.zeros(epsilon.shape), np.ones(epsilon.shape, dtype=bool)
+        if rate < 1 and self.adjacency_type == AdjacencyType.ADD:
+            inside = epsilon < -math.log1p(-rate)
+        elif rate < 1 and self.adjacency_type == AdjacencyType.REMOVE:
+            inside = epsilon > math.log1p(-rate)
+            deltas[~inside] = -np.expm1(epsilon[~inside])
+        cutoffs = self._cutoffs(epsilon[inside])
+        lower = epsilon[inside] + self.mu_lower_log_cdf(cutoffs)
+        deltas[inside] = self.mu_upper_cdf(cutoffs) - np.exp(lower)
+        return np.clip(deltas, 0, 1)
+
+    def _cutoffs(self, losses: np.ndarray) -> np.ndarray:
+        """Where the mechanism's loss has these values: dp-accounting's ``inverse_privacy_loss``."""
+        rate, sensitivity, variance = self.sampling_prob, self.sensitivity, self._standard_deviation**2
+        if self.adjacency_type == AdjacencyType.REPLACE:
+            if rate == 1:
+                return np.asarray(-losses * variance / sensitivity / 2)
+            size = np.abs(losses) / 2
+            with np.errstate(divide="ignore"):
+                log_sinh = size + np.log(-np.expm1(-2 * size)) - math.log(2)
+            log_alpha = 0.5 * sensitivity**2 / variance + math.log1p(-rate) - math.log(rate)
+            asinh = -np.sign(losses) * _asinh_of_exp(log_sinh + log_alpha)
+            return np.asarray(variance / sensitivity * (asinh - losses / 2))
+        sign = 1.0 if self.adjacency_type == AdjacencyType.REMOVE else -1.0
+        unsampled = losses if rate == 1 else sign * _log_unsampled(sign * losses, rate)
+        return np.asarray(-sign * sensitivity / 2 - unsampled * variance / sensitivity)
+
+
+def _log_unsampled(losses: np.ndarray, rate: float) -> np.ndarray:
+    """``log(1 + (exp(loss) - 1) / q)``; minus infinity at ``log(1 - q)``, the least loss there is."""
+    small = np.minimum(losses, 30.0)
+    least = math.log1p(-rate)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.log1p(np.expm1(small) / rate)
+        ratio = np.where(np.isclose(losses, least, rtol=1e-9, atol=0.0) | np.isnan(ratio), -np.inf, ratio)
+    large = losses - math.log(rate) + np.log1p(-(1 - rate) * np.exp(-np.maximum(losses, 30.0)))
+    return np.where(losses > 30, large, ratio)
+
+
+def _asinh_of_exp(logs: np.ndarray) -> np.ndarray:
+    """``arcsinh(exp(t))`` without overflow."""
+    positive = np.maximum(logs, 0.0)
+    return np.where(
+        logs > 0, positive + np.log1p(np.sqrt(1 + np.exp(-2 * positive))), np.arcsinh(np.exp(np.minimum(logs, 0.0)))
+    )
+
+
 @lru_cache(maxsize=16)
 def _step(
     rate: float, multiplier: float, interval: float, adjacency: Adjacency
 ) -> list[tuple[LossDistribution, np.ndarray]]:
     """The privacy losses of one step, pessimistic, with their moments: most of the cost of ε, the same every step."""
-    relation = {
-        "add_or_remove": NeighboringRelation.ADD_OR_REMOVE_ONE,
-        "replace_one": NeighboringRelation.REPLACE_ONE,
-    }[adjacency]
-    loss: Any = from_gaussian_mechanism(
-        multiplier, value_discretization_interval=interval, sampling_prob=rate, neighboring_relation=relation
-    )
-    # There is no public way to the probabilities.
-    directions = [loss._pmf_remove] if loss._symmetric else [loss._pmf_remove, loss._pmf_add]
+    directions = [AdjacencyType.REMOVE, AdjacencyType.ADD] if rate < 1 else [AdjacencyType.REMOVE]
+    if adjacency == "replace_one":
+        directions = [AdjacencyType.REPLACE]
     steps = []
     for direction in directions:
-        dense = direction.to_dense_pmf()
+        loss = GaussianLosses(multiplier, sampling_prob=rate, adjacency_type=direction)
+        # There is no public way from a loss to the probabilities.
+        dense: Any = _create_pld_pmf_from_monotone_privacy_loss(
+            loss, value_discretization_interval=interval, use_connect_dots=True
+        ).to_dense_pmf()
         distribution = LossDistribution(
             interval, int(dense._lower_loss), np.asarray(dense._probs, dtype=float), float(dense._infinity_mass)
         )
