@@ -202,7 +202,7 @@ def _common_interval(kinds: Sequence[tuple[float, float]], resolution: float, ro
     return interval * 2.0 ** max(0, math.ceil(math.log2(rough * 1e-6 / interval))) if rough > 0 else interval
 
 
-class GaussianLosses(GaussianPrivacyLoss):  # type: ignore[misc]
+class GaussianLosses(GaussianPrivacyLoss):
     """dp-accounting's privacy loss of the subsampled Gaussian mechanism, with δ of many ε at once: there, each ε is a
     call of its own, which is nearly all of the time that ε takes."""
 

@@ -7,7 +7,7 @@ tests compare everything with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
@@ -102,6 +102,15 @@ class BookKeeping(PerExampleEngine):
             uses.append(gradient)
             if self.on_complete is not None and len(uses) == count:
                 self.on_complete(parameter, add(self._uses.pop(parameter)))
+
+    def waiting(self) -> set[str]:
+        """Names of the parameters that `gradients` would give a gradient of."""
+        return set(self._uses)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Drops what backward passes have found of these parameters so far, as ``p.grad = None`` does."""
+        for name in names:
+            self._uses.pop(name, None)
 
     def gradients(self) -> dict[str, PerExampleGradient]:
         uses, self._uses = self._uses, {}

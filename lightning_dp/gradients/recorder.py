@@ -7,7 +7,7 @@ usual. Hooks on modules live only as long as one forward pass: outside it the us
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_dp.errors import ACTIVATION_CHECKPOINTING, UnsupportedModelError
+from lightning_dp.gradients.constants import Constants
 from lightning_dp.gradients.forms import CallForms
 from lightning_dp.gradients.model import getattr_path, trainable
 from lightning_dp.gradients.rules.composite import LinearMap, calls_linear, forward_with_linear, linear_map
@@ -63,45 +64,6 @@ class _RequireGrad(torch.autograd.Function):
         return None, None
 
 
-class _Constants:
-    """Lets parameters be constants while their own layer's forward runs."""
-
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
-        self._depth = {id(p): 0 for p in parameters}
-        self._inside: dict[int, nn.Parameter] = {}
-
-    def of_layer(self, module: nn.Module, parameters: Iterable[nn.Parameter]) -> list[Any]:
-        """Registers the hooks; returns their handles."""
-        own = [p for p in parameters if id(p) in self._depth]
-
-        def enter(module: nn.Module, args: Any) -> None:
-            with functions_unwatched():
-                constant()
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            with functions_unwatched():
-                trained()
-
-        def constant() -> None:
-            for parameter in own:
-                self._depth[id(parameter)] += 1
-                self._inside[id(parameter)] = parameter
-                parameter.requires_grad_(False)
-
-        def trained() -> None:
-            for parameter in own:
-                self._depth[id(parameter)] -= 1
-                if not self._depth[id(parameter)]:
-                    parameter.requires_grad_(True)
-
-        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, prepend=True)]
-
-    def restore(self) -> None:
-        """Makes the parameters require grad again, also after an error within a layer's forward."""
-        for parameter in self._inside.values():
-            parameter.requires_grad_(True)
-
-
 class Recorder:
     """Records the calls of some layers during one forward and one backward pass.
 
@@ -121,7 +83,8 @@ class Recorder:
         self._layers = dict(layers)
         self._with_arguments = set(with_arguments)
         self._consume = consume
-        self._parameters = [getattr_path(m, name) for m in layers.values() for name in trainable(m)]
+        self._own = {layer: [getattr_path(m, name) for name in trainable(m)] for layer, m in layers.items()}
+        self._constants = Constants([])
         self._calls: dict[str, list[LayerCall]] = {}
         self._listening = self._recording = False
         #: How layers are called, once that has been found; see `lightning_dp.gradients.forms`.
@@ -140,7 +103,8 @@ class Recorder:
         self._calls, self._twice = {}, None
         # Within its layer's forward, a parameter is a constant. Elsewhere it is not, so that a gradient that does not
         # come from a recorded call is found on the parameter afterwards.
-        within = _Constants([] if keep_requires_grad else [p for p in self._parameters if p.requires_grad])
+        parameters = [p for own in self._own.values() for p in own if p.requires_grad]
+        within = self._constants = Constants([] if keep_requires_grad else parameters)
         anchor = torch.zeros((), requires_grad=True)
         of_linear_maps = {name: module for name, module in self._layers.items() if calls_linear(module)}
         handles = []
@@ -149,8 +113,7 @@ class Recorder:
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             for name, module in self._layers.items():
-                own = [getattr_path(module, path) for path in trainable(module)]
-                handles += within.of_layer(module, own)
+                handles += within.of_layer(module, self._own[name])
                 if name in of_linear_maps:
                     module.forward = forward_with_linear(module, self._make_linear(name, module, batch_size, anchor))
                 else:
@@ -246,13 +209,13 @@ class Recorder:
             return self._record(name, call, output, anchor, arrange)
 
         def is_recording() -> bool:  # a copy of the layer may outlive the recording
-            return self._recording and torch.is_grad_enabled()
+            return self._recording and torch.is_grad_enabled() and self._constants.are_trained(self._own[name])
 
         return RecordedLinear(name, module, batch_size, record, is_recording)
 
     def _make_hook(self, name: str, batch_size: int, anchor: Tensor) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if not torch.is_grad_enabled():
+            if not torch.is_grad_enabled() or not self._constants.are_trained(self._own[name]):
                 return None
             with functions_unwatched():
                 return recorded(module, args, kwargs, output)

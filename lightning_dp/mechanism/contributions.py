@@ -43,6 +43,8 @@ class Contributions(ABC):
         self.norms: list[Tensor] = []
         self.weights: list[Tensor] = []
         self.keep_norms = False
+        #: Mask ``(B,)`` of rows that are no records and add nothing; ``None``: there are none.
+        self.padding: Tensor | None = None
         self._state: State = {}
 
     def begin(self, state: State) -> None:
@@ -192,11 +194,15 @@ class WeightedGradients(Contributions):
             gradients = {name: g.without(bad[:, self._group_of[name]]) for name, g in gradients.items()}
             norms = norms.masked_fill(bad, 0)
         weights = self.clipping.weights(norms, self.groups, self._state)
+        if self.padding is not None:
+            weights = weights.masked_fill(self.padding[:, None], 0)
         if self.keep_norms:
             self._keep(norms[:, groups], weights[:, groups], groups)
         query = self.clipping.query(norms, self._state)
         if query is not None:
-            self.sums.add_to_query((query.masked_fill(bad.any(1), 0) if is_bad else query).sum())
+            left_out = bad.any(1) if self.padding is None else bad.any(1) | self.padding
+            is_any = is_bad or self.padding is not None
+            self.sums.add_to_query((query.masked_fill(left_out, 0) if is_any else query).sum())
         for index in groups:
             own = {name: gradients.pop(name) for name in self.groups[index] if name in gradients}
             self._add_weighted(own, weights[:, index])

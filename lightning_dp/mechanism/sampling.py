@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import binom
 from torch.utils.data import Sampler
 
 from lightning_dp.mechanism.randomness import Randomness
@@ -22,6 +23,27 @@ def draw_poisson_sample(num_records: int, sampling_rate: float, generator: np.ra
     """
     size = int(generator.binomial(num_records, sampling_rate))
     return generator.choice(num_records, size=size, replace=False, shuffle=False)
+
+
+def size_bound(num_records: int, sampling_rate: float, tail: float = 1e-24) -> int:
+    """The least size that a Poisson sample exceeds with probability at most ``tail``: a public number.
+
+    Args:
+        num_records: N.
+        sampling_rate: q.
+        tail: The probability.
+
+    Example::
+
+        >>> size_bound(1000, 1.0), size_bound(60_000, 256 / 60_000)
+        (1000, 435)
+    """
+    size = binom(num_records, sampling_rate)
+    low, high = int(num_records * sampling_rate), num_records
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if size.sf(middle) <= tail else (middle + 1, high)
+    return low
 
 
 @dataclass(frozen=True)

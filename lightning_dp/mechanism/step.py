@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +27,35 @@ from lightning_dp.mechanism.mechanism import Mechanism
 from lightning_dp.mechanism.randomness import Randomness
 from lightning_dp.mechanism.sums import QUERY, NoisySums, Wire
 from lightning_dp.torch_api import euclidean_norms
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of several releases that are made from one sample, and charged together, by whoever makes them.
+
+    Formal guarantee: ``count`` releases of Gaussian noise with multiplier ``z √count`` each, from one sample, cost what
+    one release of multiplier z costs. Proof: each is a Gaussian mechanism of the sample, chosen with what the others
+    have released; their composition is dominated by one of multiplier ``(count · (z √count)⁻²)^(-1/2) = z``, and so is
+    the Poisson-subsampled composition by the Poisson-subsampled mechanism.
+    Source: Dong et al. 2022, corollary 2 (composition of Gaussian mechanisms); Zhu et al. 2022, theorem 11 (sampling).
+
+    Attributes:
+        number: Of the step that was charged for all of them.
+        index: Of this one, from 0 on.
+        count: How many there are at most.
+    """
+
+    number: int
+    index: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count <= _MOST_PARTS:
+            raise ValueError(f"Release {self.index} of {self.count} from one sample: at most {_MOST_PARTS}.")
+
+
+#: Releases from one sample, and blocks of noise (`block_size` coordinates each) of any one of them.
+_MOST_PARTS, _BLOCKS = 1024, 1 << 20
 
 
 class PrivateStep:
@@ -78,7 +108,7 @@ class PrivateStep:
         self.noisy_square = 0.0
         self._randomness, self._wire, self._charge = randomness, wire, charge
         self._event: DpEvent = NonPrivateDpEvent()
-        self._number = 0
+        self._number = self._first_block = 0
         self._scales: dict[str, float] = {}
         self._allowed: int | None = None
         #: Between `begin` and `release`.
@@ -116,6 +146,7 @@ class PrivateStep:
         sampling_rate: float,
         expected_batch_size: float,
         limit: Callable[[DpEvent], int] | None = None,
+        part: Part | None = None,
     ) -> None:
         """Starts a step, and forgets whatever an interrupted one left behind.
 
@@ -124,6 +155,8 @@ class PrivateStep:
             sampling_rate: q, with which the batch was drawn.
             expected_batch_size: q·N, the public divisor.
             limit: How many steps the ledger may hold if the next is this event.
+            part: This is one of several releases from one sample, which were charged as one step of this multiplier:
+                it gets its share, and charges nothing.
 
         Raises:
             PrivacyLimitReached: The ledger is at its limit.
@@ -131,7 +164,10 @@ class PrivateStep:
         self._is_under_way = self._is_charged = False
         self.sums.forget()
         self._event = self.mechanism.event(multiplier, sampling_rate)
-        self._number = len(self.ledger)
+        self._number = len(self.ledger) if part is None else part.number
+        self._first_block = 0 if part is None else part.index * _BLOCKS
+        self._is_charged = part is not None
+        multiplier *= 1.0 if part is None else math.sqrt(part.count)
         self._allowed = None if limit is None else limit(self._event) - self._number
         if self._allowed is not None and self._allowed <= 0:
             raise PrivacyLimitReached(
@@ -141,7 +177,9 @@ class PrivateStep:
         self._scales = self.noise_scales(multiplier, expected_batch_size)
         has_query = bool(self.clipping_state)
         query_std = self.clipping.query_std(multiplier, expected_batch_size) if has_query else None
-        self.sums.begin(self._number, self._scales, expected_batch_size, query_std, self._spend)
+        self.sums.begin(
+            self._number, self._scales, expected_batch_size, query_std, self._spend, first_block=self._first_block
+        )
         self.contributions.begin(self.clipping_state)
         self._is_under_way = True
 
@@ -219,7 +257,7 @@ class PrivateStep:
             return
         self.noisy_square = float(torch.stack(euclidean_norms(list(gradients.values()))).double().square().sum())
         step, like = self._number, next(iter(gradients.values()))
-        blocks = itertools.count()
+        blocks = itertools.count(self._first_block)
 
         def fresh(count: int) -> Tensor:
             drawn = torch.empty(count, device=like.device, dtype=like.dtype)

@@ -109,7 +109,7 @@ class NoisySums:
         self._buckets = make_buckets(parameters, BUCKET)
         self._bucket_of = {name: index for index, bucket in enumerate(self._buckets) for name in bucket.names}
         self._scales: dict[str, float] = {}
-        self._number, self._divisor = 0, 1.0
+        self._number, self._divisor, self._first_block = 0, 1.0, 0
         self._query_std: float | None = None
         self._before_sending: Callable[[], None] = lambda: None
         self.forget()
@@ -142,6 +142,7 @@ class NoisySums:
         divisor: float,
         query_std: float | None,
         before_sending: Callable[[], None],
+        first_block: int = 0,
     ) -> None:
         """Starts a step.
 
@@ -152,8 +153,10 @@ class NoisySums:
             query_std: Standard deviation of the noise on the clipping rule's query, a sum as well; ``None``: the rule
                 has none.
             before_sending: Called before a sum leaves this process.
+            first_block: The number of the first block of noise among those of the step's number.
         """
         self.forget()
+        self._first_block = first_block
         self._number, self._scales, self._divisor = number, scales, divisor
         self._query_std, self._before_sending = query_std, before_sending
 
@@ -277,10 +280,10 @@ class NoisySums:
 
     def _noisy_query(self, std: float) -> Tensor:
         """This process's share of the answer to the rule's query, with its share of the noise, over q·N."""
-        device, number = self.device, self._number
+        device, number, first = self.device, self._number, self._first_block
         answer = torch.zeros(1, device=device)
         if self._is_own(0):
-            self._noise.fill_(answer, std, lambda block: self._randomness.torch("query", number, device, block))
+            self._noise.fill_(answer, std, lambda block: self._randomness.torch("query", number, device, first + block))
         return answer if self._query is None else answer + self._query / self._divisor
 
     def _is_own(self, block: int) -> bool:
@@ -289,4 +292,5 @@ class NoisySums:
 
     def _generators(self, bucket: Bucket) -> Callable[[int], NoiseGenerator]:
         """The generators of all blocks, by their number among those of all buckets."""
-        return lambda block: self._randomness.torch("noise", self._number, bucket.device, block)
+        first = self._first_block
+        return lambda block: self._randomness.torch("noise", self._number, bucket.device, first + block)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from dp_accounting import DpEvent
@@ -20,9 +21,11 @@ from lightning_dp.mechanism.step import PrivateStep
 from lightning_dp.training import steering
 from lightning_dp.training.accumulation import Accumulation
 from lightning_dp.training.books import Books
+from lightning_dp.training.checks.model import check_model
 from lightning_dp.training.checks.self_check import Examiner
 from lightning_dp.training.independence.findings import Findings
 from lightning_dp.training.loader import PoissonDataLoader
+from lightning_dp.training.manual.steps import ManualSteps
 from lightning_dp.training.micro_batches import MicroBatches
 from lightning_dp.training.options import check_names, privacy_options
 from lightning_dp.training.processes import OneProcess
@@ -67,6 +70,7 @@ class ConfiguredStrategy(OneProcess):
             MicroBatches(cast("PrivateMixin", self)),
             Examiner(cast("PrivateMixin", self)),
         )
+        self.manual = ManualSteps(cast("PrivateMixin", self), self._check_layers)
         self.accumulation = Accumulation()
         self.logs: steering.Logs | None = None
         self.train_loader: PoissonDataLoader | None = None
@@ -142,3 +146,18 @@ class ConfiguredStrategy(OneProcess):
     def trainer_in_fit(self) -> Trainer:
         trainer: Trainer = self.module_in_fit().trainer
         return trainer
+
+    def _check_layers(self, among: Collection[int]) -> None:
+        check_model(self.module_in_fit(), self.options.engine, among)
+
+    def warn_of_nonfinite(self, step: PrivateStep) -> None:
+        """Warns, once a fit, of examples that contributed nothing because their gradient was not finite."""
+        if not step.nonfinite_examples or self._nonfinite_reported:
+            return
+        self._nonfinite_reported = True
+        warnings.warn(
+            f"lightning_dp: {step.nonfinite_examples} examples of this step had a gradient that is not finite (NaN "
+            "or infinity in a record, or an overflow). Such examples contribute nothing, and training goes on; "
+            "strategy.private_step.nonfinite_examples counts them. Whether there are any is not private.",
+            stacklevel=3,
+        )

@@ -32,7 +32,8 @@ from lightning_dp.mechanism.clipping import Bounding, FlatClipping
 from lightning_dp.mechanism.denoising import Denoiser
 from lightning_dp.mechanism.noise import GaussianNoise, Noise
 from lightning_dp.training.lightning_api import MultiProcessingLauncher, start_method_of, sync_module_states
-from lightning_dp.training.strategy import MIXINS, PrivateMixin
+from lightning_dp.training.made_private import MIXINS
+from lightning_dp.training.strategy import PrivateMixin
 
 #: Private steps between two comparisons of the replicas' parameters.
 REPLICA_CHECK_EVERY = 100

@@ -31,6 +31,13 @@ def train_iterator(trainer: pl.Trainer) -> Any:
     return combined._iterator.iterators[0]
 
 
+def batches_done(trainer: pl.Trainer) -> int:
+    """Batches that were trained on: optimizer steps, but where ``training_step`` takes these itself."""
+    if trainer.lightning_module is None or trainer.lightning_module.automatic_optimization:
+        return trainer.global_step
+    return int(trainer.fit_loop.epoch_loop.batch_progress.total.ready)
+
+
 def logged_results(trainer: pl.Trainer) -> Any:
     """The collection that ``self.log`` writes to in the running loop; ``None``: no loop runs."""
     return trainer._results

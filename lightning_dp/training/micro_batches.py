@@ -102,7 +102,7 @@ class MicroBatches:
             micro_batch = batch if stop - start == count else self._strategy.take_examples(batch, count * copies, rows)
             lightning_api.weigh_logs_by(trainer, micro_batch)
             size = (stop - start) * copies
-            with step.engine.forward(size), self._watch(size):
+            with step.engine.forward(size), self.watch(size):
                 output = self._strategy.user_training_step(micro_batch, *args, **kwargs)
             loss = reduced(loss_of(output), self._strategy.options.loss_reduction)
             weighted_loss += loss.detach() * (
@@ -118,7 +118,7 @@ class MicroBatches:
         shown = loss + (weighted_loss - loss.detach()) if parts > 1 else loss
         return {**output, "loss": shown} if isinstance(output, dict) else shown
 
-    def _watch(self, rows: int) -> AbstractContextManager[Any]:
+    def watch(self, rows: int) -> AbstractContextManager[Any]:
         """The context of a ``training_step`` of so many rows: raises when it runs code that was not examined."""
         if self._strategy.examiner.findings is None:  # there was no self-check
             return PerRecordMeans(rows, None, enabled=self._strategy.options.per_record_means)
@@ -136,7 +136,7 @@ class MicroBatches:
         copies = step.engine.copies
         batch = self.load([0] * copies)
         lightning_api.weigh_logs_by(trainer, batch)
-        with step.engine.forward(copies), self._watch(copies):
+        with step.engine.forward(copies), self.watch(copies):
             self._strategy.user_training_step(batch, *args, **kwargs)
 
     def load(self, records: list[int]) -> Any:

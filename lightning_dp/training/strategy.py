@@ -7,7 +7,6 @@ One Lightning batch is one logical batch is one private step, so that `global_st
 from __future__ import annotations
 
 import secrets
-import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -23,13 +22,15 @@ from torch.optim import Optimizer
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.mechanism.step import PrivateStep
 from lightning_dp.mechanism.sums import Wire
+from lightning_dp.torch_api import functions_unwatched, modes_disabled
 from lightning_dp.training import lightning_api, steering
 from lightning_dp.training.batches import take_rows
 from lightning_dp.training.checks import configuration
-from lightning_dp.training.checks import model as model_checks
 from lightning_dp.training.checks.fingerprint import fingerprint_of
+from lightning_dp.training.checks.model import check_model
 from lightning_dp.training.configured import ConfiguredStrategy
 from lightning_dp.training.loader import PoissonIterator, poisson_loader
+from lightning_dp.training.manual import requirements
 from lightning_dp.training.repair import repair_and_say, repaired
 from lightning_dp.training.run_directory import run_directory
 from lightning_dp.training.spent import CHECKPOINT_KEY
@@ -64,7 +65,7 @@ class PrivateMixin(ConfiguredStrategy):
             assert self.lightning_module is not None
             configuration.check_trainer(trainer)
             configuration.check_precision(trainer, self.mechanism.clipping)
-            model_checks.check_model(self.lightning_module, self.options.engine)
+            self._check_model()
             self.randomness.renew()
             self.randomness.share(self.share)
             self.ledger.start_run(self.share(secrets.token_hex(8)))
@@ -89,6 +90,13 @@ class PrivateMixin(ConfiguredStrategy):
                 self.books.open(trainer)
             self.releases.fill(trainer)
 
+    def _check_model(self) -> None:
+        module = self.module_in_fit()
+        if module.automatic_optimization:
+            check_model(module, self.options.engine)
+        else:  # which layers meet records is found before the first step
+            requirements.check_configuration(self.mechanism, self.options, self.trainer_in_fit().world_size)
+
     def _make_step(self, trainer: Trainer) -> None:
         """Makes the private step for the parameters that are trainable now."""
         module = self.module_in_fit()
@@ -96,7 +104,11 @@ class PrivateMixin(ConfiguredStrategy):
         mechanism.clipping.attach(module)
         engine = mechanism.make_engine(self.options.engine, module)
         engine.forms = None if self.examiner.findings is None else self.examiner.findings.forms
-        configuration.check_optimizers(trainer, engine)
+        if module.automatic_optimization:
+            configuration.check_optimizers(trainer, engine)
+        else:
+            requirements.check_optimizers(module, self.optimizers)
+            self.manual.reset(self.optimizers)
         wire = Wire(trainer.global_rank, trainer.world_size, self.add_up if trainer.world_size > 1 else None)
         step = PrivateStep(mechanism, engine, self.ledger, self.randomness, wire, self.books.charge)
         step.denoiser_state = self._denoiser_state
@@ -174,7 +186,7 @@ class PrivateMixin(ConfiguredStrategy):
         self.micro_batches.drawn = iterator.draw
         if self._checked_fingerprint != fingerprint_of(self.module_in_fit(), self._optimized_parameters()):
             # A callback froze, unfroze or exchanged layers: make the step for what is trained from now on.
-            model_checks.check_model(self.lightning_module, self.options.engine)
+            self._check_model()
             self._make_step(self.trainer_in_fit())
             self.examiner.is_pending = self.options.self_check
 
@@ -185,6 +197,8 @@ class PrivateMixin(ConfiguredStrategy):
     def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs the user's ``training_step`` on every micro-batch of the logical batch, and all backward passes but the
         last, which Lightning asks for through `backward`."""
+        if not self.module_in_fit().automatic_optimization:
+            return self.manual.run(batch, *args, **kwargs)
         return self.micro_batches.run(batch, *args, **kwargs)
 
     def user_training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -206,6 +220,12 @@ class PrivateMixin(ConfiguredStrategy):
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], *args: Any, **kwargs: Any) -> Any:
         """Takes a step of the optimizer, without showing it the loss, which has no noise."""
+        if not self.module_in_fit().automatic_optimization:
+            result = closure()
+            self.manual.before_step(optimizer)
+            with functions_unwatched(), modes_disabled():
+                super().optimizer_step(optimizer, lambda: None, *args, **kwargs)
+            return result
 
         def private() -> Any:
             closure()
@@ -215,6 +235,8 @@ class PrivateMixin(ConfiguredStrategy):
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """The last backward pass of a logical batch, and the release: no hook runs between the two."""
+        if not self.module_in_fit().automatic_optimization:
+            return self.manual.backward(closure_loss, *args, **kwargs)
         step, module = self.private_step, self.module_in_fit()
         assert step is not None
         self.pre_backward(closure_loss)
@@ -223,14 +245,7 @@ class PrivateMixin(ConfiguredStrategy):
             with step.backward(self.micro_batches.loss_scale(self.micro_batches.left_to_backward), last=True):
                 self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
         step.release(others=[*module.parameters(), *self._optimized_parameters()])
-        if step.nonfinite_examples and not self._nonfinite_reported:
-            self._nonfinite_reported = True
-            warnings.warn(
-                f"lightning_dp: {step.nonfinite_examples} examples of this step had a gradient that is not finite (NaN "
-                "or infinity in a record, or an overflow). Such examples contribute nothing, and training goes on; "
-                "strategy.private_step.nonfinite_examples counts them. Whether there are any is not private.",
-                stacklevel=2,
-            )
+        self.warn_of_nonfinite(step)
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)
         self.post_backward(closure_loss)
         return closure_loss
@@ -258,43 +273,3 @@ class PrivateMixin(ConfiguredStrategy):
                 "load_from_checkpoint instead of resuming from it."
             )
         return checkpoint
-
-
-#: Mixins that make the Lightning strategies in their `supported` private.
-MIXINS: list[Any] = [PrivateMixin]
-
-
-def make_private(strategy: Strategy, **configuration: Any) -> PrivateMixin:
-    """Makes a strategy that the Trainer has already built private, in place, by exchanging its class.
-
-    Args:
-        strategy: The strategy; one that is private already is returned as it is.
-        configuration: Arguments of `PrivateMixin.configure_privacy`.
-
-    Raises:
-        PrivacyConfigurationError: The strategy is none that a mixin supports, or comes from ``pytorch_lightning``.
-        TypeError, ValueError: From `configure_privacy`; the strategy is then what it was.
-    """
-    if isinstance(strategy, PrivateMixin):
-        return strategy
-    mixin = next((mixin for mixin in MIXINS if type(strategy) in mixin.supported), None)
-    if mixin is None and type(strategy).__module__.startswith("pytorch_lightning"):
-        raise PrivacyConfigurationError(
-            "This Trainer comes from the package pytorch_lightning, which lightning_dp does not know. Import the same "
-            "names from lightning: `import lightning as L` and L.Trainer (pip install lightning)."
-        )
-    if mixin is None:
-        raise PrivacyConfigurationError(
-            f"Private training does not know how {type(strategy).__name__} computes and exchanges gradients. Use one "
-            "device (Trainer(devices=1)), or strategy='ddp'."
-        )
-    before: Any = type(strategy)
-    strategy.__class__ = type(f"Private{before.__name__}", (mixin, before), {})
-    assert isinstance(strategy, PrivateMixin)
-    try:
-        strategy.configure_privacy(**configuration)
-    except BaseException:  # what is only half private would fail again when it is torn down
-        strategy.__class__ = before
-        raise
-    strategy.made_private = True
-    return strategy

@@ -470,12 +470,6 @@ def test_a_gradient_scaler_is_refused() -> None:
     refused(Net(), "16-mixed.*bf16-mixed", plugins=[plugin])
 
 
-class Manual(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-
 class TwoOptimizers(Net):
     def configure_optimizers(self) -> Any:
         return [torch.optim.SGD(self.net[0].parameters(), 0.1), torch.optim.SGD(self.net[2].parameters(), 0.1)]  # type: ignore[index]
@@ -515,7 +509,6 @@ class Twice(Net):
 @pytest.mark.parametrize(
     ("module", "says"),
     [
-        (Manual(), "automatic optimization"),
         (TwoOptimizers(), "multiple optimizers|2 optimizers"),
         (Quasi(), "LBFGS"),
         (PartlyOptimized(), r"net.2.weight.*freeze them"),

@@ -16,6 +16,7 @@ from lightning_dp.accounting.calibration import affordable_steps, calibrate_nois
 from lightning_dp.accounting.events import Accountant
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.errors import PrivacyConfigurationError
+from lightning_dp.training import lightning_api
 from lightning_dp.training.callbacks.lookup import (
     Delta,
     private_strategy,
@@ -150,7 +151,7 @@ class PrivacyBudget(Callback):
     def _remaining_steps(self, trainer: pl.Trainer) -> int | None:
         """Private steps that the Trainer still plans; ``None`` when it plans to train forever."""
         planned = trainer.estimated_stepping_batches
-        return None if math.isinf(planned) else max(int(planned) - trainer.global_step, 0)
+        return None if math.isinf(planned) else max(int(planned) - lightning_api.batches_done(trainer), 0)
 
     def _choose_noise(self, strategy: PrivateMixin, remaining: int | None) -> float | None:
         if remaining is None:

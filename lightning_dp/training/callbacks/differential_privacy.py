@@ -16,9 +16,10 @@ from lightning_dp.mechanism.noise import GaussianNoise, Noise
 from lightning_dp.training.callbacks.budget import PrivacyBudget
 from lightning_dp.training.callbacks.card import PrivacyCard
 from lightning_dp.training.callbacks.monitor import PrivacyMonitor
+from lightning_dp.training.made_private import make_private
 from lightning_dp.training.options import check_names, privacy_options
 from lightning_dp.training.repair import repair_and_say
-from lightning_dp.training.strategy import PrivateMixin, make_private
+from lightning_dp.training.strategy import PrivateMixin
 
 
 class DifferentialPrivacy(Callback):

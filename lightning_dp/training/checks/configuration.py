@@ -18,11 +18,6 @@ from lightning_dp.mechanism.clipping import Bounding
 def check_trainer(trainer: Any) -> None:
     """Refuses Trainer settings under which a Lightning batch would not be one private step, or float16 overflows."""
     module = trainer.lightning_module
-    if not module.automatic_optimization:
-        raise PrivacyConfigurationError(
-            "Manual optimization (automatic_optimization=False) decides by itself when gradients are computed and "
-            "applied, so steps cannot be accounted for. Use automatic optimization."
-        )
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         raise PrivacyConfigurationError(
             "training_step(dataloader_iter) fetches batches by itself, so steps cannot be matched to samples. Take a "
@@ -70,7 +65,8 @@ def check_optimizers(trainer: pl.Trainer, engine: Engine) -> None:
     optimizers = trainer.strategy.optimizers
     if len(optimizers) != 1:
         raise PrivacyConfigurationError(
-            f"configure_optimizers returned {len(optimizers)} optimizers; one private step feeds exactly one."
+            f"configure_optimizers returned {len(optimizers)} optimizers; one private step feeds exactly one. For "
+            "several (GANs), set self.automatic_optimization = False, and step them in training_step."
         )
     [optimizer] = optimizers
     if isinstance(getattr(optimizer, "optimizer", optimizer), torch.optim.LBFGS):

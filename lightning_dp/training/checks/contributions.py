@@ -13,7 +13,7 @@ from lightning_dp.gradients.forms import CallForms
 from lightning_dp.mechanism.clipping import Bounding, Group, State
 from lightning_dp.mechanism.mechanism import Mechanism
 from lightning_dp.mechanism.step import PrivateStep
-from lightning_dp.training.independence.shadow import AlignedRandomness, Shadow, random_state_kept, seed_everything
+from lightning_dp.training.independence.shadow import AlignedRandomness, random_state_kept, seed_everything
 from lightning_dp.training.independence.subject import Subject, loss_of, reduced
 
 #: Examples that pass through the bounding one by one.
@@ -59,7 +59,7 @@ def check_contributions(subject: Subject, clipping: Bounding, state: State, form
 
     def contribution(examples: list[int]) -> tuple[PrivateStep, dict[str, Tensor]]:
         nonlocal unaligned
-        shadow = Shadow(subject.module).module.eval()
+        shadow = subject.shadow().module.eval()
         step = PrivateStep.of(mechanism, shadow)
         engine, rule = step.engine, step.clipping
         engine.forms = forms

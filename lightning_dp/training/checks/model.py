@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import lightning.pytorch as pl
 from torch import nn
 
@@ -13,8 +15,12 @@ from lightning_dp.torch_api import has_gradient_hooks
 _WAY_OUT = "or use engine='per_example', which is slow but takes any layer"
 
 
-def check_model(module: pl.LightningModule, engine: str) -> None:
+def check_model(module: pl.LightningModule, engine: str, among: Collection[int] | None = None) -> None:
     """Refuses modules whose per-example gradients are not defined, or that the engine cannot compute.
+
+    Args:
+        module, engine: The module, and the name of the engine.
+        among: Identities of the parameters whose layers are looked at; ``None``: all layers are.
 
     Raises:
         UnsupportedModelError: With one line for every problem, and what to do.
@@ -22,7 +28,7 @@ def check_model(module: pl.LightningModule, engine: str) -> None:
     refused: dict[tuple[str, str], list[str]] = {}
     for name, child in module.named_modules():
         reason = refusal_for(child)
-        if reason:
+        if reason and (among is None or any(id(p) in among for p in child.parameters())):
             refused.setdefault((type(child).__name__, reason), []).append(name)
     problems = [_of_layers(names, kind, reason) for (kind, reason), names in refused.items()]
     if engine == "bookkeeping":

@@ -186,7 +186,9 @@ class Examiner:
         subject.arguments = args
         copies = self._strategy.mechanism.augmentation_multiplicity
         try:
-            found = examine(subject, batch, draw.size * copies, self.batch_layout(), seed)
+            found = self.findings
+            if draw.size:
+                found = examine(subject, batch, draw.size * copies, self.batch_layout(), seed)
             self.findings.merge(found)
             # The record that made the step run other code is among those that were drawn.
             drawn = draw.records

@@ -28,7 +28,7 @@ from lightning_dp.training.independence.findings import Findings
 from lightning_dp.training.independence.layer_calls import LayerCalls
 from lightning_dp.training.independence.owners import State
 from lightning_dp.training.independence.remedies import listed, remedy
-from lightning_dp.training.independence.shadow import Shadow, is_metric, kept_by, random_state_kept, seed_everything
+from lightning_dp.training.independence.shadow import is_metric, kept_by, random_state_kept, seed_everything
 from lightning_dp.training.independence.subject import Subject, loss_of, reduced
 from lightning_dp.training.independence.tracer import Reads, RowTracer, tensors_in
 
@@ -71,7 +71,9 @@ class _Examination:
 
     def run(self) -> Findings:
         subject, tracer = self._subject, self._tracer
-        shadow = Shadow(subject.module)
+        shadow = subject.shadow(classify=True)
+        if shadow.rehearsal is not None:
+            shadow.rehearsal.is_public = self._is_public
         module = shadow.module
         for child in module.modules():
             if is_metric(child):  # what earlier steps have left there is without noise
@@ -122,6 +124,8 @@ class _Examination:
                 self._found.logged.add(name)
         self._look_at_loss(loss, state)
         self._look_at_state(module)
+        if shadow.rehearsal is not None:
+            self._look_at_decisions()
         self._found.unseen += [
             f"attribute '{name}' cannot be copied: what the step does to it was not looked at" for name in shadow.shared
         ]
@@ -175,9 +179,35 @@ class _Examination:
         for problem, layers in self._calls.problems.items() if self._subject.needs_layers else ():
             if self._problems and state.is_mixed and state.why in problem:
                 continue
-            named = list(dict.fromkeys(layers))
+            named = [f"'{name}' ({self._calls.kinds[name]})" for name in dict.fromkeys(layers) if self._trains(name)]
+            if not named:
+                continue
             shown = ", ".join(named[:_SHOWN]) + (f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else "")
             self._problems.append(f"Layers {shown}, called at {self._calls.lines[problem]}: {problem}.")
+
+    def _is_public(self, loss: Tensor) -> bool:
+        state = self._tracer.state(loss)
+        return state is None or state.is_public
+
+    def _trains(self, layer: str) -> bool:
+        """Whether a layer's parameters get gradients of records: none of an optimizer that is stepped without."""
+        plan = self._subject.understanding.manual
+        if not plan.is_known:
+            return True
+        public = {id(p) for number in plan.public for p in self._subject.optimized(number)}
+        return any(
+            id(p) not in public for p in self._subject.module.get_submodule(layer).parameters() if p.requires_grad
+        )
+
+    def _look_at_decisions(self) -> None:
+        """With manual optimization, what is decided by records may be whether a step is taken."""
+        lines = [line for line in self._tracer.decisions if "torchmetrics" not in line]
+        if lines:
+            self._problems.append(
+                f"training_step reads what records hold at {', '.join(lines[:_SHOWN])} (item(), bool(), tolist()): "
+                "with manual optimization, it could decide whether a step is taken, which ε does not cover. Log the "
+                "tensor itself (self.log takes it), and use torch.where instead of a condition."
+            )
 
     # -- state -----------------------------------------------------------------------------------------------------
 
@@ -209,7 +239,7 @@ class _Examination:
         parts = subject.records[:half], subject.records[half:] or subject.records
         for part in (parts[0], *parts):  # what differs between equal runs (times) is not the records'
             records = [part[i % len(part)] for i in range(count)]
-            whole = Shadow(subject.module)
+            whole = subject.shadow()
             shadow = whole.module
             seed_everything(1)
             with subject.stand_in(shadow), subject.watch(self._rows):

@@ -35,7 +35,7 @@ from lightning_dp.training.independence.passes import (
     is_low_precision,
     run_pass,
 )
-from lightning_dp.training.independence.shadow import AlignedRandomness, Shadow, random_state_kept, seed_everything
+from lightning_dp.training.independence.shadow import AlignedRandomness, random_state_kept, seed_everything
 from lightning_dp.training.independence.subject import Subject, loss_of, record_size, reduced, stand_in
 
 
@@ -282,7 +282,7 @@ def _check_sums(subject: Subject) -> list[str]:
 
 
 def _whole_gradient(subject: Subject, records: Sequence[list[Any]], first: int) -> tuple[dict[str, Tensor], bool]:
-    shadow = Shadow(subject.module).module
+    shadow = subject.shadow().module
     rows = len(records) * subject.copies
     aligned = AlignedRandomness(rows, 0, [first * subject.copies + r for r in range(rows)])
     engine = PerExample(shadow)

@@ -34,6 +34,8 @@ class LayerCalls:
         self._tracer, self._forms, self._rows, self._records = tracer, forms, rows, records
         #: By problem: the layers whose calls have it, and the line of the first such call.
         self.problems: dict[str, list[str]] = {}
+        #: Types of layers with a problem, by name.
+        self.kinds: dict[str, str] = {}
         self.lines: dict[str, str] = {}
 
     def hooks(self, module: nn.Module) -> list[Any]:
@@ -78,7 +80,8 @@ class LayerCalls:
     def _note_problem(self, name: str, layer: nn.Module, state: State | None, shape: Sequence[int], dim: int) -> None:
         problem = None if state is None else self._form_problem(state, shape, dim)
         if problem:
-            self.problems.setdefault(problem, []).append(f"'{name}' ({type(layer).__name__})")
+            self.problems.setdefault(problem, []).append(name)
+            self.kinds[name] = type(layer).__name__
             self.lines.setdefault(problem, here())
 
     def _padded(self, packed: PackedSequence) -> tuple[State | None, Sequence[int]]:

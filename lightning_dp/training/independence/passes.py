@@ -19,7 +19,7 @@ from lightning_dp.gradients.engines import BookKeeping
 from lightning_dp.gradients.forms import CallForms
 from lightning_dp.gradients.precision import wide
 from lightning_dp.gradients.recorder import LayerCall
-from lightning_dp.training.independence.shadow import AlignedRandomness, Shadow, seed_everything
+from lightning_dp.training.independence.shadow import AlignedRandomness, seed_everything
 from lightning_dp.training.independence.subject import Subject, loss_of, reduced
 
 WAY_OUT = "or use engine='per_example', which is slow but takes any layer"
@@ -84,7 +84,7 @@ def run_pass(
         UnsupportedModelError: The engine does not explain autograd's gradients.
         FormChanged: The step runs code that was not examined.
     """
-    shadow = Shadow(subject.module).module
+    shadow = subject.shadow().module
     engine = BookKeeping(shadow)
     engine.copies, engine.forms = subject.copies, forms
     recorder = engine.make_recorder(None if keep_calls else engine.consume)

@@ -26,6 +26,8 @@ from lightning_dp.torch_api import (
     tree_map,
     writes,
 )
+from lightning_dp.training.manual.plan import ManualPlan
+from lightning_dp.training.manual.rehearsal import Rehearsal
 
 RandomState = tuple[Any, ...]
 
@@ -37,14 +39,20 @@ _FRAMEWORK = frozenset((*vars(nn.Module()), *vars(pl.LightningModule()), "traine
 class Shadow:
     """A copy of a module, and what could not be copied.
 
+    Args:
+        module: The module.
+        plan: What is known of its optimizers, where its ``training_step`` steps them itself.
+        classify: Find out about these optimizers: which of them are stepped with gradients of records.
+
     Attributes:
         module: The copy. It logs nothing, and its optimizers and schedulers are copies as well.
         shared: Names of attributes that could not be copied and are the user's own.
         logged: What ``self.log`` was called with, by name.
         optimizers: Copies, without state, of the optimizers that the step asked for.
+        rehearsal: Runs the step of a module that steps its optimizers itself; ``None``: Lightning does.
     """
 
-    def __init__(self, module: pl.LightningModule) -> None:
+    def __init__(self, module: pl.LightningModule, plan: ManualPlan | None = None, classify: bool = False) -> None:
         self.shared: list[str] = []
         self.logged: dict[str, Any] = {}
         self.optimizers: list[Optimizer] = []
@@ -60,6 +68,13 @@ class Shadow:
                     hook.active = False
         for name, stub in self._stubs(module, memo, self.logged).items():
             object.__setattr__(self.module, name, stub)
+        self.rehearsal: Rehearsal | None = None
+        if not module.automatic_optimization and plan is not None:
+            found = pl.LightningModule.optimizers(module, use_pl_optimizer=False)
+            copies = [self._light(o, memo) for o in (found if isinstance(found, list) else [found])]
+            self.rehearsal = Rehearsal(self.module, copies, plan, classify)
+            for name, stub in self.rehearsal.stubs().items():
+                object.__setattr__(self.module, name, stub)
 
     def settings(self) -> list[Any]:
         """What the copies of optimizers and schedulers were set to, and whether training is to stop."""
@@ -68,10 +83,13 @@ class Shadow:
             found += [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         return found
 
-    def _light(self, optimizer: Optimizer) -> Optimizer:
-        """A copy of an optimizer with its settings and without its state."""
+    def _light(self, optimizer: Optimizer, memo: Mapping[int, Any] | None = None) -> Optimizer:
+        """A copy of an optimizer with its settings and without its state; with ``memo``, of the copy's parameters."""
         light = copy.copy(getattr(optimizer, "optimizer", optimizer))
         light.param_groups = [dict(group) for group in light.param_groups]
+        if memo is not None:
+            for group in light.param_groups:
+                group["params"] = [memo[id(p)] for p in group["params"]]
         light.state = {}
         self.optimizers.append(light)
         return light

@@ -18,9 +18,10 @@ from torch import Tensor
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.torch_api import tree_leaves, tree_map
 from lightning_dp.training.independence.losses import Forms
-from lightning_dp.training.independence.shadow import random_state_kept, seed_everything
+from lightning_dp.training.independence.shadow import Shadow, random_state_kept, seed_everything
 from lightning_dp.training.independence.tracer import RowTracer
 from lightning_dp.training.independence.watch import Place, Watch
+from lightning_dp.training.manual.plan import ManualPlan
 
 
 @dataclass
@@ -31,6 +32,8 @@ class Understanding:
     losses: Forms = field(default_factory=dict)
     #: Code that was examined.
     places: set[Place] = field(default_factory=set)
+    #: What the optimizers are stepped with, of a step that does so itself.
+    manual: ManualPlan = field(default_factory=ManualPlan)
 
 
 @dataclass
@@ -74,6 +77,16 @@ class Subject:
             seed_everything(seed)
             return self.collate(items)
 
+    def shadow(self, classify: bool = False) -> Shadow:
+        """A copy of the module that can be run without side effects; arguments as of `Shadow`."""
+        return Shadow(self.module, self.understanding.manual, classify)
+
+    def optimized(self, number: int) -> list[torch.nn.Parameter]:
+        """The parameters of the module's optimizer of this number."""
+        found = pl.LightningModule.optimizers(self.module, use_pl_optimizer=False)
+        optimizer = (found if isinstance(found, list) else [found])[number]
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
     def watch(self, rows: int, tracer: RowTracer | None = None, hold: bool = False) -> Watch:
         """What surrounds the step while it is examined.
 
@@ -85,7 +98,7 @@ class Subject:
         known = self.understanding
         if tracer is None and not hold:  # a pass in eval mode, say: what it learns is thrown away
             losses = {line: list(found) for line, found in known.losses.items()}
-            known = Understanding(losses, set(known.places))
+            known = Understanding(losses, set(known.places), known.manual)
         learn = not hold
         return Watch(rows, known.losses, known.places, learn, tracer=tracer, enabled=self.per_record_means)
 

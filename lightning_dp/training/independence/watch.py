@@ -30,8 +30,13 @@ _WRAPPERS = (
 )
 
 
-#: Calls from here are not held: attention is one function when it is traced, and several when it is recorded.
-_RECORDED = "torch/nn/modules/activation.py"
+#: Calls from here are not held: attention is one function when it is traced, and several when it is recorded; which
+#: parameters are trained for a while (``toggle_optimizer``) is Lightning's own work.
+_RECORDED = (
+    "torch/nn/modules/activation.py",
+    "lightning/pytorch/core/module.py",
+    "lightning/pytorch/plugins/precision/precision.py",
+)
 
 
 def _caller() -> FrameType:
@@ -70,7 +75,7 @@ class Watch(PerRecordMeans):
         frame = _caller()
         path = frame.f_code.co_filename
         own = path.startswith(OWN) and not path.startswith(ZOO)  # what records, and what examines
-        if own or path.endswith(_RECORDED):
+        if own or path.endswith(_RECORDED) or frame.f_code.co_name == "zero_grad":  # public, and different each time
             return super().__torch_function__(func, types, args, kwargs)
         switches = [a for a in args if a is True or a is False]
         if kwargs:

@@ -1,0 +1,85 @@
+"""Which tensors of a training step were computed from its batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lightning_dp.errors import UnsupportedModelError
+from lightning_dp.gradients.source import here
+from lightning_dp.torch_api import TorchDispatchMode, operation_name, storage_id, tree_leaves, writes
+
+#: Operations whose result depends on the shape of what they are given, and on none of its numbers.
+_OF_THE_SHAPE = frozenset(
+    (
+        *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like"),
+        *("new_empty", "new_zeros", "new_ones", "new_full", "new_empty_strided"),
+    )
+)
+
+
+#: Operations by which numbers become Python's, or the size of a tensor.
+_READS = frozenset(
+    (
+        *("_local_scalar_dense", "is_nonzero", "equal", "allclose", "_is_all_true", "_is_any_true"),
+        *("nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive", "bincount"),
+    )
+)
+
+
+class DerivedFromRecords(TorchDispatchMode):
+    """Follows what is computed from records, memory by memory: a lower bound on what is public.
+
+    Formal guarantee: a tensor that `holds` denies has numbers that do not depend on those of the batch. Proof: by
+    induction over the operations of the step. What is computed from such tensors alone, on code whose course no record
+    decides, is such a tensor; all others, and all memory that is written with one, are held; and what would let a
+    record decide on the course of the code, or on a shape, is refused.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: Storages that hold something derived; they are kept, so that no other gets their number.
+        self._storages: dict[int, Any] = {}
+
+    def mark(self, batch: Any) -> None:
+        """Says that the tensors of a batch are records."""
+        for leaf in tree_leaves(batch):
+            if isinstance(leaf, Tensor):
+                self._hold(leaf)
+
+    def holds(self, tensor: Any) -> bool:
+        """Whether a tensor may depend on records."""
+        return isinstance(tensor, Tensor) and bool(tensor.numel()) and storage_id(tensor) in self._storages
+
+    def _hold(self, tensor: Tensor) -> None:
+        if tensor.numel():
+            self._storages[storage_id(tensor)] = tensor.untyped_storage()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = tree_leaves((args, kwargs))
+        name = operation_name(func)
+        if not any(map(self.holds, given)) or name in _OF_THE_SHAPE:
+            return func(*args, **kwargs)
+        if name in _READS or (name == "index" and _has_mask(args)):
+            raise UnsupportedModelError(
+                f"training_step reads what records hold at {here()} (item(), bool(), a mask as an index): with manual "
+                "optimization, it could decide whether a step is taken, which ε does not cover. Log the tensor itself "
+                "(self.log takes it), and use torch.where instead of a mask."
+            )
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._hold(leaf)
+        if writes(func):
+            for leaf in given:
+                if isinstance(leaf, Tensor):
+                    self._hold(leaf)
+        return result
+
+
+def _has_mask(args: Any) -> bool:
+    """Whether an index is a mask, so that the shape of what it takes depends on the mask's numbers."""
+    indices = [leaf for leaf in tree_leaves(args[1:]) if isinstance(leaf, Tensor)]
+    return any(not (index.is_floating_point() or index.is_complex()) and index.element_size() == 1 for index in indices)

@@ -1,0 +1,509 @@
+"""Manual optimization: optimizers are stepped with what the loop over records gives, or with what no record reaches."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dp import (
+    AdaptiveClipping,
+    AutomaticClipping,
+    BackpropClipping,
+    FlatClipping,
+    GaussianNoise,
+    LaplaceNoise,
+    PerLayerClipping,
+    PrivateStrategy,
+)
+from lightning_dp.errors import PrivacyConfigurationError, PrivacyLimitReached, UnsupportedModelError
+from lightning_dp.mechanism.sampling import Draw, size_bound
+from lightning_dp.training.callbacks.budget import PrivacyBudget
+from lightning_dp.training.manual.steps import ManualSteps
+
+N, D, Z = 24, 3, 2
+
+
+def records(count: int = N) -> Tensor:
+    return torch.randn(count, D, generator=torch.Generator().manual_seed(3))
+
+
+class Gan(L.LightningModule):
+    """Codes are the same in every row, so that a loop over records can repeat them."""
+
+    norm: Callable[[], nn.Module] = nn.Identity
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        torch.manual_seed(0)
+        self.generator = nn.Sequential(nn.Linear(Z, 4), type(self).norm(), nn.Tanh(), nn.Linear(4, D))
+        self.discriminator = nn.Sequential(nn.Linear(D, 5), nn.LeakyReLU(0.2), nn.Linear(5, 1))
+        self.rows: list[int] = []
+
+    def codes(self, count: int) -> Tensor:
+        return torch.full((count, Z), 0.3)
+
+    def real_loss(self, x: Tensor) -> Tensor:
+        return F.softplus(-self.discriminator(x)).mean()
+
+    def fake_loss(self, count: int) -> Tensor:
+        return F.softplus(self.discriminator(self.generator(self.codes(count)).detach())).mean()
+
+    def generator_loss(self, count: int) -> Tensor:
+        return F.softplus(-self.discriminator(self.generator(self.codes(count)))).mean()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x,) = batch
+        opt_g, opt_d = self.optimizers()
+        self.step_discriminator(opt_d, x)
+        self.step_generator(opt_g, len(x))
+
+    def step_discriminator(self, opt: Any, x: Tensor) -> None:
+        opt.zero_grad()
+        self.manual_backward(self.real_loss(x) + self.fake_loss(len(x)))
+        opt.step()
+
+    def step_generator(self, opt: Any, count: int) -> None:
+        opt.zero_grad()
+        self.manual_backward(self.generator_loss(count))
+        opt.step()
+
+    def configure_optimizers(self) -> Any:
+        return (
+            torch.optim.SGD(self.generator.parameters(), 1.0),
+            torch.optim.SGD(self.discriminator.parameters(), 1.0),
+        )
+
+
+class Toggled(Gan):
+    """Optimizers are toggled, and gradients forgotten after the step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x,) = batch
+        opt_g, opt_d = self.optimizers()
+        self.toggle_optimizer(opt_d)
+        self.manual_backward(self.real_loss(x) + self.fake_loss(len(x)))
+        opt_d.step()
+        opt_d.zero_grad()
+        self.untoggle_optimizer(opt_d)
+        self.toggle_optimizer(opt_g)
+        self.manual_backward(self.generator_loss(len(x)))
+        opt_g.step()
+        opt_g.zero_grad()
+        self.untoggle_optimizer(opt_g)
+
+
+class InParts(Gan):
+    """Two backward passes are one step's; the fakes are not detached."""
+
+    def step_discriminator(self, opt: Any, x: Tensor) -> None:
+        self.discriminator.zero_grad()
+        self.manual_backward(self.real_loss(x))
+        self.manual_backward(F.softplus(self.discriminator(self.generator(self.codes(len(x))))).mean())
+        opt.step()
+
+
+class Closures(Gan):
+    def step_discriminator(self, opt: Any, x: Tensor) -> None:
+        def closure() -> Tensor:
+            loss = self.real_loss(x) + self.fake_loss(len(x))
+            opt.zero_grad(set_to_none=False)
+            self.manual_backward(loss)
+            return loss
+
+        with opt.toggle_model():
+            opt.step(closure)
+
+
+class Clipped(Gan):
+    def step_discriminator(self, opt: Any, x: Tensor) -> None:
+        opt.zero_grad()
+        self.manual_backward(self.real_loss(x) + self.fake_loss(len(x)))
+        self.clip_gradients(opt, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
+        torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), 1.0)
+        opt.step()
+
+
+class GeneratorFirst(Gan):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x,) = batch
+        opt_g, opt_d = self.optimizers()
+        self.step_generator(opt_g, len(x))
+        self.step_discriminator(opt_d, x)
+
+
+def fit(
+    module: L.LightningModule,
+    data: Tensor | None = None,
+    batch_size: int = 8,
+    steps: float = 1,
+    callbacks: Any = (),
+    epochs: int = 1,
+    clipping: Any = None,
+    noise: Any = 0.0,
+    **options: Any,
+) -> PrivateStrategy:
+    strategy = PrivateStrategy(
+        clipping or FlatClipping(0.7), GaussianNoise(noise) if isinstance(noise, float) else noise, seed=5,
+        journal=False, **options,
+    )  # fmt: skip
+    trainer = L.Trainer(
+        strategy=strategy, accelerator="cpu", max_epochs=epochs, limit_train_batches=steps, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(TensorDataset(records() if data is None else data), batch_size))
+    return strategy
+
+
+@pytest.fixture
+def draws(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The records of every batch."""
+    found: list[list[int]] = []
+    run = ManualSteps._run
+
+    def noted(self: ManualSteps, batch: Any, draw: Draw, *rest: Any) -> Any:
+        found.append(draw.records)
+        return run(self, batch, draw, *rest)
+
+    monkeypatch.setattr(ManualSteps, "_run", noted)
+    return found
+
+
+def loop(module: Gan, drawn: list[int], bound: float, batch_size: int) -> dict[str, Tensor]:
+    """The discriminator after a step of the loop over the drawn records."""
+    net = copy.deepcopy(module.discriminator)
+    total = [torch.zeros_like(p) for p in net.parameters()]
+    fake = module.generator(module.codes(1)).detach()
+    for record in drawn:
+        loss = F.softplus(-net(records()[record : record + 1])).sum() + F.softplus(net(fake)).sum()
+        gradient = torch.autograd.grad(loss, list(net.parameters()))
+        norm = torch.stack([g.norm() for g in gradient]).norm()
+        for part, g in zip(total, gradient, strict=True):
+            part += g * min(1.0, bound / norm.item())
+    return {
+        name: (p - part / batch_size).detach() for (name, p), part in zip(net.named_parameters(), total, strict=True)
+    }
+
+
+@pytest.mark.parametrize("kind", [Gan, Toggled, InParts, Closures, Clipped, GeneratorFirst])
+@pytest.mark.parametrize("batch_size", [1, 8, N])
+def test_a_step_is_that_of_the_loop_over_records(kind: type[Gan], batch_size: int, draws: list[list[int]]) -> None:
+    module, before = kind(), kind()
+    if kind is GeneratorFirst:
+        loss = before.generator_loss(1)
+        before.zero_grad()
+        loss.backward()
+        torch.optim.SGD(before.generator.parameters(), 1.0).step()
+        before.zero_grad()
+    fit(module, batch_size=batch_size)
+    assert len(draws) == 1
+    expected = loop(before, draws[0], 0.7, batch_size)
+    for name, parameter in module.discriminator.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [Gan, Toggled, InParts, Closures, Clipped])
+def test_an_optimizer_without_records_is_stepped_as_without_privacy(kind: type[Gan]) -> None:
+    module, before = kind(), kind()
+    fit(module, noise=0.0)
+    before.discriminator.load_state_dict(module.discriminator.state_dict())
+    before.generator_loss(1).backward()
+    for (name, found), expected in zip(module.generator.named_parameters(), before.generator.parameters(), strict=True):
+        torch.testing.assert_close(found, expected - expected.grad, msg=name)
+
+
+def test_no_noise_reaches_it_and_all_of_it_reaches_the_other() -> None:
+    module, before = GeneratorFirst(), GeneratorFirst()
+    fit(module, noise=1e6)
+    before.generator_loss(1).backward()
+    for found, expected in zip(module.generator.parameters(), before.generator.parameters(), strict=True):
+        torch.testing.assert_close(found, expected - expected.grad)
+    assert min(float(p.abs().max()) for p in module.discriminator.parameters()) > 100
+
+
+@pytest.mark.parametrize("kind", [Gan, InParts])
+@pytest.mark.parametrize("clipping", [FlatClipping(0.7), PerLayerClipping(0.7), AutomaticClipping()])
+def test_one_record_moves_the_step_by_no_more_than_its_bound(kind: type[Gan], clipping: Any) -> None:
+    found = []
+    for scale in (1.0, 1000.0):
+        data = records()
+        data[7] *= scale
+        module = kind()
+        fit(module, data, batch_size=N, clipping=clipping)
+        found.append(torch.cat([p.flatten() for p in module.discriminator.parameters()]))
+    moved = float((found[0] - found[1]).norm()) * N
+    assert moved <= 2 * (1.0 if isinstance(clipping, AutomaticClipping) else 0.7) * (1 + 1e-4)
+    assert moved > 0.01
+
+
+class Twice(Gan):
+    """Two steps of the discriminator on a batch, of a loss without gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.discriminator = nn.Linear(D, 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x,) = batch
+        _, opt = self.optimizers()
+        for _ in range(2):
+            opt.zero_grad()
+            self.manual_backward(0 * self.discriminator(x).mean())
+            opt.step()
+
+
+class Gradients(L.Callback):
+    """Keeps the gradients that the discriminator is stepped with."""
+
+    def __init__(self) -> None:
+        self.found: list[Tensor] = []
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        own = list(module.discriminator.parameters())
+        if optimizer.param_groups[0]["params"][0] is own[0]:
+            self.found.append(torch.cat([p.grad.flatten() for p in own]))
+
+
+def has_std(sample: Tensor, std: float) -> bool:
+    """Whether normal numbers have this standard deviation, within five standard errors."""
+    return abs(float(sample.std()) / std - 1) < 5 / math.sqrt(2 * sample.numel())
+
+
+def test_releases_of_one_batch_share_its_noise_and_are_charged_once() -> None:
+    gradients = Gradients()
+    strategy = fit(Twice(), steps=1.0, epochs=80, noise=1.5, callbacks=[gradients])
+    assert strategy.examiner.understanding.manual.releases == 2
+    assert len(strategy.ledger) == 80 * math.ceil(N / 8)
+    noise = torch.stack(gradients.found)
+    assert len(noise) == 2 * len(strategy.ledger) == len({tuple(row.tolist()) for row in noise})
+    std = 1.5 * math.sqrt(2) * 0.7 / 8
+    assert has_std(noise, std) and not has_std(noise, 2 / 3 * std) and not has_std(noise, 3 / 2 * std)
+    one, other = noise[0::2].flatten(), noise[1::2].flatten()
+    assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 5 / math.sqrt(len(one))
+
+
+class Counted(Gan):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.rows.append(len(batch[0]))
+        super().training_step(batch, batch_idx)
+
+
+class WithoutGenerator(Counted):
+    def step_generator(self, opt: Any, count: int) -> None:
+        pass
+
+
+def test_where_an_optimizer_meets_no_record_the_batch_has_a_public_size(draws: list[list[int]]) -> None:
+    module = Counted()
+    fit(module, steps=3)
+    assert module.rows == [size_bound(N, 8 / N)] * 3
+    assert len({len(draw) for draw in draws}) > 1
+
+
+def test_a_sample_that_is_empty_is_a_release_of_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = ManualSteps._run
+    monkeypatch.setattr(
+        ManualSteps, "_run", lambda self, batch, draw, *rest: run(self, (batch[0][:0],), Draw([], 0), *rest)
+    )
+    for kind in (Gan, WithoutGenerator):
+        module, before = kind(), kind()
+        fit(module)
+        for found, expected in zip(module.discriminator.parameters(), before.discriminator.parameters(), strict=True):
+            assert torch.equal(found, expected)
+
+
+class Conditional(Gan):
+    """The generator is told what the records hold."""
+
+    def generator_loss(self, x: Any) -> Tensor:
+        return F.softplus(-self.discriminator(self.generator(x[:, :Z]))).mean()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x,) = batch
+        opt_g, opt_d = self.optimizers()
+        self.step_discriminator(opt_d, x)
+        opt_g.zero_grad()
+        self.manual_backward(self.generator_loss(x))
+        opt_g.step()
+
+
+def test_an_optimizer_that_is_told_of_records_is_private() -> None:
+    module, before = Conditional(), Conditional()
+    strategy = fit(module, noise=1e6)
+    assert strategy.examiner.understanding.manual.private == {0, 1}
+    assert strategy.examiner.understanding.manual.releases == 2
+    for found, expected in zip(module.parameters(), before.parameters(), strict=True):
+        assert float((found - expected).abs().max()) > 100
+
+
+class Later(Gan):
+    """The generator is stepped on some batches only."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x,) = batch
+        opt_g, opt_d = self.optimizers()
+        self.step_discriminator(opt_d, x)
+        if batch_idx % 3 == 2:
+            self.step_generator(opt_g, len(x))
+
+
+def test_code_that_comes_later_is_examined_when_it_comes() -> None:
+    module, before = Later(), Later()
+    strategy = fit(module, steps=1.0, epochs=3)
+    assert strategy.examiner.understanding.manual.public == {0}
+    assert len(strategy.ledger) == 9
+    assert not torch.equal(module.generator[0].weight, before.generator[0].weight)
+
+
+class NormalisedFakes(Gan):
+    norm = lambda: nn.BatchNorm1d(4)  # noqa: E731
+
+
+def test_a_generator_may_normalise_its_fakes() -> None:
+    module = NormalisedFakes()
+    module.codes = lambda count: torch.randn(count, Z)  # type: ignore[method-assign]
+    assert fit(module).examiner.understanding.manual.public == {0}
+
+
+class NormalisedRecords(Gan):
+    def __init__(self) -> None:
+        super().__init__()
+        self.discriminator = nn.Sequential(nn.Linear(D, 5), nn.BatchNorm1d(5), nn.Linear(5, 1))
+
+
+class Read(Gan):
+    def step_discriminator(self, opt: Any, x: Tensor) -> None:
+        loss = self.real_loss(x)
+        opt.zero_grad()
+        self.manual_backward(loss)
+        if loss.item() > 0.1:
+            opt.step()
+
+
+class Masked(Gan):
+    def step_discriminator(self, opt: Any, x: Tensor) -> None:
+        opt.zero_grad()
+        self.manual_backward(self.discriminator(x[x[:, 0] > 0]).sum() / len(x))
+        opt.step()
+
+
+class PastLightning(Gan):
+    def step_discriminator(self, opt: Any, x: Tensor) -> None:
+        opt.zero_grad()
+        self.real_loss(x).backward()
+        opt.step()
+
+
+class Raw(Gan):
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x,) = batch
+        _, opt_d = self.optimizers(use_pl_optimizer=False)
+        self.step_discriminator(opt_d, x)
+
+
+class OverBatches(Gan):
+    def step_discriminator(self, opt: Any, x: Tensor) -> None:
+        self.manual_backward(self.real_loss(x))
+        if self.calls % 2 == 0:
+            opt.step()
+            opt.zero_grad()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.calls = batch_idx
+        super().training_step(batch, batch_idx)
+
+
+class BatchLoss(Gan):
+    def real_loss(self, x: Tensor) -> Tensor:
+        scores = self.discriminator(x)
+        return F.softplus(-(scores - scores.mean())).mean()
+
+
+class Kept(Gan):
+    def real_loss(self, x: Tensor) -> Tensor:
+        self.last = x
+        return super().real_loss(x)
+
+
+class Nothing(Gan):
+    def step_discriminator(self, opt: Any, x: Tensor) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        (NormalisedRecords, "discriminator.*BatchNorm|[Bb]atch.?[Nn]orm"),
+        (Read, "reads what records hold.*item"),
+        (Masked, "torch.where"),
+        (PastLightning, "Call self.manual_backward"),
+        (Raw, "without use_pl_optimizer=False"),
+        (OverBatches, "gradients of several batches.*zero_grad"),
+        (BatchLoss, "not a sum over records"),
+        (Kept, "'last'"),
+        (Nothing, "nothing to train privately"),
+    ],
+)
+def test_what_cannot_be_bounded_is_refused(kind: type[Gan], says: str) -> None:
+    with pytest.raises((UnsupportedModelError, PrivacyConfigurationError), match=f"(?s){says}"):
+        fit(kind(), steps=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"clipping": BackpropClipping(1.0, 1.0)}, "BackpropClipping: use FlatClipping"),
+        ({"clipping": AdaptiveClipping(1.0)}, "AdaptiveClipping: use FlatClipping"),
+        ({"noise": LaplaceNoise(1.0)}, "LaplaceNoise: use GaussianNoise"),
+        ({"engine": "per_example"}, "use 'bookkeeping'"),
+        ({"self_check": False}, "found by the self-check"),
+        ({"max_physical_batch_size": 4}, "make that smaller"),
+        ({"augmentation_multiplicity": 2}, "augment each record once"),
+        ({"loss_reduction": "sum"}, "mean over the batch"),
+    ],
+)
+def test_options_that_it_does_not_go_together_with_are_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(PrivacyConfigurationError, match=says):
+        fit(Gan(), **options)
+
+
+class OneParameterTwice(Gan):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 1.0), torch.optim.SGD(self.discriminator.parameters(), 1.0)
+
+
+class LeftOut(Gan):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.generator.parameters(), 1.0), torch.optim.SGD(self.discriminator[0].parameters(), 1)
+
+
+@pytest.mark.parametrize(("kind", "says"), [(OneParameterTwice, "same parameter"), (LeftOut, "no optimizer holds")])
+def test_every_parameter_belongs_to_one_optimizer(kind: type[Gan], says: str) -> None:
+    with pytest.raises(PrivacyConfigurationError, match=says):
+        fit(kind())
+
+
+def test_a_budget_pays_for_all_batches() -> None:
+    budget = PrivacyBudget(epsilon=3.0, delta=1e-3)
+    strategy = fit(Gan(), steps=1.0, epochs=4, noise=GaussianNoise(), callbacks=[budget])
+    assert len(strategy.ledger) == 12
+    assert 2.9 < strategy.ledger.epsilon(1e-3) <= 3.0
+    with pytest.raises(PrivacyLimitReached):
+        strategy.manual._charge()
+
+
+def test_a_sample_is_larger_than_its_bound_with_a_probability_below_the_tail() -> None:
+    assert size_bound(1000, 1.0) == 1000
+    size = size_bound(100, 0.1, tail=0.01)
+    sizes = torch.distributions.Binomial(100, torch.tensor(0.1)).sample((20_000,))
+    assert 0.002 < float((sizes > size).float().mean()) < 0.013
+    assert float((sizes > size - 1).float().mean()) > 0.006
