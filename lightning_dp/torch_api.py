@@ -87,6 +87,11 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
     yield from module._buffers.items()
 
 
+def put_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Lets a tensor stand where a module has a parameter: assignment takes nothing but parameters."""
+    module._parameters[name] = tensor  # type: ignore[assignment]
+
+
 def own_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """The children of a module by attribute, also those that are shared."""
     return [(name, child) for name, child in module._modules.items() if child is not None]

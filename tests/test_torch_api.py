@@ -100,6 +100,16 @@ def test_hooks_of_all_modules_are_seen(register: Callable[..., Any]) -> None:
         handle.remove()
 
 
+def test_a_tensor_stands_for_a_parameter() -> None:
+    layer = nn.Linear(2, 2)
+    weight, zeros = layer.weight, torch.zeros(2, 2)
+    torch_api.put_parameter(layer, "weight", zeros)
+    assert layer.weight is zeros
+    assert torch.equal(layer(torch.ones(1, 2))[0], layer.bias)
+    torch_api.put_parameter(layer, "weight", weight)
+    assert layer.weight is weight
+
+
 def test_a_module_s_own_tensors_are_listed() -> None:
     layer = nn.BatchNorm1d(2, affine=False)
     layer.child = nn.Linear(2, 2)

@@ -15,12 +15,14 @@ from torch import nn
 from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.gradients.base import Dense, PerExampleGradient
 from lightning_dp.gradients.engine import PerExampleEngine, set_aside
+from lightning_dp.gradients.layer_call import LayerCall
 from lightning_dp.gradients.model import getattr_path, trainable, trained_layers
 from lightning_dp.gradients.precision import full_precision
-from lightning_dp.gradients.recorder import LayerCall, Recorder
+from lightning_dp.gradients.recorder import Recorder
 from lightning_dp.gradients.rules.composite import calls_linear, of_linear_map
 from lightning_dp.gradients.rules.recompute import recompute
 from lightning_dp.gradients.rules.registry import rule_for, takes_arguments
+from lightning_dp.gradients.rules.second_order import second_order_rule
 from lightning_dp.gradients.tied import add
 
 ENGINES = ("bookkeeping", "per_example")
@@ -132,6 +134,10 @@ def gradients_of(
     """
     assert call.grad_output is not None
     input, rule = call.unchanged_input(layer), rule_for(module)
+    if call.backward_at is not None:
+        second_order = second_order_rule(module)
+        assert second_order is not None
+        return second_order(module, call.backward_at, call.grad_output, input)
     if call.linear is not None:
         return of_linear_map(module, call.linear, input, call.grad_output)
     if rule is not None and takes_arguments(rule):

@@ -46,11 +46,14 @@ class CallForms:
 
     def __init__(self) -> None:
         self.layers: dict[str, LayerForm] = {}
+        #: Whether the loss depends on a gradient (``create_graph=True``).
+        self.holds_gradients = False
         #: Flags on an accelerator, by message: whether a shared input differed; read once per forward pass.
         self._changed: dict[str, Tensor] = {}
 
     def merge(self, other: CallForms, only_new: bool = False) -> None:
         """Takes over the layers that have been examined since; ``only_new``: those that were not known."""
+        self.holds_gradients |= other.holds_gradients
         for name, form in other.layers.items():
             if not only_new or name not in self.layers:
                 self.layers[name] = form

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,32 +19,13 @@ from torch.utils.checkpoint import CheckpointError
 from lightning_dp.errors import ACTIVATION_CHECKPOINTING, UnsupportedModelError
 from lightning_dp.gradients.constants import Constants
 from lightning_dp.gradients.forms import CallForms
+from lightning_dp.gradients.layer_call import LayerCall, no_batch, with_batch
 from lightning_dp.gradients.model import getattr_path, trainable
-from lightning_dp.gradients.rules.composite import LinearMap, calls_linear, forward_with_linear, linear_map
+from lightning_dp.gradients.rules.composite import calls_linear, forward_with_linear, linear_map
+from lightning_dp.gradients.rules.second_order import second_order_rule
 from lightning_dp.gradients.shared_outputs import note_expanded
 from lightning_dp.gradients.source import here
 from lightning_dp.torch_api import base_of, functions_unwatched, version_of
-
-
-@dataclass(slots=True, eq=False)
-class LayerCall:
-    """One call of one layer: its input, and (after the backward) the gradient at its output."""
-
-    input: Tensor
-    version: int
-    grad_output: Tensor | None = None
-    #: All arguments, of layers whose forward is run once more.
-    arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-    #: The parameters used, of layers that are made of several linear maps.
-    linear: LinearMap | None = None
-
-    def unchanged_input(self, layer: str) -> Tensor:
-        if version_of(self.input) != self.version:
-            raise UnsupportedModelError(
-                f"Layer '{layer}': its input was modified in place after the layer used it, so its gradient cannot be "
-                "computed. Replace the in-place operation (`x += y`, `relu_`) on that tensor by an ordinary one."
-            )
-        return self.input
 
 
 class _RequireGrad(torch.autograd.Function):
@@ -91,6 +71,8 @@ class Recorder:
         self.forms: CallForms | None = None
         #: Name of a layer whose backward pass was itself differentiated (``create_graph=True``).
         self._twice: str | None = None
+        #: Layers whose backward pass is followed, for losses that depend on a gradient.
+        self._followed: set[str] = set()
 
     @contextmanager
     def forward(self, batch_size: int, keep_requires_grad: bool = False) -> Iterator[None]:
@@ -107,13 +89,17 @@ class Recorder:
         within = self._constants = Constants([] if keep_requires_grad else parameters)
         anchor = torch.zeros((), requires_grad=True)
         of_linear_maps = {name: module for name, module in self._layers.items() if calls_linear(module)}
+        holds_gradients = self.forms is None or self.forms.holds_gradients
+        self._followed = {n for n, m in self._layers.items() if holds_gradients and second_order_rule(m) is not None}
         handles = []
         fused = torch.backends.mha.get_fastpath_enabled()  # in eval mode it bypasses hooks
         self._recording = True
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             for name, module in self._layers.items():
-                handles += within.of_layer(module, self._own[name])
+                if name in self._followed:
+                    handles.append(module.register_forward_pre_hook(_own_input))
+                handles += within.of_layer(module, self._own[name], exchanged=name in self._followed)
                 if name in of_linear_maps:
                     module.forward = forward_with_linear(module, self._make_linear(name, module, batch_size, anchor))
                 else:
@@ -136,8 +122,9 @@ class Recorder:
         """Records the backward pass inside. Backward passes elsewhere (of an attack, say) are not recorded."""
         if self._twice is not None:
             raise UnsupportedModelError(
-                f"Layer '{self._twice}': the loss depends on a gradient (create_graph=True, a gradient penalty), and "
-                "the gradient of that is not recorded. Use engine='per_example', which is slow but takes any loss."
+                f"Layer '{self._twice}': the loss depends on a gradient (create_graph=True, a gradient penalty), which "
+                "is not followed through this layer. Linear, Conv, LayerNorm, GroupNorm and InstanceNorm layers are "
+                "followed; for others, use engine='per_example', which is slow but takes any loss."
             )
         self._listening = True
         try:
@@ -184,15 +171,13 @@ class Recorder:
         def keep(grad: Tensor) -> None:
             if not self._listening:
                 if torch.is_grad_enabled():
-                    self._twice = name
+                    call.upstream = grad.detach()
+                    self._twice = self._twice if name in self._followed else name
                 return
             if call.grad_output is not None:
                 raise UnsupportedModelError(f"Layer '{name}': more than one backward pass through one forward.")
             call.grad_output = grad if arrange is None else arrange(grad)
-            if self._consume is not None:
-                self._consume(name, call)
-                call.input = call.grad_output = grad.new_empty(0)
-                call.arguments = None
+            self._finish(name, call)
 
         # A linear layer over a sequence returns a view. An activation that then works in place would cut the view's
         # own hook off; the view's base keeps it.
@@ -203,6 +188,42 @@ class Recorder:
             output = output.clone() if base is not None else output
             output.register_hook(keep)
         return output
+
+    def _finish(self, name: str, call: LayerCall) -> None:
+        """Hands a call over, now that its gradient is known."""
+        if self._consume is not None:
+            assert call.grad_output is not None
+            self._consume(name, call)
+            call.input = call.grad_output = call.grad_output.new_empty(0)
+            call.arguments = call.backward_at = None
+
+    def _follow_backward(self, name: str, call: LayerCall, own_input: Tensor) -> None:
+        """Records backward passes of a call whose result the loss depends on, as calls of their own.
+
+        Args:
+            own_input: The call's input, as a tensor that nothing else uses: its gradient is the call's alone.
+        """
+        at = call.input
+
+        def of_gradient(gradient: Tensor) -> Tensor | None:
+            if self._listening or not torch.is_grad_enabled() or call.upstream is None:
+                return None
+            if not gradient.requires_grad:  # it depends on this layer's parameters alone, which are constants here
+                gradient = gradient.detach().requires_grad_(True)
+            second = LayerCall(call.upstream, version_of(call.upstream), backward_at=at)
+            self._calls[name].append(second)
+
+            def keep(direction: Tensor) -> None:
+                if self._listening:
+                    second.grad_output = direction.detach()
+                    self._finish(name, second)
+                elif torch.is_grad_enabled():
+                    self._twice = name  # a gradient of a gradient, within the loss
+
+            gradient.register_hook(keep)
+            return gradient
+
+        own_input.register_hook(of_gradient)
 
     def _make_linear(self, name: str, module: nn.Module, batch_size: int, anchor: Tensor) -> RecordedLinear:
         def record(call: LayerCall, output: Tensor, arrange: Callable[[Tensor], Tensor]) -> Tensor:
@@ -253,6 +274,8 @@ class Recorder:
             call = LayerCall(input.detach(), version_of(input))
             if name in self._with_arguments:
                 call.arguments = (args, kwargs)
+            if name in self._followed and args and args[0].requires_grad:
+                self._follow_backward(name, call, args[0])
             output = self._record(name, call, output, anchor)
             if is_shared:
                 note_expanded(output)
@@ -332,47 +355,17 @@ class RecordedLinear:
     def _check(self, input: Tensor) -> None:
         size = self._batch_size
         if (input.dim() == 3 and input.shape[1] != size) or (input.dim() == 2 and len(input) % size):
-            raise _no_batch(self._name, self._module, input, size)
+            raise no_batch(self._name, self._module, input, size)
+
+
+def _own_input(module: nn.Module, args: tuple[Any, ...]) -> Any:
+    """Gives a layer its input as a tensor that nothing else uses."""
+    if not args or not isinstance(args[0], Tensor) or not args[0].requires_grad or not torch.is_grad_enabled():
+        return None
+    with functions_unwatched():
+        return (args[0].view_as(args[0]), *args[1:])
 
 
 def same_memory(base: Tensor, view: Tensor) -> bool:
     """Whether a view holds all of its base, in the same order."""
     return base.numel() == view.numel() and base.is_contiguous() and view.is_contiguous()
-
-
-def with_batch(
-    input: Tensor, batch_size: int, name: str, module: nn.Module, forms: CallForms | None = None, index: int = 0
-) -> Tensor:
-    """A layer's input with one entry per example; one that all examples share is expanded.
-
-    Args:
-        input: The layer's first argument.
-        batch_size: Number of examples.
-        name, module: The layer.
-        forms: What is known of its calls. Without, an input with a leading dimension of 1 is taken for shared only
-            where no gradient flows to it.
-        index: How many calls there were before.
-
-    Raises:
-        FormChanged: The call has another form than those that were examined.
-        UnsupportedModelError: The leading dimension is not the batch.
-    """
-    if forms is not None and (not input.dim() or input.shape[0] in (1, batch_size)):
-        shared = forms.is_shared(name, module, index, input, batch_size)
-        return input.expand(batch_size, *input.shape[1:]) if shared else input
-    if input.dim() and input.shape[0] == batch_size:
-        return input
-    if forms is None and input.dim() and input.shape[0] == 1 and not input.requires_grad:
-        return input.expand(batch_size, *input.shape[1:])
-    raise _no_batch(name, module, input, batch_size)
-
-
-def _no_batch(name: str, module: nn.Module, input: Tensor, batch_size: int) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"Layer '{name}' ({type(module).__name__}) received an input of shape {tuple(input.shape)} for a batch of "
-        f"{batch_size} examples: the leading dimension must be the batch (or 1, for an input that all examples share), "
-        "or the examples cannot be told apart. Put the batch first (batch_first=True; no flattening of batch and time "
-        "into one dimension; unsqueeze(0) on position numbers), or use engine='per_example', which is slow but takes "
-        f"any layer. (Called at {here()}. A layer that is called on some records only, h[mask], can be called on all "
-        "of them, and what is not wanted taken out of the loss: torch.where(mask, loss, 0).)"
-    )

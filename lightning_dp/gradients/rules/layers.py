@@ -161,7 +161,7 @@ def _refuse_embedding(module: nn.Embedding | nn.EmbeddingBag) -> str | None:
     return None
 
 
-def _affine(module: Any, normalised: Tensor, grad_output: Tensor, kept: tuple[int, ...]) -> dict[str, Dense]:
+def affine(module: Any, normalised: Tensor, grad_output: Tensor, kept: tuple[int, ...]) -> dict[str, Dense]:
     """``y = w · x̂ + b``, elementwise: gradients ``Σ e·x̂`` and ``Σ e``, over all but the batch and ``kept``."""
     wide = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
     summed = tuple(d for d in range(1, grad_output.dim()) if d not in kept)
@@ -177,13 +177,13 @@ def _affine(module: Any, normalised: Tensor, grad_output: Tensor, kept: tuple[in
 @register_rule(nn.LayerNorm)
 def layer_norm(module: nn.LayerNorm, input: Tensor, grad_output: Tensor) -> dict[str, Dense]:
     normalised = F.layer_norm(input, module.normalized_shape, eps=module.eps)
-    return _affine(module, normalised, grad_output, _last(grad_output, len(module.normalized_shape)))
+    return affine(module, normalised, grad_output, _last(grad_output, len(module.normalized_shape)))
 
 
 @register_rule(nn.RMSNorm)
 def rms_norm(module: nn.RMSNorm, input: Tensor, grad_output: Tensor) -> dict[str, Dense]:
     normalised = F.rms_norm(input, module.normalized_shape, eps=module.eps)
-    return _affine(module, normalised, grad_output, _last(grad_output, len(module.normalized_shape)))
+    return affine(module, normalised, grad_output, _last(grad_output, len(module.normalized_shape)))
 
 
 def _last(tensor: Tensor, count: int) -> tuple[int, ...]:
@@ -193,13 +193,13 @@ def _last(tensor: Tensor, count: int) -> tuple[int, ...]:
 @register_rule(nn.GroupNorm)
 def group_norm(module: nn.GroupNorm, input: Tensor, grad_output: Tensor) -> dict[str, Dense]:
     normalised = F.group_norm(input, module.num_groups, eps=module.eps)
-    return _affine(module, normalised, grad_output, (1,))
+    return affine(module, normalised, grad_output, (1,))
 
 
 @register_rule(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 def instance_norm(module: nn.InstanceNorm2d, input: Tensor, grad_output: Tensor) -> dict[str, Dense]:
     normalised = F.instance_norm(input, eps=module.eps)
-    return _affine(module, normalised, grad_output, (1,))
+    return affine(module, normalised, grad_output, (1,))
 
 
 @register_refusal(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)

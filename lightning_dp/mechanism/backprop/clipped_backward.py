@@ -13,9 +13,10 @@ from torch.utils.checkpoint import CheckpointError
 
 from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.gradients.engine import SummingEngine, set_aside
+from lightning_dp.gradients.layer_call import with_batch
 from lightning_dp.gradients.model import getattr_path, trainable
 from lightning_dp.gradients.precision import is_asynchronous, rounds_products
-from lightning_dp.gradients.recorder import same_memory, with_batch
+from lightning_dp.gradients.recorder import same_memory
 from lightning_dp.gradients.shared_outputs import note_expanded
 from lightning_dp.mechanism.backprop.clipped_output import (
     LARGEST_NORM,

@@ -15,7 +15,7 @@ from lightning_dp.gradients.model import trained_layers
 from lightning_dp.gradients.rules.composite import calls_linear
 from lightning_dp.gradients.rules.registry import rule_for
 from lightning_dp.gradients.source import here
-from lightning_dp.torch_api import modes_disabled, tree_flatten, tree_unflatten
+from lightning_dp.torch_api import functions_unwatched, modes_disabled, tree_flatten, tree_unflatten
 from lightning_dp.training.independence import owners
 from lightning_dp.training.independence.owners import State
 from lightning_dp.training.independence.tracer import RowTracer
@@ -51,6 +51,9 @@ class LayerCalls:
             if not torch.is_grad_enabled():
                 return
             form = forms.layers.setdefault(name, LayerForm())
+            if isinstance(output, Tensor) and output.requires_grad:
+                with functions_unwatched(), modes_disabled():
+                    output.register_hook(self._note_gradient)
             input = args[0] if args else next(iter(kwargs.values()), None)
             index = len(form.is_shared)
             if isinstance(input, PackedSequence):
@@ -76,6 +79,10 @@ class LayerCalls:
                 self._note_problem(name, layer, state, input.shape, dim)
 
         return hook
+
+    def _note_gradient(self, gradient: Tensor) -> None:
+        """Whether the loss will depend on this gradient: the backward pass is recorded in its turn."""
+        self._forms.holds_gradients |= torch.is_grad_enabled()
 
     def _note_problem(self, name: str, layer: nn.Module, state: State | None, shape: Sequence[int], dim: int) -> None:
         problem = None if state is None else self._form_problem(state, shape, dim)

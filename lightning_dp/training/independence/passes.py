@@ -17,8 +17,8 @@ from lightning_dp.gradients.base import PerExampleGradient
 from lightning_dp.gradients.engine import set_aside
 from lightning_dp.gradients.engines import BookKeeping
 from lightning_dp.gradients.forms import CallForms
+from lightning_dp.gradients.layer_call import LayerCall
 from lightning_dp.gradients.precision import wide
-from lightning_dp.gradients.recorder import LayerCall
 from lightning_dp.training.independence.shadow import AlignedRandomness, seed_everything
 from lightning_dp.training.independence.subject import Subject, loss_of, reduced
 
