@@ -26,6 +26,11 @@ def version_of(tensor: Tensor) -> int:
     return tensor._version
 
 
+def set_version(tensor: Tensor, version: int) -> None:
+    """Lets a tensor whose numbers are again what they were pass for one that was never written to."""
+    torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
+
+
 def base_of(tensor: Tensor) -> Tensor | None:
     """The tensor that this one is a view of; ``None``: it is none."""
     return tensor._base

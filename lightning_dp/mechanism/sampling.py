@@ -75,6 +75,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
         shard, num_shards: This rank takes every ``num_shards``-th index of the sample, from ``shard`` on.
         steps: Samples per epoch, a public number. ``None``: ``⌈1/q⌉``.
         copies: How often each index is repeated, one after another: the data set augments a record anew every time.
+        filled_to: The size of every batch, where it is to be public: samples are filled up by indices that are drawn
+            already (or 0), and larger ones are cut. ``None``: batches are as large as their samples.
 
     Raises:
         ValueError: The sampling rate is not in (0, 1].
@@ -90,12 +92,13 @@ class PoissonBatchSampler(Sampler[list[int]]):
         num_shards: int = 1,
         copies: int = 1,
         steps: int | None = None,
+        filled_to: int | None = None,
     ) -> None:
         if not 0 < sampling_rate <= 1:
             raise ValueError(f"sampling_rate must lie in (0, 1], got {sampling_rate}.")
         self.num_records = num_records
         self.sampling_rate = sampling_rate
-        self.shard, self.num_shards, self.copies = shard, num_shards, copies
+        self.shard, self.num_shards, self.copies, self.filled_to = shard, num_shards, copies, filled_to
         # 1/q is b/N in floating point: without the tolerance, N = 49 b would have 50 batches.
         self._steps = math.ceil(1 / sampling_rate - 1e-6) if steps is None else steps
         #: The draws that no batch was taken for yet, in order.
@@ -112,6 +115,9 @@ class PoissonBatchSampler(Sampler[list[int]]):
         for step in range(first, first + len(self)):
             generator = self._randomness.numpy("sampling", step)
             sample = draw_poisson_sample(self.num_records, self.sampling_rate, generator)
-            share = sample[self.shard :: self.num_shards].tolist()
+            share = sample[self.shard :: self.num_shards].tolist()[: self.filled_to]
             draws.append(Draw(share, len(sample)))
+            if self.filled_to is not None:
+                fill = share or [0]
+                share = share + [fill[i % len(fill)] for i in range(self.filled_to - len(share))]
             yield share if self.copies == 1 else [index for index in share for _ in range(self.copies)]

@@ -25,7 +25,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_dp.mechanism.sampling import Draw, PoissonBatchSampler
+from lightning_dp.mechanism.sampling import Draw, PoissonBatchSampler, size_bound
 from lightning_dp.training.batches import map_examples
 
 if TYPE_CHECKING:
@@ -343,14 +343,17 @@ def poisson_loader(strategy: PrivateMixin, dataloader: Any) -> PoissonDataLoader
             f"The expected batch size ({expected}) exceeds the {num_records} records of the train set; every "
             "record will be in every batch (sampling rate 1), without amplification by sampling."
         )
+    rate = min(1.0, expected / num_records)
+    by_hand = not strategy.module_in_fit().automatic_optimization
     sampler = PoissonBatchSampler(
         num_records,
-        min(1.0, expected / num_records),
+        rate,
         strategy.randomness,
         first_step=lambda: len(strategy.ledger),
         shard=strategy.trainer_in_fit().global_rank,
         num_shards=strategy.trainer_in_fit().world_size,
         copies=strategy.mechanism.augmentation_multiplicity,
         steps=steps_per_epoch(dataloader, num_records, expected // accumulated, accumulated),
+        filled_to=size_bound(num_records, rate) if by_hand else None,
     )
     return PoissonDataLoader.replacing(dataloader, sampler)

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.mechanism.step import PrivateStep
 from lightning_dp.mechanism.sums import Wire
-from lightning_dp.torch_api import functions_unwatched, modes_disabled
+from lightning_dp.torch_api import functions_unwatched
 from lightning_dp.training import lightning_api, steering
 from lightning_dp.training.batches import take_rows
 from lightning_dp.training.checks import configuration
@@ -107,7 +107,7 @@ class PrivateMixin(ConfiguredStrategy):
         if module.automatic_optimization:
             configuration.check_optimizers(trainer, engine)
         else:
-            requirements.check_optimizers(module, self.optimizers)
+            requirements.check_optimizers(module, self.optimizers, self.lr_scheduler_configs)
             self.manual.reset(self.optimizers)
         wire = Wire(trainer.global_rank, trainer.world_size, self.add_up if trainer.world_size > 1 else None)
         step = PrivateStep(mechanism, engine, self.ledger, self.randomness, wire, self.books.charge)
@@ -223,7 +223,7 @@ class PrivateMixin(ConfiguredStrategy):
         if not self.module_in_fit().automatic_optimization:
             result = closure()
             self.manual.before_step(optimizer)
-            with functions_unwatched(), modes_disabled():
+            with functions_unwatched():
                 super().optimizer_step(optimizer, lambda: None, *args, **kwargs)
             return result
 

@@ -30,7 +30,7 @@ from lightning_dp.training.independence.owners import State
 from lightning_dp.training.independence.remedies import listed, remedy
 from lightning_dp.training.independence.shadow import is_metric, kept_by, random_state_kept, seed_everything
 from lightning_dp.training.independence.subject import Subject, loss_of, reduced
-from lightning_dp.training.independence.tracer import Reads, RowTracer, tensors_in
+from lightning_dp.training.independence.tracer import READS, Reads, RowTracer, tensors_in
 
 #: Names that a message shows for one kind of problem.
 _SHOWN = 4
@@ -102,6 +102,7 @@ class _Examination:
                     for name, value in _counters(kept_by(module)).items()
                     if name in counters and counters[name] != value
                 ]
+                self._calls.look_again()
                 loss = loss_of(output)
                 state = tracer.state(loss)
                 self._found.reads = list(tracer.reads)
@@ -200,13 +201,15 @@ class _Examination:
         )
 
     def _look_at_decisions(self) -> None:
-        """With manual optimization, what is decided by records may be whether a step is taken."""
-        lines = [line for line in self._tracer.decisions if "torchmetrics" not in line]
+        """With manual optimization, what is decided by records may be whether a step is taken. Reads by operations are
+        refused while the step runs; here, those that no operation shows."""
+        named = {f"{name}()" for name in READS}
+        lines = [line for line, what in self._tracer.decisions.items() if what in named and "torchmetrics" not in line]
         if lines:
             self._problems.append(
-                f"training_step reads what records hold at {', '.join(lines[:_SHOWN])} (item(), bool(), tolist()): "
-                "with manual optimization, it could decide whether a step is taken, which ε does not cover. Log the "
-                "tensor itself (self.log takes it), and use torch.where instead of a condition."
+                f"training_step reads what records hold at {', '.join(lines[:_SHOWN])} (tolist(), numpy()): with "
+                "manual optimization, it could decide whether a step is taken, which ε does not cover. Log the tensor "
+                "itself (self.log takes it), and use torch.where instead of a condition."
             )
 
     # -- state -----------------------------------------------------------------------------------------------------

@@ -36,6 +36,8 @@ class LayerCalls:
         self.problems: dict[str, list[str]] = {}
         #: Types of layers with a problem, by name.
         self.kinds: dict[str, str] = {}
+        #: Inputs of calls, and whose they were then.
+        self._seen: list[tuple[str, nn.Module, Tensor, State | None, int]] = []
         self.lines: dict[str, str] = {}
 
     def hooks(self, module: nn.Module) -> list[Any]:
@@ -66,6 +68,7 @@ class LayerCalls:
             dim = 1 if time_first else 0
             state = self._tracer.state(input)
             public = state is None or state.is_public
+            self._seen.append((name, layer, input, state, dim))
             shared = public and input.dim() > 0 and input.shape[0] == 1 and self._rows > 1
             form.is_shared.append(shared)
             if shared:
@@ -83,6 +86,13 @@ class LayerCalls:
     def _note_gradient(self, gradient: Tensor) -> None:
         """Whether the loss will depend on this gradient: the backward pass is recorded in its turn."""
         self._forms.holds_gradients |= torch.is_grad_enabled()
+
+    def look_again(self) -> None:
+        """After the step: what a call saw is what its gradient is computed from, and must not have been mixed since."""
+        for name, layer, input, before, dim in self._seen:
+            state = self._tracer.state(input)
+            if state is not None and not state.is_public and (before is None or state.is_mixed != before.is_mixed):
+                self._note_problem(name, layer, state, input.shape, dim)
 
     def _note_problem(self, name: str, layer: nn.Module, state: State | None, shape: Sequence[int], dim: int) -> None:
         problem = None if state is None else self._form_problem(state, shape, dim)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lightning_dp.errors import UnsupportedModelError
-from lightning_dp.gradients.source import here
+from lightning_dp.gradients.source import OWN, here
 from lightning_dp.torch_api import TorchDispatchMode, operation_name, storage_id, tree_leaves, writes
 
 #: Operations whose result depends on the shape of what they are given, and on none of its numbers.
@@ -19,17 +23,22 @@ _OF_THE_SHAPE = frozenset(
 )
 
 
+#: Functions that read their argument to see whether it is in range.
+_CHECKED = frozenset(("one_hot",))
+
+
 #: Operations by which numbers become Python's, or the size of a tensor.
 _READS = frozenset(
     (
         *("_local_scalar_dense", "is_nonzero", "equal", "allclose", "_is_all_true", "_is_any_true"),
-        *("nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive", "bincount"),
+        *("nonzero", "masked_select", "unique_dim", "_unique2", "unique_consecutive", "unique_dim_consecutive"),
+        *("bincount", "tensor_split", "repeat_interleave", "_pack_padded_sequence"),
     )
 )
 
 
 class DerivedFromRecords(TorchDispatchMode):
-    """Follows what is computed from records, memory by memory: a lower bound on what is public.
+    """Follows what is computed from records, memory by memory: what is not held is public.
 
     Formal guarantee: a tensor that `holds` denies has numbers that do not depend on those of the batch. Proof: by
     induction over the operations of the step. What is computed from such tensors alone, on code whose course no record
@@ -41,12 +50,30 @@ class DerivedFromRecords(TorchDispatchMode):
         super().__init__()
         #: Storages that hold something derived; they are kept, so that no other gets their number.
         self._storages: dict[int, Any] = {}
+        #: Whether a function runs that reads its arguments to check them, and for nothing else.
+        self._checks_only = False
+        #: What an operation raised, which the step's own code may have ignored.
+        self.failure: Exception | None = None
 
     def mark(self, batch: Any) -> None:
-        """Says that the tensors of a batch are records."""
+        """Says that the tensors of a batch are records.
+
+        Raises:
+            UnsupportedModelError: It holds something else, which could not be followed.
+        """
         for leaf in tree_leaves(batch):
             if isinstance(leaf, Tensor):
                 self._hold(leaf)
+            elif leaf is not None:
+                raise UnsupportedModelError(
+                    f"The batch holds a {type(leaf).__name__}, and with manual optimization what is made of it could "
+                    "not be told from what is public. Let the collate function return tensors, in tuples, lists or "
+                    "dictionaries."
+                )
+
+    def functions(self) -> TorchFunctionMode:
+        """To be entered beside this mode."""
+        return _Functions(self)
 
     def holds(self, tensor: Any) -> bool:
         """Whether a tensor may depend on records."""
@@ -62,13 +89,18 @@ class DerivedFromRecords(TorchDispatchMode):
         name = operation_name(func)
         if not any(map(self.holds, given)) or name in _OF_THE_SHAPE:
             return func(*args, **kwargs)
-        if name in _READS or (name == "index" and _has_mask(args)):
+        reads = name in _READS or (name == "index" and _has_mask(args))
+        if reads and not self._checks_only and not _is_check():
             raise UnsupportedModelError(
                 f"training_step reads what records hold at {here()} (item(), bool(), a mask as an index): with manual "
                 "optimization, it could decide whether a step is taken, which ε does not cover. Log the tensor itself "
                 "(self.log takes it), and use torch.where instead of a mask."
             )
-        result = func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except Exception as error:
+            self.failure = error
+            raise
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._hold(leaf)
@@ -77,6 +109,36 @@ class DerivedFromRecords(TorchDispatchMode):
                 if isinstance(leaf, Tensor):
                     self._hold(leaf)
         return result
+
+
+class _Functions(TorchFunctionMode):
+    """Knows which functions read records only to check them."""
+
+    def __init__(self, derived: DerivedFromRecords) -> None:
+        super().__init__()
+        self._derived = derived
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") not in _CHECKED:
+            return func(*args, **(kwargs or {}))
+        before, self._derived._checks_only = self._derived._checks_only, True
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            self._derived._checks_only = before
+
+
+def _is_check() -> bool:
+    """Whether a library reads numbers for a check of arguments, or for a metric, which no step depends on."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        path = frame.f_code.co_filename.replace(os.sep, "/")
+        if "/torch/distributions/" in path or "/torchmetrics/" in path:
+            return True
+        if "/torch/" not in path and not path.startswith(OWN):
+            return False
+        frame = frame.f_back
+    return False
 
 
 def _has_mask(args: Any) -> bool:

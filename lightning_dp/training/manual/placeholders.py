@@ -27,6 +27,8 @@ class Placeholders:
 
     def __init__(self) -> None:
         self._put: dict[int, _Placeholder] = {}
+        #: Whether user code wrote something else than zeros into one: it meant to change the gradient.
+        self.was_written = False
 
     def put(self, parameter: nn.Parameter, batch: int) -> None:
         """Puts one, unless the parameter's is still there.
@@ -47,8 +49,9 @@ class Placeholders:
             return False
         if version_of(known.tensor) != known.version:  # it was written to: clipped, or set to zero
             known.version = version_of(known.tensor)
-            if known.tensor.numel() and float(known.tensor.flatten()[0]) == 0.0:
+            if not bool(known.tensor.any()):
                 return False
+            self.was_written = True
         return True
 
     def batch_of(self, parameter: nn.Parameter) -> int:

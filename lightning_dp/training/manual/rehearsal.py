@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dp.errors import FormChanged, PrivacyConfigurationError, UnsupportedModelError
-from lightning_dp.torch_api import is_batch_norm
+from lightning_dp.torch_api import functions_unwatched, is_batch_norm, modes_disabled, set_version, version_of
 from lightning_dp.training.manual.placeholders import Placeholders
 from lightning_dp.training.manual.plan import Asked, ManualPlan
 
@@ -53,10 +53,14 @@ class Rehearsal:
         for optimizer in self._optimizers:
             optimizer.step = self._stepper(optimizer)  # type: ignore[method-assign]
             optimizer.toggle_model = self._toggler(optimizer)  # type: ignore[attr-defined]
+            optimizer.optimizer = optimizer  # type: ignore[attr-defined]
+        #: Parameters that are trained in a step, and in no one's gradients here.
+        self._public: list[nn.Parameter] = []
         if not classify:
             for number in plan.public:
-                for parameter in parameters_of(self._optimizers[number]):
-                    parameter.requires_grad_(False)
+                self._public += [p for p in parameters_of(self._optimizers[number]) if p.requires_grad]
+            for parameter in self._public:
+                parameter.requires_grad_(False)
             for layer in module.modules():
                 if is_batch_norm(layer) and layer.training:
                     layer.forward = _row_by_row(layer)
@@ -93,7 +97,12 @@ class Rehearsal:
         self._behind: dict[nn.Parameter, list[int]] = {}
         #: The steps so far: the optimizer, and the losses behind its gradients.
         self._steps: list[tuple[int, set[int]]] = []
-        self._training_step(batch, *args, **kwargs)
+        for parameter in self._public:
+            parameter.requires_grad_(True)
+        with _kept(list(self._places)):
+            self._training_step(batch, *args, **kwargs)
+        for parameter in self._public:
+            parameter.requires_grad_(False)
         if self._classify:
             self._conclude()
         terms = [
@@ -105,7 +114,8 @@ class Rehearsal:
             raise PrivacyConfigurationError(
                 "training_step took no step of an optimizer with a gradient that depends on the batch: there is "
                 "nothing to train privately. With manual optimization, call self.manual_backward(loss) and then step "
-                "an optimizer from self.optimizers(), on every batch from the first on."
+                "an optimizer from self.optimizers(), on every batch from the first on. (Gradients of several batches "
+                "cannot be added up: for a larger batch, give the loader a larger batch_size.)"
             )
         total = terms[0]
         for term in terms[1:]:
@@ -184,6 +194,19 @@ class Rehearsal:
             self.untoggle(optimizer)
 
         return toggled
+
+
+@contextmanager
+def _kept(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Undoes what is done to parameters within (weights that are clamped after a step), also for autograd."""
+    with functions_unwatched(), modes_disabled():
+        before = [(p, version_of(p), p.detach().clone()) for p in parameters]
+    yield
+    with functions_unwatched(), modes_disabled():
+        for parameter, version, values in before:
+            if version_of(parameter) != version or not torch.equal(parameter, values):
+                parameter.data.copy_(values)
+                set_version(parameter, version)
 
 
 def _row_by_row(layer: Any) -> Callable[[Tensor], Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -12,6 +13,7 @@ from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.mechanism.clipping import Clipping
 from lightning_dp.mechanism.mechanism import Mechanism
 from lightning_dp.mechanism.noise import GaussianNoise
+from lightning_dp.torch_api import has_gradient_hooks
 from lightning_dp.training.manual.rehearsal import parameters_of
 from lightning_dp.training.options import PrivacyOptions
 
@@ -47,7 +49,7 @@ def check_configuration(mechanism: Mechanism, options: PrivacyOptions, processes
         )
 
 
-def check_optimizers(module: pl.LightningModule, optimizers: Sequence[Optimizer]) -> None:
+def check_optimizers(module: pl.LightningModule, optimizers: Sequence[Optimizer], schedulers: Sequence[Any]) -> None:
     """Refuses parameters that several optimizers hold, or none, and optimizers that need several gradients."""
     held: dict[int, int] = {}
     for number, optimizer in enumerate(optimizers):
@@ -62,6 +64,22 @@ def check_optimizers(module: pl.LightningModule, optimizers: Sequence[Optimizer]
                     f"Optimizers {held[id(parameter)]} and {number} hold the same parameter. Give every parameter "
                     "to one optimizer."
                 )
+    if (backward := type(module).backward) is not pl.LightningModule.backward:
+        raise PrivacyConfigurationError(
+            f"{backward.__qualname__}: with manual optimization, a backward of the module's own would see gradients "
+            "without noise. Leave it out."
+        )
+    hooked = [n for n, p in module.named_parameters() if has_gradient_hooks(p)]
+    if hooked:
+        raise PrivacyConfigurationError(
+            f"Parameters {hooked[:4]} have gradient hooks, which would see gradients without noise: remove them, and "
+            "look at p.grad in on_before_optimizer_step, where the noise is in."
+        )
+    if any(config.reduce_on_plateau for config in schedulers):
+        raise PrivacyConfigurationError(
+            "ReduceLROnPlateau with manual optimization: which metric training_step gives it is not known, and one of "
+            "the train set has no noise. Use a schedule by steps or epochs."
+        )
     own = {id(p): name for name, p in module.named_parameters()}
     if foreign := [key for key in held if key not in own]:
         raise PrivacyConfigurationError(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -14,19 +15,19 @@ from lightning_dp.errors import FormChanged, PrivacyConfigurationError, PrivacyL
 from lightning_dp.gradients.engine import set_aside
 from lightning_dp.gradients.engines import BookKeeping
 from lightning_dp.gradients.forms import form_changed_in
-from lightning_dp.mechanism.sampling import Draw, size_bound
+from lightning_dp.mechanism.sampling import Draw
 from lightning_dp.mechanism.step import Part, PrivateStep
-from lightning_dp.torch_api import functions_unwatched, modes_disabled
+from lightning_dp.torch_api import functions_unwatched, modes_disabled, tree_leaves
 from lightning_dp.training import lightning_api
 from lightning_dp.training.manual.derived import DerivedFromRecords
-from lightning_dp.training.manual.placeholders import Placeholders
+from lightning_dp.training.manual.private_steps import PrivateSteps
 from lightning_dp.training.manual.rehearsal import PAST_MANUAL_BACKWARD, parameters_of
 
 if TYPE_CHECKING:
     from lightning_dp.training.strategy import PrivateMixin
 
-#: How often a batch may turn out to run code that was not examined.
-_ATTEMPTS = 8
+#: How often a batch may turn out to run code that was not examined, and rows that are examined then.
+_ATTEMPTS, _EXAMINED = 8, 8
 
 
 class ManualSteps:
@@ -34,7 +35,7 @@ class ManualSteps:
 
     Formal guarantee: what a batch changes of the model costs one step of the ledger's multiplier. Proof: an optimizer
     is stepped either with a release (`Part`), of which there are at most as many as share the step's noise; or with
-    gradients of losses that depend on no record (`DerivedFromRecords`), from a number of rows that is public: the
+    gradients of losses that depend on no record (`DerivedFromRecords`), from a number of rows that is public: every
     batch is filled up to `size_bound` rows, and rows beyond the sample add nothing to releases. A sample that is larger
     than that, which has a probability below 1e-24, is cut: δ grows by less than ``(1 + e^ε) · 1e-24`` a step.
     Whether a step is taken does not depend on records: what could tell the code about them is refused, when the step is
@@ -59,36 +60,35 @@ class ManualSteps:
             if not getattr(optimizer, "_lightning_dp_watched", False):
                 optimizer.register_step_pre_hook(self._refuse_placeholders)
                 optimizer._lightning_dp_watched = True  # type: ignore[attr-defined]
-        #: The private step of every private optimizer, by its number.
-        self.steps: dict[int, PrivateStep] = {}
-        self._placeholders = Placeholders()
+        self._private = PrivateSteps()
         self._derived: DerivedFromRecords | None = None
         self._number = self._batch = self._released = 0
         self._rows = 0
+        #: Shapes of the parts of a batch, which must be public as well.
+        self._shapes: list[torch.Size] | None = None
         self._padding: Tensor | None = None
+        self._has_warned = False
         #: Whether an optimizer was stepped on the current batch.
         self._has_stepped = False
 
     # -- set-up ----------------------------------------------------------------------------------------------------
 
+    def _step_of(self, parameters: Collection[int]) -> PrivateStep:
+        strategy, module = self._strategy, self._strategy.module_in_fit()
+        self._check_layers(parameters)
+        mechanism = strategy.mechanism.for_module(module)
+        engine = mechanism.make_engine(strategy.options.engine, module)
+        return PrivateStep(mechanism, engine, strategy.ledger, strategy.randomness)
+
     def _refuse_placeholders(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if any(map(self._placeholders.stands_for, parameters_of(optimizer))):
+        derived = self._derived
+        if derived is not None and any(derived.holds(p.grad) for p in parameters_of(optimizer)):
+            raise UnsupportedModelError(PAST_MANUAL_BACKWARD)
+        if self._private.waits(parameters_of(optimizer)):
             raise PrivacyConfigurationError(
                 "An optimizer was stepped past Lightning, before its gradient had noise. Take it from "
                 "self.optimizers(), without use_pl_optimizer=False."
             )
-
-    def _make_steps(self) -> None:
-        """Makes the private steps of the optimizers that are known to be private and have none yet."""
-        strategy, plan = self._strategy, self._strategy.examiner.understanding.manual
-        module = strategy.module_in_fit()
-        for number in sorted(plan.private - self.steps.keys()):
-            own = parameters_of(strategy.optimizers[number])
-            with _only_trainable(module, own):
-                self._check_layers({id(p) for p in own})
-                mechanism = strategy.mechanism.for_module(module)
-                engine = mechanism.make_engine(strategy.options.engine, module)
-            self.steps[number] = PrivateStep(mechanism, engine, strategy.ledger, strategy.randomness)
 
     # -- a batch ---------------------------------------------------------------------------------------------------
 
@@ -108,12 +108,25 @@ class ManualSteps:
                 reason = form_changed_in(error)
                 if reason is None:
                     raise
-                examiner.examine_drawn(batch, draw, args, reason, seed)
+                few = min(_EXAMINED, self._rows)
+                part = strategy.take_examples(batch, self._rows, slice(0, few))
+                records = (draw.records or [0]) * few
+                examiner.examine_drawn(part, Draw(records[:few], few), args, reason, seed)
+                for optimizer in strategy.optimizers:  # what the first attempt has left there
+                    for parameter in parameters_of(optimizer):
+                        parameter.grad = None
                 if self._has_stepped:
                     # The batch cannot be run again. Its rest is left out, whatever its records are: the course of the
                     # code does not depend on them.
+                    rank_zero_info(f"lightning_dp: {reason} It was examined; the rest of this batch is left out.")
                     return None
                 strategy.logs.again()
+            except UnsupportedModelError as error:
+                if "per_example" not in str(error):
+                    raise
+                raise UnsupportedModelError(
+                    f"{error} (With manual optimization, engine='per_example' cannot be used.)"
+                ) from None
         return self._run(batch, draw, args, kwargs)
 
     def _charge(self) -> None:
@@ -134,26 +147,32 @@ class ManualSteps:
 
     def _run(self, batch: Any, draw: Draw, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         strategy = self._strategy
-        self._make_steps()
+        module, plan = strategy.module_in_fit(), strategy.examiner.understanding.manual
+        self._private.make(plan.private, strategy.optimizers, module, self._step_of)
+        self._private.use(None if strategy.examiner.findings is None else strategy.examiner.findings.forms)
         self._released, self._has_stepped = 0, False
-        batch, self._rows = self._filled(batch, draw)
-        records = min(draw.size, self._rows)
+        self._check_shapes(batch)
         self._padding = None
-        if records < self._rows:
-            self._padding = torch.arange(self._rows, device=strategy.root_device) >= records
+        if draw.size < self._rows:
+            self._padding = torch.arange(self._rows, device=strategy.root_device) >= draw.size
         self._derived = DerivedFromRecords()
         self._derived.mark(batch)
         lightning_api.weigh_logs_by(strategy.trainer_in_fit(), batch)
         trained = [p for optimizer in strategy.optimizers for p in parameters_of(optimizer) if p.requires_grad]
         try:
             with ExitStack() as stack:
-                for step in self.steps.values():
-                    if strategy.examiner.findings is not None:
-                        step.engine.forms = strategy.examiner.findings.forms
-                    stack.enter_context(step.engine.forward(self._rows))
-                stack.enter_context(strategy.micro_batches.watch(self._rows))
+                for engine in self._private.engines():
+                    stack.enter_context(engine.forward(self._rows))
+                stack.enter_context(self._derived.functions())
+                stack.enter_context(strategy.micro_batches.watch(self._rows))  # nearest to the step's own code
                 stack.enter_context(self._derived)
-                return strategy.user_training_step(batch, *args, **kwargs)
+                output = strategy.user_training_step(batch, *args, **kwargs)
+            if self._derived.failure is not None:
+                raise UnsupportedModelError(
+                    "An operation on records failed, and training_step went on: with manual optimization, that could "
+                    f"decide whether a step is taken. Let the error end the training: {self._derived.failure}"
+                )
+            return output
         except BaseException:  # perhaps between toggle_optimizer and untoggle_optimizer
             for parameter in trained:
                 parameter.requires_grad_(True)
@@ -161,18 +180,19 @@ class ManualSteps:
         finally:
             self._derived = None
 
-    def _filled(self, batch: Any, draw: Draw) -> tuple[Any, int]:
-        """The batch with a public number of rows, where public optimizers could count them; and that number."""
-        strategy = self._strategy
-        rows = max(draw.size, 1)
-        if strategy.examiner.understanding.manual.public:
-            rows = size_bound(strategy.num_records, strategy.sampling_rate)
-        if rows == draw.size:
-            return batch, rows
-        size = draw.size
-        if not size:  # some record, of which nothing is used
-            batch, size = strategy.micro_batches.load([0]), 1
-        return strategy.take_examples(batch, size, [row % size for row in range(rows)]), rows
+    def _check_shapes(self, batch: Any) -> None:
+        """Takes note of the number of rows, and refuses batches of other shapes: lengths would be the records'."""
+        loader = self._strategy.train_loader
+        assert loader is not None and loader.poisson.filled_to is not None
+        self._rows = loader.poisson.filled_to
+        shapes = [leaf.shape for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+        if self._shapes is not None and shapes != self._shapes:
+            raise PrivacyConfigurationError(
+                f"The parts of a batch have shapes {[tuple(s) for s in shapes]}, and those of another "
+                f"{[tuple(s) for s in self._shapes]}: with manual optimization, what is padded to the longest record "
+                "tells its length to optimizers without noise. Pad to one length (padding='max_length')."
+            )
+        self._shapes = shapes
 
     # -- what training_step asks for -------------------------------------------------------------------------------
 
@@ -184,20 +204,19 @@ class ManualSteps:
         module, is_public = strategy.module_in_fit(), not self._derived.holds(loss)
         strategy.pre_backward(loss)
         loss = strategy.precision_plugin.pre_backward(loss, module)
-        others = [p for i, o in enumerate(strategy.optimizers) if i not in self.steps for p in parameters_of(o)]
-        with functions_unwatched(), modes_disabled(), ExitStack() as stack:
-            self._forget_zeroed()
-            for engine in self._engines():
+        private = self._private.by_optimizer
+        others = [p for i, o in enumerate(strategy.optimizers) if i not in private for p in parameters_of(o)]
+        with functions_unwatched(), ExitStack() as stack:
+            if not is_public:  # else what its backward pass does with records is followed
+                stack.enter_context(modes_disabled())
+            self._private.forget_zeroed()
+            for engine in self._private.engines():
                 stack.enter_context(engine.backward())
             stack.enter_context(set_aside([] if is_public else others))
             strategy.precision_plugin.backward(loss, module, None, *args, **kwargs)
             reached = [] if is_public else [p for p in others if p.grad is not None]
         with functions_unwatched(), modes_disabled():
-            for parameter in reached:
-                self._placeholders.put(parameter, self._batch)
-            for engine in self._engines():
-                for name in engine.waiting():
-                    self._placeholders.put(engine.parameters[name], self._batch)
+            self._private.put_placeholders(reached, self._batch)
         loss = strategy.precision_plugin.post_backward(loss, module)
         strategy.post_backward(loss)
         return loss
@@ -209,15 +228,16 @@ class ManualSteps:
         number = next(i for i, known in enumerate(self._strategy.optimizers) if known is optimizer)
         parameters = parameters_of(optimizer)
         with functions_unwatched(), modes_disabled():
-            stale = [p for p in parameters if self._is_stale(p)]
-            if stale:
+            if self._private.waits_since(parameters, self._batch):
                 raise PrivacyConfigurationError(
                     "An optimizer is stepped with gradients of several batches: a union of Poisson samples is none, "
                     "and its cost is not known. Call opt.zero_grad() before manual_backward in every batch; for a "
                     "larger batch, give the loader a larger batch_size."
                 )
-            if number in self.steps:
-                self._release(self.steps[number], parameters)
+            if number in self._private.by_optimizer:
+                self._release(self._private.by_optimizer[number], parameters)
+            elif number not in self._strategy.examiner.understanding.manual.public:
+                raise FormChanged("training_step steps an optimizer that it did not step when it was examined.")
             else:
                 self._refuse_records(parameters)
             self._has_stepped = True
@@ -226,8 +246,16 @@ class ManualSteps:
         strategy, engine = self._strategy, step.engine
         plan = strategy.examiner.understanding.manual
         assert isinstance(engine, BookKeeping) and strategy.noise_multiplier is not None
-        self._forget_zeroed()
+        self._private.forget_zeroed()
+        if self._private.placeholders.was_written and not self._has_warned:
+            self._has_warned = True
+            rank_zero_info(
+                "lightning_dp: training_step changes gradients before a step (clip_gradients, p.grad.mul_): they have "
+                "no noise yet, so that this changes nothing. Each record's gradient is clipped by the clipping rule; "
+                "what is to be done to the noisy gradient belongs into on_before_optimizer_step."
+            )
         if not engine.waiting():
+            self._refuse_records(parameters)
             return
         if self._released >= plan.releases:
             raise FormChanged("training_step takes more steps on a batch than when it was examined.")
@@ -246,35 +274,8 @@ class ManualSteps:
 
     def _refuse_records(self, parameters: list[nn.Parameter]) -> None:
         """Raises if an optimizer that no release belongs to has a gradient that may depend on records."""
-        if any(map(self._placeholders.stands_for, parameters)):
+        if self._private.waits(parameters):
             raise FormChanged("An optimizer is stepped with a gradient of records, and was not when it was examined.")
         assert self._derived is not None
         if any(p.grad is not None and self._derived.holds(p.grad) for p in parameters):
             raise UnsupportedModelError(PAST_MANUAL_BACKWARD)
-
-    def _is_stale(self, parameter: nn.Parameter) -> bool:
-        return self._placeholders.stands_for(parameter) and self._placeholders.batch_of(parameter) != self._batch
-
-    def _forget_zeroed(self) -> None:
-        """Forgets gradients of records that the user's code has set to zero or taken away."""
-        for engine in self._engines():
-            engine.forget([n for n in engine.waiting() if not self._placeholders.stands_for(engine.parameters[n])])
-
-    def _engines(self) -> Iterator[BookKeeping]:
-        for step in self.steps.values():
-            assert isinstance(step.engine, BookKeeping)
-            yield step.engine
-
-
-@contextmanager
-def _only_trainable(module: nn.Module, parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Within, no other parameter of the module requires a gradient."""
-    own = {id(p) for p in parameters}
-    others = [p for p in module.parameters() if p.requires_grad and id(p) not in own]
-    for parameter in others:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in others:
-            parameter.requires_grad_(True)
