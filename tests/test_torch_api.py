@@ -100,6 +100,19 @@ def test_hooks_of_all_modules_are_seen(register: Callable[..., Any]) -> None:
         handle.remove()
 
 
+def test_a_tensor_that_was_put_back_passes_for_unchanged() -> None:
+    weight = torch.ones(2, requires_grad=True)
+    loss = (weight * weight).sum()
+    version = torch_api.version_of(weight)
+    with torch.no_grad():
+        weight.mul_(2).div_(2)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward(retain_graph=True)
+    torch_api.set_version(weight, version)
+    loss.backward()
+    assert torch.equal(weight.grad, 2 * torch.ones(2))
+
+
 def test_a_tensor_stands_for_a_parameter() -> None:
     layer = nn.Linear(2, 2)
     weight, zeros = layer.weight, torch.zeros(2, 2)

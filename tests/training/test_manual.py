@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from lightning_dp.errors import PrivacyConfigurationError, PrivacyLimitReached, 
 from lightning_dp.mechanism import sampling
 from lightning_dp.mechanism.sampling import Draw, size_bound
 from lightning_dp.training.callbacks.budget import PrivacyBudget
+from lightning_dp.training.manual.derived import DerivedFromRecords
 from lightning_dp.training.manual.steps import ManualSteps
 
 N, D, Z = 24, 3, 2
@@ -152,6 +154,7 @@ def fit(
     epochs: int = 1,
     clipping: Any = None,
     noise: Any = 0.0,
+    collate: Any = None,
     **options: Any,
 ) -> PrivateStrategy:
     strategy = PrivateStrategy(
@@ -162,7 +165,7 @@ def fit(
         strategy=strategy, accelerator="cpu", max_epochs=epochs, limit_train_batches=steps, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
     )  # fmt: skip
-    trainer.fit(module, DataLoader(TensorDataset(records() if data is None else data), batch_size))
+    trainer.fit(module, DataLoader(TensorDataset(records() if data is None else data), batch_size, collate_fn=collate))
     return strategy
 
 
@@ -436,6 +439,82 @@ class Kept(Gan):
         return super().real_loss(x)
 
 
+class ByHand(Gan):
+    """A gradient that is written by hand, from the second epoch on."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        super().training_step(batch, batch_idx)
+        _, opt = self.optimizers()
+        opt.zero_grad()
+        self.discriminator[0].weight.grad = batch[0].mean(0).expand(5, D).clone() if self.current_epoch else None
+        opt.step()
+
+
+class Multiplied(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, fake: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return fake.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return gradient * ctx.saved_tensors[0], None
+
+
+class ThroughBackward(Gan):
+    """Records reach the generator in the backward pass alone."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x,) = batch
+        opt_g, opt_d = self.optimizers()
+        self.step_discriminator(opt_d, x)
+        opt_g.zero_grad()
+        fake = Multiplied.apply(self.generator(self.codes(len(x))), x)
+        self.manual_backward(F.softplus(-self.discriminator(fake)).mean())
+        opt_g.step()
+
+
+class InTheHook(Gan):
+    def real_loss(self, x: Tensor) -> Tensor:
+        self.shown = super().real_loss(x)
+        return self.shown
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.shown.item() > 1e9:
+            optimizer.param_groups[0]["lr"] = 0.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        super().training_step(batch, batch_idx)
+        del self.shown
+
+
+class Swallowed(Gan):
+    def step_discriminator(self, opt: Any, x: Tensor) -> None:
+        try:
+            F.embedding(torch.where(x[:, 0] > -9, 0, 9).long(), torch.zeros(2, 1))
+            (x[:, 0] * torch.zeros(len(x) + 1)) if self.current_epoch else None
+        except (IndexError, RuntimeError):
+            return
+        super().step_discriminator(opt, x)
+
+
+class OwnBackward(Gan):
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        loss.backward()
+
+
+class Hooked(Gan):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator[0].weight.register_hook(lambda gradient: gradient)
+
+
+class Plateau(Gan):
+    def configure_optimizers(self) -> Any:
+        optimizers = super().configure_optimizers()
+        return list(optimizers), [torch.optim.lr_scheduler.ReduceLROnPlateau(optimizers[0])]
+
+
 class Nothing(Gan):
     def step_discriminator(self, opt: Any, x: Tensor) -> None:
         pass
@@ -453,11 +532,125 @@ class Nothing(Gan):
         (BatchLoss, "not a sum over records"),
         (Kept, "'last'"),
         (Nothing, "nothing to train privately"),
+        (ByHand, "goes past the bound"),
+        (ThroughBackward, "goes past the bound"),
+        (InTheHook, "reads what records hold"),
+        (Swallowed, "An operation on records failed|exchanging some examples of the batch"),
+        (OwnBackward, "backward of the module's own"),
+        (Hooked, "gradient hooks"),
+        (Plateau, "ReduceLROnPlateau"),
     ],
 )
 def test_what_cannot_be_bounded_is_refused(kind: type[Gan], says: str) -> None:
     with pytest.raises((UnsupportedModelError, PrivacyConfigurationError), match=f"(?s){says}"):
-        fit(kind(), steps=3)
+        fit(kind(), steps=3, epochs=2)
+
+
+class Clamped(Gan):
+    """WGAN's weights, and D's second step after them."""
+
+    def step_discriminator(self, opt: Any, x: Tensor) -> None:
+        super().step_discriminator(opt, x)
+        with torch.no_grad():
+            for parameter in self.discriminator.parameters():
+                parameter.clamp_(-0.5, 0.5)
+
+
+class Conditioned(Gan):
+    """Labels, and arguments that are checked."""
+
+    def real_loss(self, x: Tensor) -> Tensor:
+        label = F.one_hot((x[:, 0] > 0).long(), 2).float()
+        scores = self.discriminator(x) + label.sum(1, keepdim=True)
+        return -torch.distributions.Normal(scores, torch.ones_like(scores)).log_prob(x[:, :1]).mean()
+
+
+class Regularised(Gan):
+    """A penalty on the generator's own gradient, and a random branch."""
+
+    def generator_loss(self, count: int) -> Tensor:
+        codes = self.codes(count).requires_grad_(True)
+        fake = self.generator(codes)
+        (gradient,) = torch.autograd.grad(fake.sum(), codes, create_graph=True)
+        weight = 1.0 if torch.rand(1).item() > 2 else 0.5
+        return F.softplus(-self.discriminator(fake)).mean() + weight * gradient.square().mean()
+
+
+class Penalised(Gan):
+    """WGAN-GP."""
+
+    def real_loss(self, x: Tensor) -> Tensor:
+        mixed = (0.3 * x + 0.7 * self.generator(self.codes(len(x))).detach()).requires_grad_(True)
+        (gradient,) = torch.autograd.grad(self.discriminator(mixed).sum(), mixed, create_graph=True)
+        return (10 * (gradient.norm(2, 1) - 1).square()).mean() - self.discriminator(x).mean()
+
+
+class Reaching(Gan):
+    """Settings of the optimizer within."""
+
+    def step_discriminator(self, opt: Any, x: Tensor) -> None:
+        opt.optimizer.param_groups[0]["lr"] = 0.5
+        super().step_discriminator(opt, x)
+
+
+@pytest.mark.parametrize("kind", [Clamped, Conditioned, Regularised, Penalised, Reaching])
+@pytest.mark.parametrize("batch_size", [8, N])
+def test_ordinary_steps_are_taken(kind: type[Gan], batch_size: int) -> None:
+    module, before = kind(), kind()
+    strategy = fit(module, batch_size=batch_size, steps=2)
+    assert strategy.examiner.understanding.manual.public == {0}
+    for name, found in module.named_parameters():
+        assert not torch.equal(found, before.get_parameter(name)), name
+
+
+def test_what_an_operation_on_records_raised_is_kept() -> None:
+    derived, x = DerivedFromRecords(), torch.ones(3)
+    derived.mark([x, None])
+    with derived:
+        with contextlib.suppress(RuntimeError):
+            torch.ones(2) + torch.ones(3)
+        assert derived.failure is None
+        with contextlib.suppress(RuntimeError):
+            torch.ones(2) + x
+    assert derived.failure is not None
+
+
+def test_what_is_computed_from_records_is_held() -> None:
+    derived, x, y = DerivedFromRecords(), torch.ones(3), torch.zeros(3)
+    derived.mark({"x": x})
+    with derived, derived.functions():
+        view = y[1:]
+        view.copy_(x[1:])
+        held = [
+            x * 2,
+            x.view(3, 1),
+            x.detach(),
+            x.data,
+            y,
+            torch.stack([y, x]),
+            torch.zeros(3).index_fill(0, x.long(), 1),
+        ]
+        free = [torch.randn_like(x), torch.zeros(len(x)), x.new_ones(2), torch.ones(3) * 2]
+        for read in (x.sum().item, lambda: bool(x.any()), x.nonzero, lambda: x[x > 0], lambda: torch.equal(x, y)):
+            with pytest.raises(UnsupportedModelError, match="reads what records hold"):
+                read()
+        with pytest.raises(UnsupportedModelError, match="reads what records hold"):
+            torch.tensor_split(free[0], x.long())
+        float(free[0].sum())
+        assert F.one_hot(x.long(), 2).shape == (3, 2)
+    assert all(map(derived.holds, held)) and not any(map(derived.holds, free))
+
+
+def test_records_of_different_lengths_are_refused() -> None:
+    class Padded(Gan):
+        def real_loss(self, x: Tensor) -> Tensor:
+            return F.softplus(-self.discriminator(x[:, 0])).mean()
+
+    def collate(items: list[Any]) -> Any:
+        return (nn.utils.rnn.pad_sequence([row.repeat(1 + int(row[0] > 0), 1) for (row,) in items], True),)
+
+    with pytest.raises(PrivacyConfigurationError, match="padding='max_length'"):
+        fit(Padded(), collate=collate)
 
 
 @pytest.mark.parametrize(

@@ -91,11 +91,7 @@ class DerivedFromRecords(TorchDispatchMode):
             return func(*args, **kwargs)
         reads = name in _READS or (name == "index" and _has_mask(args))
         if reads and not self._checks_only and not _is_check():
-            raise UnsupportedModelError(
-                f"training_step reads what records hold at {here()} (item(), bool(), a mask as an index): with manual "
-                "optimization, it could decide whether a step is taken, which ε does not cover. Log the tensor itself "
-                "(self.log takes it), and use torch.where instead of a mask."
-            )
+            raise _read_error()
         try:
             result = func(*args, **kwargs)
         except Exception as error:
@@ -111,6 +107,14 @@ class DerivedFromRecords(TorchDispatchMode):
         return result
 
 
+def _read_error() -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"training_step reads what records hold at {here()} (item(), bool(), a mask as an index): with manual "
+        "optimization, it could decide whether a step is taken, which ε does not cover. Log the tensor itself "
+        "(self.log takes it), and use torch.where instead of a mask."
+    )
+
+
 class _Functions(TorchFunctionMode):
     """Knows which functions read records only to check them."""
 
@@ -119,7 +123,10 @@ class _Functions(TorchFunctionMode):
         self._derived = derived
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") not in _CHECKED:
+        name = getattr(func, "__name__", "")
+        if name == "tensor_split" and any(map(self._derived.holds, tree_leaves((args[1:], kwargs)))):
+            raise _read_error()  # no operation shows it
+        if name not in _CHECKED:
             return func(*args, **(kwargs or {}))
         before, self._derived._checks_only = self._derived._checks_only, True
         try:

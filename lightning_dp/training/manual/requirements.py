@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.mechanism.clipping import Clipping
@@ -75,7 +76,7 @@ def check_optimizers(module: pl.LightningModule, optimizers: Sequence[Optimizer]
             f"Parameters {hooked[:4]} have gradient hooks, which would see gradients without noise: remove them, and "
             "look at p.grad in on_before_optimizer_step, where the noise is in."
         )
-    if any(config.reduce_on_plateau for config in schedulers):
+    if any(isinstance(config.scheduler, ReduceLROnPlateau) for config in schedulers):
         raise PrivacyConfigurationError(
             "ReduceLROnPlateau with manual optimization: which metric training_step gives it is not known, and one of "
             "the train set has no noise. Use a schedule by steps or epochs."

@@ -65,7 +65,7 @@ class ManualSteps:
         self._number = self._batch = self._released = 0
         self._rows = 0
         #: Shapes of the parts of a batch, which must be public as well.
-        self._shapes: list[torch.Size] | None = None
+        self._shapes: list[tuple[int, ...]] | None = None
         self._padding: Tensor | None = None
         self._has_warned = False
         #: Whether an optimizer was stepped on the current batch.
@@ -185,14 +185,13 @@ class ManualSteps:
         loader = self._strategy.train_loader
         assert loader is not None and loader.poisson.filled_to is not None
         self._rows = loader.poisson.filled_to
-        shapes = [leaf.shape for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-        if self._shapes is not None and shapes != self._shapes:
-            raise PrivacyConfigurationError(
-                f"The parts of a batch have shapes {[tuple(s) for s in shapes]}, and those of another "
-                f"{[tuple(s) for s in self._shapes]}: with manual optimization, what is padded to the longest record "
-                "tells its length to optimizers without noise. Pad to one length (padding='max_length')."
-            )
-        self._shapes = shapes
+        shapes = [tuple(leaf.shape[1:]) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+        if self._shapes is None:
+            self._shapes = shapes
+            others = [[tuple(s[1:]) for s in of_one] for of_one in self._strategy.examiner.shapes_of_records()]
+        else:
+            others = [self._shapes]
+        _refuse_lengths(shapes, others)
 
     # -- what training_step asks for -------------------------------------------------------------------------------
 
@@ -279,3 +278,13 @@ class ManualSteps:
         assert self._derived is not None
         if any(p.grad is not None and self._derived.holds(p.grad) for p in parameters):
             raise UnsupportedModelError(PAST_MANUAL_BACKWARD)
+
+
+def _refuse_lengths(shapes: list[tuple[int, ...]], others: Iterable[list[tuple[int, ...]]]) -> None:
+    for other in others:
+        if other != shapes:
+            raise PrivacyConfigurationError(
+                f"A record of a batch has shapes {shapes}, and of another {other}: with manual optimization, what is "
+                "padded to the longest record tells its length to optimizers without noise. Pad all records to one "
+                "length (padding='max_length')."
+            )
