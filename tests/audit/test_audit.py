@@ -221,8 +221,8 @@ def test_an_honest_step_passes() -> None:
     "broken",
     [
         {"noise": WeakNoise()},
-        {"clipping": SmallSensitivity(0.1)},
-        {"kind": Unnoised},
+        pytest.param({"clipping": SmallSensitivity(0.1)}, marks=pytest.mark.slow),
+        pytest.param({"kind": Unnoised}, marks=pytest.mark.slow),
         {"kind": MeanOverTheBatch, "opposed": 40},
     ],
     ids=["2/3 of the noise", "sensitivity over the batch size", "last layer without noise", "mean over the batch"],

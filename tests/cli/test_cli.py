@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +55,14 @@ QUICK = (
     "digits/dp_sgd",
     "mnist/scatternet",
     "mnist/dp_sgd",
-    "cifar10/scatternet",
     "adult/dp_sgd",
     "sst2/embedding_bag",
 )
 
 
-def cases() -> Iterator[Any]:
-    for path in RECIPES:
-        slow = () if recipe_id(path) in QUICK else (pytest.mark.slow,)
-        yield pytest.param(path, id=recipe_id(path), marks=slow)
+def cases() -> list[Any]:
+    slow = {path: () if recipe_id(path) in QUICK else (pytest.mark.slow,) for path in RECIPES}
+    return [pytest.param(path, id=recipe_id(path), marks=marks) for path, marks in slow.items()]
 
 
 @pytest.mark.parametrize("recipe", cases())

@@ -629,7 +629,7 @@ def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path, directory: 
 # -- SIGKILL -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kills", [12, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [6, pytest.param(200, marks=pytest.mark.slow)])
 def test_killed_at_random_points_nothing_is_missing_and_training_resumes(tmp_path: Path, kills: int) -> None:
     command = [
         sys.executable,

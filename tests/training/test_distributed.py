@@ -82,7 +82,8 @@ def test_two_processes_give_what_one_gives(case: str, alone: Any, two: Any) -> N
     check_equal(alone[case], two[case])
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [3, 4])
 def test_more_processes_give_what_one_gives(world_size: int, alone: Any, tmp_path: Path) -> None:
     together = launch(world_size, tmp_path, EVERYWHERE)
     for case in EVERYWHERE:

@@ -75,6 +75,7 @@ def test_torchrun(tmp_path: Path) -> None:
     assert steps_in_journal(tmp_path) == 10
 
 
+@pytest.mark.slow
 def test_two_nodes_of_one_device(tmp_path: Path) -> None:
     """Each is launched by itself, as on two machines."""
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
