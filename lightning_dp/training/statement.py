@@ -31,6 +31,7 @@ def public_configuration(strategy: PrivateMixin) -> dict[str, Any]:
         "groups": len(groups),
         "noise": {**describe(strategy.mechanism.noise), "multiplier": strategy.noise_multiplier},
         "denoiser": None if strategy.mechanism.denoiser is None else describe(strategy.mechanism.denoiser),
+        "manual_optimization": _manual(strategy),
         "num_records": strategy.num_records,
         "sampling_rate": strategy.sampling_rate,
         "expected_batch_size": strategy.expected_batch_size,
@@ -53,4 +54,17 @@ def public_configuration(strategy: PrivateMixin) -> dict[str, Any]:
         "model": type(strategy.module_in_fit()).__name__,
         "trainable_parameters": sum(p.numel() for p in step.engine.parameters.values()) if step else None,
         "software": software_versions(),
+    }
+
+
+def _manual(strategy: PrivateMixin) -> dict[str, Any] | None:
+    """Of a module that steps its optimizers itself: which of them meet records, and how often; else ``None``."""
+    plan = strategy.examiner.understanding.manual
+    if not plan.is_known or strategy.train_loader is None:
+        return None
+    return {
+        "private_optimizers": sorted(plan.private),
+        "optimizers_without_records": sorted(plan.public),
+        "releases_per_step": plan.releases,
+        "rows_of_a_batch": strategy.train_loader.poisson.filled_to,
     }
