@@ -265,7 +265,7 @@ def test_a_mask_as_long_as_the_batch_is_not_taken_apart() -> None:
         torch.testing.assert_close(row, gain.grad)
 
 
-def test_a_gradient_penalty_that_begins_later_is_refused() -> None:
+def test_a_gradient_penalty_that_begins_later_is_followed() -> None:
     class Late(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             inputs = batch[0].clone().requires_grad_()
@@ -276,11 +276,16 @@ def test_a_gradient_penalty_that_begins_later_is_refused() -> None:
                 loss = loss + (slope.norm(dim=1) - 1).pow(2).mean()
             return loss
 
-    for kwargs in ({}, {"self_check": False}):
-        strategy = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0), **kwargs)
-        with pytest.raises(UnsupportedModelError, match="create_graph=True"):
-            fit(trainer(strategy=strategy), Late(), loader())
-        assert len(strategy.ledger) == 2
+    found = []
+    for options in ({}, {"self_check": False}, {"engine": "per_example"}):
+        torch.manual_seed(0)
+        module = Late()
+        strategy = PrivateStrategy(FlatClipping(1.0), GaussianNoise(0.0), seed=3, **options)
+        fit(trainer(strategy=strategy), module, loader())
+        assert len(strategy.ledger) > 2
+        found.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    torch.testing.assert_close(found[0], found[2])
+    torch.testing.assert_close(found[1], found[2])
 
 
 @pytest.mark.parametrize("micro", [1, 2, 3])
