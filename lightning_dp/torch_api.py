@@ -56,6 +56,23 @@ def scale_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
     torch._foreach_mul_(list(tensors), factor)
 
 
+#: Functions by which a tensor's values become Python's or NumPy's without an operation.
+SILENT_READS = frozenset(("tolist", "numpy", "__array__", "__dlpack__"))
+
+
+def graph_nodes(tensor: Tensor) -> Iterator[Any]:
+    """Every node of the graph that autograd would go back through from a tensor, once."""
+    seen: set[Any] = set()
+    waiting = [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        waiting += [following for following, _ in node.next_functions]
+
+
 # -- modules -------------------------------------------------------------------------------------------------------
 
 #: Attributes of a module that hold hooks around its call.

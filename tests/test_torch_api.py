@@ -100,6 +100,30 @@ def test_hooks_of_all_modules_are_seen(register: Callable[..., Any]) -> None:
         handle.remove()
 
 
+def test_the_nodes_of_a_graph_are_met_once() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    product = weight * weight
+    nodes = list(torch_api.graph_nodes((product + product).sum()))
+    assert len(nodes) == len(set(nodes)) == 4
+    assert [node.variable for node in nodes if hasattr(node, "variable")] == [weight]
+    assert list(torch_api.graph_nodes(torch.ones(2))) == []
+
+
+@pytest.mark.parametrize("name", ["tolist", "numpy", "__array__"])
+def test_some_reads_run_no_operation(name: str) -> None:
+    seen: list[Any] = []
+
+    class Operations(torch_api.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Operations():
+        getattr(torch.ones(2), name)()
+    assert torch_api.READ_NUMBER not in seen
+    assert name in torch_api.SILENT_READS
+
+
 def test_a_tensor_that_was_put_back_passes_for_unchanged() -> None:
     weight = torch.ones(2, requires_grad=True)
     loss = (weight * weight).sum()

@@ -236,6 +236,22 @@ def leaves_with_layout(batch: Any, layout: Layout) -> Iterator[tuple[Any, Layout
         yield batch, layout, None
 
 
+#: Shapes of the parts of one example, by a number of the part.
+Shapes = frozenset[tuple[int, tuple[int, ...]]]
+
+
+def shapes_of_one(batch: Any, layout: Layout) -> Shapes:
+    """The shapes of a batch's tensors without the dimension that counts examples."""
+    numbers: dict[int, int] = {}
+    found = set()
+    for leaf, own, _ in leaves_with_layout(batch, layout):
+        if isinstance(leaf, Tensor):
+            dim = own.dim if isinstance(own, Rows) else None
+            shape = tuple(size for d, size in enumerate(leaf.shape) if d != dim)
+            found.add((numbers.setdefault(id(own), len(numbers)), shape))
+    return frozenset(found)
+
+
 def _rebuilt(original: Any, parts: dict[Any, Any]) -> Any:
     if isinstance(original, Mapping):
         return _rebuild_mapping(original, parts)

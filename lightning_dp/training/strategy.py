@@ -173,6 +173,7 @@ class PrivateMixin(ConfiguredStrategy):
         self.logs = None
         self._is_set_up = False
         self.accumulation.restore()
+        self.manual.reset()
         super().teardown()
 
     # -- the training step -----------------------------------------------------------------------------------------

@@ -498,6 +498,41 @@ class Swallowed(Gan):
         super().step_discriminator(opt, x)
 
 
+class Written(Gan):
+    """In the second epoch, records are written into what the module keeps."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        super().training_step(batch, batch_idx)
+        source = batch[0] if self.current_epoch else self.codes(len(batch[0]))
+        with torch.no_grad():
+            self.discriminator[0].bias.add_(source.mean())
+
+
+class Listed(Gan):
+    """The same line reads codes in the first epoch, and records in the second."""
+
+    def step_discriminator(self, opt: Any, x: Tensor) -> None:
+        super().step_discriminator(opt, x)
+        source = x if self.current_epoch else self.codes(len(x))
+        self.largest = None if source.tolist() else 0
+
+
+class Forgetful(Gan):
+    """Code that first runs in the second epoch, in a function of a well-known name."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        if self.trainer.current_epoch:
+            self.scores = self.scores - self.scores.mean()
+
+    def real_loss(self, x: Tensor) -> Tensor:
+        self.scores = self.discriminator(x)
+        self.zero_grad()
+        loss = F.softplus(-self.scores).mean()
+        del self.scores
+        return loss
+
+
 class OwnBackward(Gan):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         loss.backward()
@@ -536,6 +571,9 @@ class Nothing(Gan):
         (ThroughBackward, "goes past the bound"),
         (InTheHook, "reads what records hold"),
         (Swallowed, "An operation on records failed|exchanging some examples of the batch"),
+        (Written, "writes what it computes from records into .'discriminator.0.bias'"),
+        (Listed, "reads what records hold"),
+        (Forgetful, "not a sum over records"),
         (OwnBackward, "backward of the module's own"),
         (Hooked, "gradient hooks"),
         (Plateau, "ReduceLROnPlateau"),
@@ -591,6 +629,66 @@ class Reaching(Gan):
     def step_discriminator(self, opt: Any, x: Tensor) -> None:
         opt.optimizer.param_groups[0]["lr"] = 0.5
         super().step_discriminator(opt, x)
+
+
+@pytest.mark.parametrize("kind", [Penalised, Conditioned, Clamped])
+def test_one_record_moves_penalties_and_labels_by_no_more_than_the_bound(kind: type[Gan]) -> None:
+    found = []
+    for scale in (1.0, 300.0):
+        data = records()
+        data[7] *= scale
+        module = kind()
+        fit(module, data, batch_size=N)
+        found.append(torch.cat([p.flatten() for p in module.discriminator.parameters()]))
+    moved = float((found[0] - found[1]).norm()) * N
+    assert 1e-3 < moved <= 2 * 0.7 * (1 + 1e-4)
+
+
+class WithOwnOptimizers(Gan):
+    """The same optimizers in every fit."""
+
+    def configure_optimizers(self) -> Any:
+        if not hasattr(self, "kept"):
+            self.kept = super().configure_optimizers()
+        return self.kept
+
+
+def test_nothing_is_left_on_parameters_and_optimizers() -> None:
+    class Untoggled(WithOwnOptimizers):
+        def step_discriminator(self, opt: Any, x: Tensor) -> None:
+            super().step_discriminator(opt, x)
+            opt.zero_grad()
+
+    module = Untoggled()
+    for _ in range(2):
+        fit(module, steps=2)
+        assert all(p.grad is None for p in module.discriminator.parameters())
+    before = module.discriminator[0].weight.detach().clone()
+    module.real_loss(records()).backward()
+    module.kept[1].step()  # without privacy, outside of a fit
+    assert not torch.equal(module.discriminator[0].weight, before)
+
+
+def test_several_fits_of_one_optimizer_are_each_watched() -> None:
+    class Bypassing(WithOwnOptimizers):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            raw = getattr(self, "raw", False)
+            _, opt = self.optimizers(use_pl_optimizer=not raw)
+            self.step_discriminator(opt, batch[0])
+
+    module = Bypassing()
+    fit(module)
+    module.raw = True
+    with pytest.raises(PrivacyConfigurationError, match="without use_pl_optimizer=False"):
+        fit(module)
+
+
+def test_records_with_the_batch_in_another_dimension_have_one_length() -> None:
+    class TimeFirst(Gan):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            super().training_step((batch[0].transpose(0, 1)[:, 0],), batch_idx)
+
+    fit(TimeFirst(), collate=lambda items: (torch.stack([row.repeat(2, 1) for (row,) in items], 1),))
 
 
 @pytest.mark.parametrize("kind", [Clamped, Conditioned, Regularised, Penalised, Reaching])

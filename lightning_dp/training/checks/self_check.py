@@ -7,17 +7,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_dp.errors import ACTIVATION_CHECKPOINTING, FormChanged, PrivacyConfigurationError, UnsupportedModelError
 from lightning_dp.mechanism.sampling import Draw
-from lightning_dp.torch_api import tree_leaves
 from lightning_dp.training import lightning_api, steering
-from lightning_dp.training.batches import Layout, find_layout
+from lightning_dp.training.batches import Layout, Shapes, find_layout, shapes_of_one
 from lightning_dp.training.checks.contributions import check_contributions
 from lightning_dp.training.independence.collation import check_collation, check_copies_stay_together
 from lightning_dp.training.independence.examination import examine
@@ -218,13 +215,13 @@ class Examiner:
         """Within, hooks that the Trainer calls reach a copy of the module (``shadow``), not the module."""
         return lightning_api.standing_in(self._strategy, shadow)
 
-    def shapes_of_records(self) -> list[list[torch.Size]]:
-        """Shapes of the parts of a batch of one, for each of the records that were examined."""
+    def shapes_of_records(self) -> list[Shapes]:
+        """Shapes of a batch of one, for each of the records that were examined."""
         if (subject := self._subject) is None:
             return []
+        layout = self.batch_layout()
         with random_state_kept():
-            batches = [subject.transfer(subject.collated([record])) for record in subject.records]
-        return [[part.shape for part in tree_leaves(batch) if isinstance(part, Tensor)] for batch in batches]
+            return [shapes_of_one(subject.transfer(subject.collated([r])), layout) for r in subject.records]
 
     def batch_layout(self) -> Layout:
         """Where the examples are in a transferred batch, found from two sizes."""

@@ -21,10 +21,10 @@ from torch.overrides import TorchFunctionMode
 from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.gradients.forms import CallForms
 from lightning_dp.gradients.source import is_own_work
-from lightning_dp.torch_api import READ_NUMBER, TorchDispatchMode
+from lightning_dp.torch_api import READ_NUMBER, SILENT_READS, TorchDispatchMode
 from lightning_dp.training.independence.passes import Seen, first_difference, run_pass
 from lightning_dp.training.independence.subject import Subject
-from lightning_dp.training.independence.tracer import READS, Read
+from lightning_dp.training.independence.tracer import Read
 
 #: Lines whose numbers are changed one line at a time; those of all others, together.
 _LINES = 6
@@ -75,7 +75,7 @@ class _Arrays(TorchFunctionMode):
         self._answers = answers
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in READS and args:
+        if getattr(func, "__name__", "") in SILENT_READS and args:
             args = (self._answers.read(args[0]), *args[1:])
         return func(*args, **(kwargs or {}))
 

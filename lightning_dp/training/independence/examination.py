@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
-from lightning_dp.torch_api import has_backward_hooks, modes_disabled
+from lightning_dp.torch_api import SILENT_READS, graph_nodes, has_backward_hooks, modes_disabled
 from lightning_dp.training.batches import Layout
 from lightning_dp.training.independence import owners
 from lightning_dp.training.independence.batch_owners import OF_COLLATION, OF_METRIC, BatchOwners, same_values
@@ -30,7 +30,7 @@ from lightning_dp.training.independence.owners import State
 from lightning_dp.training.independence.remedies import listed, remedy
 from lightning_dp.training.independence.shadow import is_metric, kept_by, random_state_kept, seed_everything
 from lightning_dp.training.independence.subject import Subject, loss_of, reduced
-from lightning_dp.training.independence.tracer import READS, Reads, RowTracer, tensors_in
+from lightning_dp.training.independence.tracer import Reads, RowTracer, tensors_in
 
 #: Names that a message shows for one kind of problem.
 _SHOWN = 4
@@ -203,7 +203,7 @@ class _Examination:
     def _look_at_decisions(self) -> None:
         """With manual optimization, what is decided by records may be whether a step is taken. Reads by operations are
         refused while the step runs; here, those that no operation shows."""
-        named = {f"{name}()" for name in READS}
+        named = {f"{name}()" for name in SILENT_READS}
         lines = [line for line, what in self._tracer.decisions.items() if what in named and "torchmetrics" not in line]
         if lines:
             self._problems.append(
@@ -316,15 +316,5 @@ def _counters(kept: dict[str, Any]) -> dict[str, float]:
 
 def _custom_functions(loss: Tensor) -> set[str]:
     """Names of autograd functions with a backward of their own that a loss depends on."""
-    found: set[str] = set()
-    seen: set[Any] = set()
-    waiting = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, BackwardCFunction):
-            found.add(type(node).__name__.removesuffix("Backward"))
-        waiting += [following for following, _ in node.next_functions]
-    return found
+    custom = (node for node in graph_nodes(loss) if isinstance(node, BackwardCFunction))
+    return {type(node).__name__.removesuffix("Backward") for node in custom}

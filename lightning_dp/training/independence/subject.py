@@ -22,6 +22,7 @@ from lightning_dp.training.independence.shadow import Shadow, random_state_kept,
 from lightning_dp.training.independence.tracer import RowTracer
 from lightning_dp.training.independence.watch import Place, Watch
 from lightning_dp.training.manual.plan import ManualPlan
+from lightning_dp.training.manual.rehearsal import parameters_of
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Subject:
         """The parameters of the module's optimizer of this number."""
         found = pl.LightningModule.optimizers(self.module, use_pl_optimizer=False)
         optimizer = (found if isinstance(found, list) else [found])[number]
-        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        return parameters_of(optimizer)
 
     def watch(self, rows: int, tracer: RowTracer | None = None, hold: bool = False) -> Watch:
         """What surrounds the step while it is examined.

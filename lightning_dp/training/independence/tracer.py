@@ -18,12 +18,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_dp.gradients.source import here, is_own_work
-from lightning_dp.torch_api import TorchDispatchMode, modes_disabled, storage_id, tree_leaves
+from lightning_dp.torch_api import SILENT_READS, TorchDispatchMode, modes_disabled, storage_id, tree_leaves
 from lightning_dp.training.independence import operations
 from lightning_dp.training.independence.owners import MIXED, PUBLIC, RANDOM, State, compress, constant, reduce
-
-#: Functions by which a tensor's values become Python's or NumPy's without an operation.
-READS = frozenset(("tolist", "numpy", "__array__", "__dlpack__"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,7 +283,7 @@ class Reads(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "register_hook" and len(args) > 1:
             self._tracer.check_hook(args[0], args[1])
-        if name in READS and args:
+        if name in SILENT_READS and args:
             self._tracer.read(args[0])
             if self._tracer.state(args[0]) is not None:
                 self._tracer.decide(f"{name}()")

@@ -30,12 +30,20 @@ _WRAPPERS = (
 )
 
 
-#: Calls from here are not held: attention is one function when it is traced, and several when it is recorded; which
-#: parameters are trained for a while (``toggle_optimizer``) is Lightning's own work.
-_RECORDED = (
-    "torch/nn/modules/activation.py",
-    "lightning/pytorch/core/module.py",
-    "lightning/pytorch/plugins/precision/precision.py",
+#: Calls from here are not held: attention is one function when it is traced, and several when it is recorded.
+_RECORDED = "torch/nn/modules/activation.py"
+
+
+#: Functions of PyTorch and Lightning that do other things each time, and none of them to records: which parameters are
+#: trained for a while, and which have a gradient.
+_BOOKKEEPING = frozenset(
+    (
+        ("lightning/pytorch/core/module.py", "toggle_optimizer"),
+        ("lightning/pytorch/core/module.py", "untoggle_optimizer"),
+        ("lightning/pytorch/plugins/precision/precision.py", "post_backward"),
+        ("torch/optim/optimizer.py", "zero_grad"),
+        ("torch/nn/modules/module.py", "zero_grad"),
+    )
 )
 
 
@@ -54,6 +62,10 @@ def _is_logging(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _is_bookkeeping(frame: FrameType) -> bool:
+    return any(frame.f_code.co_name == name and frame.f_code.co_filename.endswith(path) for path, name in _BOOKKEEPING)
 
 
 class Watch(PerRecordMeans):
@@ -75,7 +87,7 @@ class Watch(PerRecordMeans):
         frame = _caller()
         path = frame.f_code.co_filename
         own = path.startswith(OWN) and not path.startswith(ZOO)  # what records, and what examines
-        if own or path.endswith(_RECORDED) or frame.f_code.co_name == "zero_grad":  # public, and different each time
+        if own or path.endswith(_RECORDED) or _is_bookkeeping(frame):
             return super().__torch_function__(func, types, args, kwargs)
         switches = [a for a in args if a is True or a is False]
         if kwargs:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_dp.errors import UnsupportedModelError
-from lightning_dp.gradients.source import OWN, here
-from lightning_dp.torch_api import TorchDispatchMode, operation_name, storage_id, tree_leaves, writes
+from lightning_dp.gradients.source import OWN, here, is_own_work
+from lightning_dp.torch_api import SILENT_READS, TorchDispatchMode, operation_name, storage_id, tree_leaves, writes
 
 #: Operations whose result depends on the shape of what they are given, and on none of its numbers.
 _OF_THE_SHAPE = frozenset(
@@ -124,7 +124,8 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name == "tensor_split" and any(map(self._derived.holds, tree_leaves((args[1:], kwargs)))):
+        silent = args[:1] if name in SILENT_READS else (args[1:], kwargs) if name == "tensor_split" else ()
+        if any(map(self._derived.holds, tree_leaves(silent))) and not is_own_work():
             raise _read_error()  # no operation shows it
         if name not in _CHECKED:
             return func(*args, **(kwargs or {}))

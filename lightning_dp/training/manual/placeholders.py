@@ -54,6 +54,13 @@ class Placeholders:
             self.was_written = True
         return True
 
+    def clear(self) -> None:
+        """Takes all of them away that are still there."""
+        for known in self._put.values():
+            if known.parameter.grad is known.tensor:
+                known.parameter.grad = None
+        self._put.clear()
+
     def batch_of(self, parameter: nn.Parameter) -> int:
         """The batch that a parameter's placeholder was put for."""
         return self._put[id(parameter)].batch

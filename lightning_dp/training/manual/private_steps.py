@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
+from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
 from lightning_dp.gradients.engines import BookKeeping
 from lightning_dp.gradients.forms import CallForms
 from lightning_dp.mechanism.step import PrivateStep
 from lightning_dp.training.manual.placeholders import Placeholders
-from lightning_dp.training.manual.rehearsal import parameters_of
+from lightning_dp.training.manual.rehearsal import PAST_MANUAL_BACKWARD, parameters_of
 
 
 class PrivateSteps:
@@ -22,6 +25,34 @@ class PrivateSteps:
         #: By number of the optimizer.
         self.by_optimizer: dict[int, PrivateStep] = {}
         self.placeholders = Placeholders()
+        self._handles: list[RemovableHandle] = []
+
+    def watch(self, optimizers: Iterable[Optimizer], holds: Callable[[Any], bool]) -> None:
+        """Lets optimizers refuse, from now on, to be stepped with what has no noise.
+
+        Args:
+            optimizers: Those of the fit.
+            holds: Whether a gradient may depend on records.
+        """
+
+        def check(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            parameters = parameters_of(optimizer)
+            if any(holds(p.grad) for p in parameters):
+                raise UnsupportedModelError(PAST_MANUAL_BACKWARD)
+            if self.waits(parameters):
+                raise PrivacyConfigurationError(
+                    "An optimizer was stepped past Lightning, before its gradient had noise. Take it from "
+                    "self.optimizers(), without use_pl_optimizer=False."
+                )
+
+        self._handles += [optimizer.register_step_pre_hook(check) for optimizer in optimizers]
+
+    def close(self) -> None:
+        """Leaves optimizers and gradients as if there had been no private step."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.placeholders.clear()
 
     def make(
         self,

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_dp.errors import FormChanged, PrivacyConfigurationError, UnsupportedModelError
-from lightning_dp.torch_api import functions_unwatched, is_batch_norm, modes_disabled, set_version, version_of
+from lightning_dp.torch_api import (
+    functions_unwatched,
+    graph_nodes,
+    is_batch_norm,
+    modes_disabled,
+    set_version,
+    version_of,
+)
 from lightning_dp.training.manual.placeholders import Placeholders
 from lightning_dp.training.manual.plan import Asked, ManualPlan
 
@@ -229,15 +236,5 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
 
 def _reached(loss: Tensor) -> list[nn.Parameter]:
     """Parameters that a backward pass from this loss would give a gradient to."""
-    found: dict[int, nn.Parameter] = {}
-    seen: set[Any] = set()
-    waiting = [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(leaf := getattr(node, "variable", None), nn.Parameter):
-            found[id(leaf)] = leaf
-        waiting += [following for following, _ in node.next_functions]
-    return list(found.values())
+    leaves = (getattr(node, "variable", None) for node in graph_nodes(loss))
+    return list({id(leaf): leaf for leaf in leaves if isinstance(leaf, nn.Parameter)}.values())

@@ -17,8 +17,9 @@ from lightning_dp.gradients.engines import BookKeeping
 from lightning_dp.gradients.forms import form_changed_in
 from lightning_dp.mechanism.sampling import Draw
 from lightning_dp.mechanism.step import Part, PrivateStep
-from lightning_dp.torch_api import functions_unwatched, modes_disabled, tree_leaves
+from lightning_dp.torch_api import functions_unwatched, modes_disabled
 from lightning_dp.training import lightning_api
+from lightning_dp.training.batches import Shapes, shapes_of_one
 from lightning_dp.training.manual.derived import DerivedFromRecords
 from lightning_dp.training.manual.private_steps import PrivateSteps
 from lightning_dp.training.manual.rehearsal import PAST_MANUAL_BACKWARD, parameters_of
@@ -48,24 +49,23 @@ class ManualSteps:
 
     def __init__(self, strategy: PrivateMixin, check_layers: Callable[[Collection[int]], None]) -> None:
         self._strategy, self._check_layers = strategy, check_layers
+        self._private = PrivateSteps()
         self.reset()
 
     def reset(self, optimizers: Iterable[Optimizer] = ()) -> None:
-        """Forgets everything, at the start of a fit and when other layers are trained.
+        """Forgets everything: at the start of a fit and its end, and when other layers are trained.
 
         Args:
             optimizers: Those of the fit. They refuse to be stepped past the strategy from now on.
         """
-        for optimizer in optimizers:
-            if not getattr(optimizer, "_lightning_dp_watched", False):
-                optimizer.register_step_pre_hook(self._refuse_placeholders)
-                optimizer._lightning_dp_watched = True  # type: ignore[attr-defined]
+        self._private.close()
         self._private = PrivateSteps()
+        self._private.watch(optimizers, self._holds)
         self._derived: DerivedFromRecords | None = None
         self._number = self._batch = self._released = 0
         self._rows = 0
         #: Shapes of the parts of a batch, which must be public as well.
-        self._shapes: list[tuple[int, ...]] | None = None
+        self._shapes: Shapes | None = None
         self._padding: Tensor | None = None
         self._has_warned = False
         #: Whether an optimizer was stepped on the current batch.
@@ -80,15 +80,8 @@ class ManualSteps:
         engine = mechanism.make_engine(strategy.options.engine, module)
         return PrivateStep(mechanism, engine, strategy.ledger, strategy.randomness)
 
-    def _refuse_placeholders(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        derived = self._derived
-        if derived is not None and any(derived.holds(p.grad) for p in parameters_of(optimizer)):
-            raise UnsupportedModelError(PAST_MANUAL_BACKWARD)
-        if self._private.waits(parameters_of(optimizer)):
-            raise PrivacyConfigurationError(
-                "An optimizer was stepped past Lightning, before its gradient had noise. Take it from "
-                "self.optimizers(), without use_pl_optimizer=False."
-            )
+    def _holds(self, tensor: Any) -> bool:
+        return self._derived is not None and self._derived.holds(tensor)
 
     # -- a batch ---------------------------------------------------------------------------------------------------
 
@@ -167,11 +160,7 @@ class ManualSteps:
                 stack.enter_context(strategy.micro_batches.watch(self._rows))  # nearest to the step's own code
                 stack.enter_context(self._derived)
                 output = strategy.user_training_step(batch, *args, **kwargs)
-            if self._derived.failure is not None:
-                raise UnsupportedModelError(
-                    "An operation on records failed, and training_step went on: with manual optimization, that could "
-                    f"decide whether a step is taken. Let the error end the training: {self._derived.failure}"
-                )
+            self._look_back()
             return output
         except BaseException:  # perhaps between toggle_optimizer and untoggle_optimizer
             for parameter in trained:
@@ -180,17 +169,31 @@ class ManualSteps:
         finally:
             self._derived = None
 
+    def _look_back(self) -> None:
+        """After ``training_step``: what would make its steps, or the module, depend on records past every release."""
+        assert self._derived is not None
+        if self._derived.failure is not None:
+            raise UnsupportedModelError(
+                "An operation on records failed, and training_step went on: with manual optimization, that could "
+                f"decide whether a step is taken. Let the error end the training: {self._derived.failure}"
+            )
+        module = self._strategy.module_in_fit()
+        named = [*module.named_parameters(), *module.named_buffers()]
+        if written := [name for name, tensor in named if self._derived.holds(tensor)]:
+            raise UnsupportedModelError(
+                f"training_step writes what it computes from records into {written[:4]}, without noise. Let an "
+                "optimizer change parameters, and keep nothing of the batch in buffers."
+            )
+
     def _check_shapes(self, batch: Any) -> None:
         """Takes note of the number of rows, and refuses batches of other shapes: lengths would be the records'."""
         loader = self._strategy.train_loader
         assert loader is not None and loader.poisson.filled_to is not None
         self._rows = loader.poisson.filled_to
-        shapes = [tuple(leaf.shape[1:]) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
-        if self._shapes is None:
-            self._shapes = shapes
-            others = [[tuple(s[1:]) for s in of_one] for of_one in self._strategy.examiner.shapes_of_records()]
-        else:
-            others = [self._shapes]
+        examiner = self._strategy.examiner
+        shapes = shapes_of_one(batch, examiner.batch_layout())
+        others = examiner.shapes_of_records() if self._shapes is None else [self._shapes]
+        self._shapes = shapes
         _refuse_lengths(shapes, others)
 
     # -- what training_step asks for -------------------------------------------------------------------------------
@@ -276,15 +279,16 @@ class ManualSteps:
         if self._private.waits(parameters):
             raise FormChanged("An optimizer is stepped with a gradient of records, and was not when it was examined.")
         assert self._derived is not None
-        if any(p.grad is not None and self._derived.holds(p.grad) for p in parameters):
+        if any(self._derived.holds(p.grad) for p in parameters):
             raise UnsupportedModelError(PAST_MANUAL_BACKWARD)
 
 
-def _refuse_lengths(shapes: list[tuple[int, ...]], others: Iterable[list[tuple[int, ...]]]) -> None:
+def _refuse_lengths(shapes: Shapes, others: Iterable[Shapes]) -> None:
     for other in others:
         if other != shapes:
+            one, another = ([shape for _, shape in sorted(known)] for known in (shapes, other))
             raise PrivacyConfigurationError(
-                f"A record of a batch has shapes {shapes}, and of another {other}: with manual optimization, what is "
+                f"A record of a batch has shapes {one}, and of another {another}: with manual optimization, what is "
                 "padded to the longest record tells its length to optimizers without noise. Pad all records to one "
                 "length (padding='max_length')."
             )
