@@ -48,7 +48,7 @@ speed: $(INSTALLED)  ## step times beside non-private Lightning and Opacus, in a
 	$(BIN)/python benchmarks/speed.py --out runs/speed
 
 mutants: $(INSTALLED)  ## mutation testing of the core, in about an hour
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt '.[mutation]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[mutation]'
 	$(BIN)/python benchmarks/mutants.py
 
 clean:

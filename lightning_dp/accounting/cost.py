@@ -20,12 +20,15 @@ from lightning_dp.accounting.events import (
     is_non_private,
     parts_of_event,
 )
-from lightning_dp.accounting.pld import FINE, composed_losses
+from lightning_dp.accounting.pld import EXACT, FINE, composed_losses
 from lightning_dp.accounting.rdp import rdp_delta, rdp_epsilon
 
 #: Beyond this, ε is stated by Rényi differential privacy (an upper bound as well): the tight computation costs memory
 #: in proportion to ε, and says no more about privacy.
 _MEANINGLESS_EPSILON = 1000.0
+
+#: The share of δ from which rounding is felt in ε.
+_FELT = 1e-3
 
 
 def check_delta(delta: float) -> None:
@@ -89,9 +92,11 @@ def event_epsilon(
     if rough > _MEANINGLESS_EPSILON:
         return rdp_epsilon(parts, delta, adjacency)
     composed = composed_losses(parts, adjacency, resolution, rough)
+    if composed.infinity > _FELT * delta:
+        composed = composed_losses(parts, adjacency, resolution, rough, EXACT)
     found = composed.epsilon(delta)
     # Where rounding decides, Rényi differential privacy, which has no such floor, may be the lower of two bounds.
-    return found if composed.infinity < 1e-3 * delta else min(found, rdp_epsilon(parts, delta, adjacency))
+    return found if composed.infinity <= _FELT * delta else min(found, rdp_epsilon(parts, delta, adjacency))
 
 
 def event_delta(
@@ -118,7 +123,10 @@ def event_delta(
         return by_rdp
     composed = composed_losses(parts, adjacency, FINE, rough)
     found = composed.delta(epsilon)
-    return found if composed.infinity < 1e-3 * found else min(found, by_rdp)
+    if composed.infinity > _FELT * found:
+        composed = composed_losses(parts, adjacency, FINE, rough, EXACT)
+        found = composed.delta(epsilon)
+    return found if composed.infinity <= _FELT * found else min(found, by_rdp)
 
 
 def rough_epsilon(event: DpEvent, delta: float, adjacency: Adjacency = "add_or_remove") -> float:

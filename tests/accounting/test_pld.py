@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
 
-from lightning_dp.accounting.pld import GaussianLosses
+from lightning_dp import epsilon
+from lightning_dp.accounting.pld import EXACT, FAST, GaussianLosses, composed_losses
 
 
 @pytest.mark.parametrize("multiplier", [0.3, 0.55, 1.0, 5.0, 50.0])
@@ -21,3 +23,22 @@ def test_deltas_of_many_losses_are_dp_accountings_one_by_one(
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-14)
     assert (expected > 0).any()
     assert ours.get_delta_for_epsilon(float(losses[3])) == pytest.approx(expected[3], rel=1e-12)
+
+
+def test_many_steps_at_a_tiny_delta_are_not_rounded_to_a_large_epsilon() -> None:
+    """10⁵ steps round δ by some 1e-10 in double precision, which would be all of it."""
+    plan = {"noise_multiplier": 0.8, "sampling_rate": 1e-6, "steps": 10**5, "delta": 1e-10}
+    found = epsilon(**plan)
+    theirs = from_gaussian_mechanism(0.8, sampling_prob=1e-6, value_discretization_interval=3e-6)
+    finer = theirs.self_compose(10**5).get_epsilon_for_delta(1e-10)
+    assert finer < found < 2 * finer
+    assert found < epsilon(**plan, accountant="rdp")
+
+
+@pytest.mark.parametrize(("multiplier", "rate", "steps", "delta"), [(1.0, 0.01, 1000, 1e-5), (2.0, 0.1, 500, 1e-8)])
+def test_both_arithmetics_agree(multiplier: float, rate: float, steps: int, delta: float) -> None:
+    [fast, exact] = [
+        composed_losses([(rate, multiplier, steps)], "add_or_remove", 1e-4, 1.0, floats) for floats in (FAST, EXACT)
+    ]
+    assert fast.epsilon(delta) == pytest.approx(exact.epsilon(delta), rel=1e-5)
+    assert exact.infinity < fast.infinity / 100
