@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class PrivacyConfigurationError(ValueError):
     """Something about the Trainer, the data or the optimizer cannot be combined with private training."""
@@ -9,6 +11,19 @@ class PrivacyConfigurationError(ValueError):
 
 class UnsupportedModelError(ValueError):
     """The model does something whose per-example gradients cannot be bounded; the message says what, and what to do."""
+
+
+class SharedOutputShaped(UnsupportedModelError):
+    """Outputs of layers whose input all examples share are shaped in a way that copies for every example cannot be.
+
+    Args:
+        message: The message.
+        layers: Names of the layers.
+    """
+
+    def __init__(self, message: str, layers: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.layers = tuple(layers)
 
 
 #: Message of the `UnsupportedModelError` for activation checkpointing.

@@ -8,7 +8,7 @@ Overriding what a class documents for it (``nn.Module._load_from_state_dict``) i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -71,6 +71,31 @@ def graph_nodes(tensor: Tensor) -> Iterator[Any]:
         seen.add(node)
         yield node
         waiting += [following for following, _ in node.next_functions]
+
+
+@contextmanager
+def custom_functions_passed_to(
+    handle: Callable[[Callable[..., Any], tuple[Any, ...]], Any], kind: type
+) -> Iterator[None]:
+    """Calls of `torch.autograd.Function`'s ``apply``, of which no ``__torch_function__`` is told, go to ``handle``.
+
+    Args:
+        handle: Called with the function and its arguments, in place of the function, where one of these is a ``kind``.
+        kind: A subclass of `torch.Tensor`.
+    """
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        function = original.__get__(None, cls)
+        if not kwargs and any(isinstance(arg, kind) for arg in args):
+            return handle(function, args)
+        return function(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore
 
 
 # -- modules -------------------------------------------------------------------------------------------------------
@@ -144,6 +169,11 @@ def functions_unwatched() -> AbstractContextManager[Any]:
     """No ``__torch_function__`` and no mode of functions sees what runs inside: the library's own work on a layer's
     call is none of the step's code."""
     return torch._C.DisableTorchFunction()
+
+
+def subclasses_unwatched() -> AbstractContextManager[Any]:
+    """No ``__torch_function__`` of a subclass of tensors sees what runs inside; modes of functions do."""
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 def operation_name(func: Any) -> str:

@@ -14,9 +14,10 @@ from torch import nn
 
 from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.gradients.base import Dense, PerExampleGradient
+from lightning_dp.gradients.covered import covered_layers, uncovered
 from lightning_dp.gradients.engine import PerExampleEngine, set_aside
 from lightning_dp.gradients.layer_call import LayerCall
-from lightning_dp.gradients.model import getattr_path, trainable, trained_layers
+from lightning_dp.gradients.model import getattr_path, trainable
 from lightning_dp.gradients.precision import full_precision
 from lightning_dp.gradients.recorder import Recorder
 from lightning_dp.gradients.rules.composite import calls_linear, of_linear_map
@@ -24,6 +25,7 @@ from lightning_dp.gradients.rules.recompute import recompute
 from lightning_dp.gradients.rules.registry import rule_for, takes_arguments
 from lightning_dp.gradients.rules.second_order import second_order_rule
 from lightning_dp.gradients.tied import add
+from lightning_dp.torch_api import functions_unwatched
 
 ENGINES = ("bookkeeping", "per_example")
 
@@ -46,15 +48,20 @@ class BookKeeping(PerExampleEngine):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self.layers = trained_layers(module)
-        self.recorder = self.make_recorder(self.consume)
-        self._names = {id(p): name for name, p in self.parameters.items()}
+        self._module = module
+        self.layers = covered_layers(module)
+        self._uncovered = uncovered(module, self.layers)
         self._uses: dict[str, list[PerExampleGradient]] = {}
+        names = {id(p): name for name, p in self.parameters.items()}
+        #: The names of layers' parameters, by layer and the layer's own name.
+        self._names: dict[tuple[str, str], str] = {}
         #: The layers that use a parameter, by its name: several when it is tied.
         self._users: dict[str, list[str]] = {}
         for layer, child in self.layers.items():
             for own_name in trainable(child):
-                self._users.setdefault(self._names[id(getattr_path(child, own_name))], []).append(layer)
+                name = self._names[layer, own_name] = names[id(getattr_path(child, own_name))]
+                self._users.setdefault(name, []).append(layer)
+        self.recorder = self.make_recorder(self.consume)
 
     def make_recorder(self, consume: Callable[[str, LayerCall], None] | None) -> Recorder:
         """A recorder of this engine's layers."""
@@ -63,12 +70,22 @@ class BookKeeping(PerExampleEngine):
             for name, layer in self.layers.items()
             if not calls_linear(layer) and ((rule := rule_for(layer)) is None or takes_arguments(rule))
         ]
-        recorder = Recorder(self.layers, with_arguments, consume)
+        recorder = Recorder(self._module, self.layers, with_arguments, consume, self._followed(), self._take)
         recorder.forms = self.forms
         return recorder
 
+    def _followed(self) -> set[str]:
+        """Names of the parameters that are followed to where they meet records, and of all others of their layers."""
+        outside = set() if self.forms is None else self.forms.outside
+        followed = (self._uncovered | outside) & self.parameters.keys()
+        layers = {layer for name in followed for layer in self._users.get(name, ())}
+        return followed | {name for (layer, _), name in self._names.items() if layer in layers}
+
     def forward(self, batch_size: int) -> AbstractContextManager[None]:
-        self._uses, self.recorder.forms = {}, self.forms
+        self._uses = {}
+        if self.recorder.followed != self._followed():
+            self.recorder = self.make_recorder(self.consume)
+        self.recorder.forms = self.forms
         return self.recorder.forward(batch_size)
 
     @contextmanager
@@ -77,6 +94,7 @@ class BookKeeping(PerExampleEngine):
             with self.recorder.backward():
                 yield
             past = [name for name, p in self.parameters.items() if p.grad is not None]
+            past += self.recorder.expressions.missed()
         if past:
             raise UnsupportedModelError(
                 f"Parameters {past[:4]}: a gradient came to them past their layers' calls, and would not be bounded. "
@@ -87,23 +105,29 @@ class BookKeeping(PerExampleEngine):
 
     def consume(self, layer: str, call: LayerCall) -> None:
         """Takes note of one call of a layer, whose gradient is known."""
-        with full_precision(call.input.device):
+        with full_precision(call.input.device), functions_unwatched():
             self._consume(layer, call)
 
     def _consume(self, layer: str, call: LayerCall) -> None:
         form = None if self.forms is None else self.forms.layers.get(layer)
         per_example = None if form is None else form.per_example
         for name, gradient in gradients_of(self.layers[layer], layer, call, per_example).items():
-            parameter = self._names[id(getattr_path(self.layers[layer], name))]
-            count = sum(map(self.recorder.count, self._users[parameter]))
-            if self.copies > 1:
-                gradient = gradient.over_copies(self.copies)
-            if self.expects_norms and count == 1:
-                gradient.squared_norms()
-            uses = self._uses.setdefault(parameter, [])
-            uses.append(gradient)
-            if self.on_complete is not None and len(uses) == count:
-                self.on_complete(parameter, add(self._uses.pop(parameter)))
+            if call.is_split:
+                gradient = gradient.over_copies(call.input.shape[1])
+            self._take(self._names[layer, name], gradient)
+
+    def _take(self, parameter: str, gradient: PerExampleGradient) -> None:
+        """Takes note of a parameter's gradient at one use."""
+        of_layers = sum(map(self.recorder.count, self._users.get(parameter, ())))
+        count = of_layers + self.recorder.expressions.copies.expected(parameter)
+        if self.copies > 1:
+            gradient = gradient.over_copies(self.copies)
+        if self.expects_norms and count == 1:
+            gradient.squared_norms()
+        uses = self._uses.setdefault(parameter, [])
+        uses.append(gradient)
+        if self.on_complete is not None and len(uses) == count:
+            self.on_complete(parameter, add(self._uses.pop(parameter)))
 
     def waiting(self) -> set[str]:
         """Names of the parameters that `gradients` would give a gradient of."""
@@ -134,6 +158,8 @@ def gradients_of(
     """
     assert call.grad_output is not None
     input, rule = call.unchanged_input(layer), rule_for(module)
+    if call.is_split and rule is not None:
+        return rule(module, input.flatten(0, 1), call.grad_output.flatten(0, 1))
     if call.backward_at is not None:
         second_order = second_order_rule(module)
         assert second_order is not None

@@ -6,12 +6,16 @@ another batch could change that. Sequence lengths, and how often a recurrent cel
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_dp.errors import FormChanged
+from lightning_dp.gradients.arrangement import ROWS
 
 
 def form_changed_in(error: BaseException) -> FormChanged | None:
@@ -22,6 +26,33 @@ def form_changed_in(error: BaseException) -> FormChanged | None:
     return found
 
 
+Key = tuple[Any, ...]
+
+
+@dataclass
+class Share:
+    """How much of a penalty on parameters is in every example's loss.
+
+    Attributes:
+        reduction: Whether the loss is the ``"mean"`` or the ``"sum"`` over examples.
+        factor: The loss's derivative by the penalty, as it was when the model was examined.
+    """
+
+    reduction: str
+    factor: float = math.nan
+
+
+def _nth(kinds: Sequence[Any], index: int) -> Any:
+    """What a call of this number is: as in the examined pass, where all were the same also of further ones."""
+    if index < len(kinds):
+        return kinds[index]
+    return kinds[0] if kinds and all(kind == kinds[0] for kind in kinds) else None
+
+
+def _take_over(ours: dict[Any, Any], others: Mapping[Any, Any], only_new: bool) -> None:
+    ours.update({key: form for key, form in others.items() if not only_new or key not in ours})
+
+
 @dataclass(eq=False)
 class LayerForm:
     """How one layer is called.
@@ -29,16 +60,19 @@ class LayerForm:
     Attributes:
         is_shared: Per call of the pass that was examined: whether its input is the same for all examples (position
             numbers, with a leading dimension of 1) rather than one entry per example.
+        arrangements: Per call: where its input has the entries of every example
+            (`lightning_dp.gradients.arrangement`).
         constants: The inputs that all examples share, by the number of the call.
         per_example: Of layers that are recomputed (`rules.recompute`): which arguments have one entry per example.
-        reduction: Of a layer that returns one number for the whole batch (a loss that holds parameters): whether that
-            is the ``"mean"`` or the ``"sum"`` over examples; ``None``: it returns one entry per example.
+        without_records: Per call, also of those that are not recorded: whether the layer is a function of constants
+            there, and its parameters are followed to where they meet records (`lightning_dp.gradients.expressions`).
     """
 
     is_shared: list[bool] = field(default_factory=list)
+    arrangements: list[str] = field(default_factory=list)
     constants: dict[int, Tensor] = field(default_factory=dict)
     per_example: tuple[bool, ...] | None = None
-    reduction: str | None = None
+    without_records: list[bool] = field(default_factory=list)
 
 
 class CallForms:
@@ -46,6 +80,16 @@ class CallForms:
 
     def __init__(self) -> None:
         self.layers: dict[str, LayerForm] = {}
+        #: Names of parameters that are used outside their layer's forward.
+        self.outside: set[str] = set()
+        #: Of functions that parameters are used in, by parameters and function: per call, what each of the other
+        #: tensors is; see `lightning_dp.gradients.expressions`.
+        self.meetings: dict[Key, list[tuple[str, ...]]] = {}
+        #: Of functions that add a penalty on parameters to the loss: each example's share, by parameters, function and
+        #: number of the call.
+        self.shares: dict[Key, Share] = {}
+        #: All other tensors there, by parameters, function, place and number of the call.
+        self._same: dict[Key, Tensor] = {}
         #: Whether the loss depends on a gradient (``create_graph=True``).
         self.holds_gradients = False
         #: Flags on an accelerator, by message: whether a shared input differed; read once per forward pass.
@@ -54,9 +98,48 @@ class CallForms:
     def merge(self, other: CallForms, only_new: bool = False) -> None:
         """Takes over the layers that have been examined since; ``only_new``: those that were not known."""
         self.holds_gradients |= other.holds_gradients
-        for name, form in other.layers.items():
-            if not only_new or name not in self.layers:
-                self.layers[name] = form
+        self.outside |= other.outside
+        _take_over(self.layers, other.layers, only_new)
+        _take_over(self.meetings, other.meetings, only_new)
+        _take_over(self.shares, other.shares, only_new)
+        _take_over(self._same, other._same, only_new)
+
+    def beyond_rules(self) -> list[str]:
+        """What a rule that sees one layer's input with one entry per example does not cover: parameters, layers."""
+        layers = [n for n, f in self.layers.items() if any(f.without_records) or {*f.arrangements} - {ROWS}]
+        return [*sorted(self.outside), *layers]
+
+    def arrangement(self, name: str, index: int) -> str:
+        """Where a call's input has the entries of every example."""
+        form = self.layers.get(name)
+        return (_nth(form.arrangements, index) or ROWS) if form is not None else ROWS
+
+    def is_without_records(self, name: str, index: int) -> bool:
+        """Whether a layer's call of this number is one of constants alone."""
+        form = self.layers.get(name)
+        return form is not None and bool(_nth(form.without_records, index))
+
+    def note_meeting(self, key: Key, kinds: tuple[str, ...], constants: Mapping[int, Tensor]) -> None:
+        """Takes note of a function of parameters and other tensors: what these are, and the constants among them by
+        their place."""
+        calls = self.meetings.setdefault(key, [])
+        for place, constant in constants.items():
+            self._same[(*key, place, len(calls))] = constant.detach().clone()
+        calls.append(kinds)
+
+    def meeting(self, key: Key, index: int) -> tuple[str, ...] | None:
+        """What the other tensors of a function of parameters are; ``None``: it was not called so often."""
+        found: tuple[str, ...] | None = _nth(self.meetings.get(key, []), index)
+        return found
+
+    def is_same(self, key: Key, index: int, constant: Tensor) -> bool:
+        """Whether a tensor beside parameters is what it was, as far as both are long."""
+        calls = len(self.meetings[key[:-1]])
+        known = self._same.get((*key, min(index, calls - 1)))
+        if known is None or known.dim() != constant.dim() or constant.requires_grad:
+            return False
+        common = tuple(slice(0, min(a, b)) for a, b in zip(known.shape, constant.shape, strict=True))
+        return torch.equal(known.to(constant.device)[common], constant[common])
 
     def is_shared(self, name: str, module: nn.Module, index: int, input: Tensor, batch_size: int) -> bool:
         """Whether a call's input is shared by all examples, if it has the form that was found.

@@ -30,6 +30,8 @@ class LayerCall:
     #: This stands for such a backward pass of a call with this input: `input` is then the gradient that it began with,
     #: and `grad_output` that at its result.
     backward_at: Tensor | None = None
+    #: Whether input and gradient are ``(B, k, …)``: k inputs of every example, each as the layer saw one.
+    is_split: bool = False
 
     def unchanged_input(self, layer: str) -> Tensor:
         if version_of(self.input) != self.version:

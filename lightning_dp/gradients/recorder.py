@@ -12,16 +12,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_dp.errors import ACTIVATION_CHECKPOINTING, UnsupportedModelError
+from lightning_dp.gradients.arrangement import ROWS, SECOND, by_example, fits
+from lightning_dp.gradients.base import PerExampleGradient
 from lightning_dp.gradients.constants import Constants
+from lightning_dp.gradients.expressions import Expression, Expressions
 from lightning_dp.gradients.forms import CallForms
 from lightning_dp.gradients.layer_call import LayerCall, no_batch, with_batch
 from lightning_dp.gradients.model import getattr_path, trainable
-from lightning_dp.gradients.rules.composite import calls_linear, forward_with_linear, linear_map
+from lightning_dp.gradients.recorded_linear import RecordedLinear
+from lightning_dp.gradients.rules.composite import calls_linear, forward_with_linear
 from lightning_dp.gradients.rules.second_order import second_order_rule
 from lightning_dp.gradients.shared_outputs import note_expanded
 from lightning_dp.gradients.source import here
@@ -48,26 +51,34 @@ class Recorder:
     """Records the calls of some layers during one forward and one backward pass.
 
     Args:
-        layers: The layers to record, by name.
+        module: The module.
+        layers: The layers of it to record, by name.
         with_arguments: Names of the layers of which all arguments are kept.
         consume: Called with a layer's name and the call as soon as its gradient is known; the call is then forgotten.
             ``None``: calls are kept until `take`.
+        followed: Names of the parameters that are followed to where they meet records (`Expressions`).
+        take: Called with the name of such a parameter and its gradient at one meeting.
     """
 
     def __init__(
         self,
+        module: nn.Module,
         layers: Mapping[str, nn.Module],
         with_arguments: Collection[str] = (),
         consume: Callable[[str, LayerCall], None] | None = None,
+        followed: Collection[str] = (),
+        take: Callable[[str, PerExampleGradient], None] = lambda name, gradient: None,
     ) -> None:
         self._layers = dict(layers)
+        self.followed = set(followed)
+        self.expressions = Expressions(module, self.followed, layers, take, lambda: self._listening)
         self._with_arguments = set(with_arguments)
         self._consume = consume
         self._own = {layer: [getattr_path(m, name) for name in trainable(m)] for layer, m in layers.items()}
         self._constants = Constants([])
         self._calls: dict[str, list[LayerCall]] = {}
         self._listening = self._recording = False
-        #: How layers are called, once that has been found; see `lightning_dp.gradients.forms`.
+        #: How layers are called, once that has been found.
         self.forms: CallForms | None = None
         #: Name of a layer whose backward pass was itself differentiated (``create_graph=True``).
         self._twice: str | None = None
@@ -91,7 +102,9 @@ class Recorder:
         of_linear_maps = {name: module for name, module in self._layers.items() if calls_linear(module)}
         holds_gradients = self.forms is None or self.forms.holds_gradients
         self._followed = {n for n, m in self._layers.items() if holds_gradients and second_order_rule(m) is not None}
-        handles = []
+        handles: list[Any] = []
+        self.expressions.forms = self.forms
+        following = self.expressions.forward(batch_size, keep_requires_grad)
         fused = torch.backends.mha.get_fastpath_enabled()  # in eval mode it bypasses hooks
         self._recording = True
         try:
@@ -99,13 +112,15 @@ class Recorder:
             for name, module in self._layers.items():
                 if name in self._followed:
                     handles.append(module.register_forward_pre_hook(_own_input))
-                handles += within.of_layer(module, self._own[name], exchanged=name in self._followed)
+                if name not in self.expressions.stand_ins.layers:
+                    handles += within.of_layer(module, self._own[name], exchanged=name in self._followed)
                 if name in of_linear_maps:
                     module.forward = forward_with_linear(module, self._make_linear(name, module, batch_size, anchor))
                 else:
                     hook = self._make_hook(name, batch_size, anchor)
                     handles.append(module.register_forward_hook(hook, with_kwargs=True))
-            yield
+            with following:
+                yield
         finally:
             self._recording = False
             torch.backends.mha.set_fastpath_enabled(fused)
@@ -143,13 +158,6 @@ class Recorder:
         calls, self._calls = self._calls, {}
         kept = {name: [call for call in calls if call.grad_output is not None] for name, calls in calls.items()}
         return {name: calls for name, calls in kept.items() if calls}
-
-    def _refuse_second_output(self, name: str) -> None:
-        if self._listening:
-            raise UnsupportedModelError(
-                f"Layer '{name}': the loss depends on its second output (attention weights, say), which is not "
-                "recorded. Use engine='per_example'."
-            )
 
     def _record(
         self,
@@ -236,7 +244,8 @@ class Recorder:
 
     def _make_hook(self, name: str, batch_size: int, anchor: Tensor) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if not torch.is_grad_enabled() or not self._constants.are_trained(self._own[name]):
+            is_followed = name in self.expressions.stand_ins.without_records
+            if is_followed or not torch.is_grad_enabled() or not self._constants.are_trained(self._own[name]):
                 return None
             with functions_unwatched():
                 return recorded(module, args, kwargs, output)
@@ -247,27 +256,14 @@ class Recorder:
                 output, *rest = output
             input = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(input, Tensor) or not isinstance(output, Tensor):
-                raise UnsupportedModelError(
-                    f"Layer '{name}' ({type(module).__name__}) was called without a tensor as its first argument, or "
-                    f"returned none, at {here()}. Call it with the batch first, or use engine='per_example', which is "
-                    "slow but takes any layer."
-                )
+                raise _without_tensors(name, module)
+            arrangement = ROWS if self.forms is None else self.forms.arrangement(name, self.count(name))
+            if arrangement != ROWS:
+                return self._record_arranged(name, module, input, output, rest, anchor, arrangement, batch_size)
             input = with_batch(input, batch_size, name, module, self.forms, self.count(name))
             form = None if self.forms is None else self.forms.layers.get(name)
-            reduction = form.reduction if form is not None and name in self._with_arguments else None
-            if output.dim() == 0 and reduction is not None:
-                call = LayerCall(input.detach(), version_of(input), arguments=(args, kwargs))
-                share = 1.0 / batch_size if reduction == "mean" else 1.0
-                return self._record(name, call, output, anchor, lambda grad: (grad * share).expand(batch_size))
-            if output.dim() == 0:
-                raise UnsupportedModelError(
-                    f"Layer '{name}' ({type(module).__name__}) returns one number for the whole batch (a loss that "
-                    "holds parameters): its gradient cannot be told apart by example. Let its forward return one "
-                    "number per example, and take the mean in training_step, or use engine='per_example'."
-                )
             is_shared = output.shape[0] != batch_size
-            if form is not None and form.is_shared and all(form.is_shared):
-                is_shared = True
+            is_shared |= form is not None and bool(form.is_shared) and all(form.is_shared)
             if output.shape[0] != batch_size:
                 # A layer whose input is the same for all examples (position numbers): every example gets its own copy.
                 output = output.expand(batch_size, *output.shape[1:])
@@ -279,88 +275,51 @@ class Recorder:
             output = self._record(name, call, output, anchor)
             if is_shared:
                 note_expanded(output)
-            if rest is None:
-                return output
-            for other in rest:
-                if isinstance(other, Tensor) and other.requires_grad:
-                    other.register_hook(lambda grad: self._refuse_second_output(name))
-            return (output, *rest)
+            return self._with_rest(name, output, rest)
 
         return hook
 
+    def _record_arranged(
+        self, name: str, module: nn.Module, input: Tensor, output: Tensor, rest: Any, anchor: Tensor,
+        arrangement: str, batch_size: int,
+    ) -> Any:  # fmt: skip
+        """Records a call whose examples are not one entry each in front, as it was when the model was examined."""
+        leading = 2 if arrangement == SECOND else 1
+        if not fits(input, arrangement, batch_size) or output.shape[:leading] != input.shape[:leading]:
+            raise no_batch(name, module, input, batch_size)
+        seen = by_example(input.detach(), arrangement, batch_size)
+        call = LayerCall(seen, version_of(input), is_split=True)
+        output = self._record(name, call, output, anchor, lambda grad: by_example(grad, arrangement, batch_size))
+        return self._with_rest(name, output, rest)
 
-class RecordedLinear:
-    """A recorded `torch.nn.functional.linear`, of layers that are made of linear maps.
-
-    Inputs have time in front of the batch: ``(T, B, d)`` or ``(T · B, d)``.
-
-    Args:
-        name, module: The layer.
-        batch_size: Number of examples.
-        record: Keeps a call, given its output and what brings that into the order ``(B, T, …)``.
-        is_recording: Whether calls are recorded now.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        module: nn.Module,
-        batch_size: int,
-        record: Callable[[LayerCall, Tensor, Callable[[Tensor], Tensor]], Tensor],
-        is_recording: Callable[[], bool],
-    ) -> None:
-        self._name, self._module, self._batch_size = name, module, batch_size
-        self._record, self._is_recording = record, is_recording
-
-    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        output = F.linear(input, weight, bias)
-        if not self._is_recording():
+    def _with_rest(self, name: str, output: Tensor, rest: list[Any] | None) -> Any:
+        if rest is None:
             return output
-        self._check(input)
-        linear = linear_map(self._module, weight, bias)
-        call = LayerCall(self._arrange(input.detach()), version_of(input), linear=linear)
-        return self._record(call, output, self._arrange)
+        for other in rest:
+            if isinstance(other, Tensor) and other.requires_grad:
+                other.register_hook(lambda grad: _refuse_second_output(name) if self._listening else None)
+        return (output, *rest)
 
-    def over_time(
-        self, steps: int, like: Tensor, weight: Tensor, bias: Tensor | None = None
-    ) -> Callable[[Tensor], Tensor]:
-        """The same map at so many time steps, one after another, recorded as one call.
 
-        Returns:
-            The map of one step's input ``(B, d)``; to be called exactly ``steps`` times.
-        """
-        if not self._is_recording():
-            return lambda input: F.linear(input, weight, bias)
-        self._check(like[None])
-        call = LayerCall(like.new_empty(0), 0, linear=linear_map(self._module, weight, bias))
-        # The gradient at what is added at every step is that at the map's output.
-        added = like.new_zeros(steps, self._batch_size, len(weight)) if bias is None else bias
-        added = added.expand(steps, self._batch_size, len(weight)).clone()
-        each = iter(self._record(call, added, self._arrange).unbind(0))
-        inputs: list[Tensor] = []
+def _without_tensors(name: str, module: nn.Module) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"Layer '{name}' ({type(module).__name__}) was called without a tensor as its first argument, or returned none, "
+        f"at {here()}. Call it with the batch first, or use engine='per_example', which is slow but takes any layer."
+    )
 
-        def one_step(input: Tensor) -> Tensor:
-            inputs.append(input.detach())
-            if len(inputs) == steps:
-                call.input = torch.stack(inputs, 1)
-                call.version = version_of(call.input)
-            return torch.addmm(next(each), input, weight.T)
 
-        return one_step
-
-    def _arrange(self, tensor: Tensor) -> Tensor:
-        by_time = tensor.unflatten(0, (-1, self._batch_size)) if tensor.dim() == 2 else tensor
-        return by_time.transpose(0, 1)
-
-    def _check(self, input: Tensor) -> None:
-        size = self._batch_size
-        if (input.dim() == 3 and input.shape[1] != size) or (input.dim() == 2 and len(input) % size):
-            raise no_batch(self._name, self._module, input, size)
+def _refuse_second_output(name: str) -> None:
+    raise UnsupportedModelError(
+        f"Layer '{name}': the loss depends on its second output (attention weights, say), which is not recorded. Use "
+        "engine='per_example'."
+    )
 
 
 def _own_input(module: nn.Module, args: tuple[Any, ...]) -> Any:
     """Gives a layer its input as a tensor that nothing else uses."""
-    if not args or not isinstance(args[0], Tensor) or not args[0].requires_grad or not torch.is_grad_enabled():
+    if not args or not isinstance(args[0], Tensor) or isinstance(args[0], Expression):
+        return None
+    if not args[0].requires_grad or not torch.is_grad_enabled():
         return None
     with functions_unwatched():
         return (args[0].view_as(args[0]), *args[1:])

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dp import zoo
-from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.gradients.engines import BookKeeping
 from lightning_dp.gradients.model import OPAQUE, trained_layers
 from lightning_dp.gradients.rules.composite import calls_linear
@@ -197,25 +196,6 @@ def test_attention_with_frozen_parameters_equals_the_loop(frozen: str) -> None:
     model, inputs = SelfAttention().double(), torch.randn(5, 3, 4, dtype=torch.float64)
     model.attention.get_parameter(frozen).requires_grad_(False)
     check(model, lambda rows: model(inputs[rows]).pow(3).sum(), 5)
-
-
-def test_data_that_a_layer_without_a_rule_shares_among_examples_is_refused() -> None:
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gain = nn.Parameter(torch.ones(3))
-
-        def forward(self, x: Tensor, context: Tensor) -> Tensor:
-            return x * self.gain + context
-
-    before, shared = nn.Linear(3, 3), Shared()
-    model = nn.ModuleList([before, shared])
-    x = torch.randn(5, 3)
-    engine = BookKeeping(model)
-    with engine.forward(5):
-        loss = shared(x, before(x).mean(0)).sum()
-    with pytest.raises(UnsupportedModelError, match="leading dimension"), engine.backward():
-        loss.backward()
 
 
 def language_model(kind: str) -> nn.Module:

@@ -25,7 +25,9 @@ from lightning_dp import (
     UnsupportedModelError,
 )
 from lightning_dp.errors import FormChanged
+from lightning_dp.gradients.arrangement import ROWS
 from lightning_dp.gradients.engines import BookKeeping
+from lightning_dp.gradients.expressions.functions import CONSTANT
 from lightning_dp.gradients.forms import CallForms, LayerForm
 from tests.conftest import Net, fit, loader, trainer
 
@@ -239,21 +241,22 @@ def test_a_loss_that_holds_parameters_may_return_one_number(reduction: str) -> N
 
 
 def test_a_mask_as_long_as_the_batch_is_not_taken_apart() -> None:
-    """Which arguments have one entry per example is known, not read from their length."""
+    """Which tensors have one entry per example is known, not read from their length."""
 
     class Masked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.gain = nn.Parameter(torch.randn(3))
+            self.gain = nn.Parameter(torch.randn(4, 3))
 
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-            return mask @ x * self.gain
+            return (mask @ self.gain) * x
 
     module = nn.Sequential(Masked())
     mask, inputs = torch.tril(torch.ones(4, 4)), torch.randn(4, 4, 3)
     engine = BookKeeping(module)
     engine.forms = CallForms()
-    engine.forms.layers["0"] = LayerForm([False], per_example=(True, False))
+    engine.forms.note_meeting((("0.gain",), "matmul"), (CONSTANT,), {0: mask})
+    engine.forms.note_meeting((("0.gain",), "mul"), (ROWS,), {})
     with engine.forward(4):
         loss = module[0](inputs, mask).pow(2).sum()
     with engine.backward():
@@ -261,8 +264,10 @@ def test_a_mask_as_long_as_the_batch_is_not_taken_apart() -> None:
     found = engine.gradients()["0.gain"].materialise()
     for row, x in zip(found, inputs, strict=True):
         gain = module[0].gain.detach().requires_grad_()
-        (mask @ x * gain).pow(2).sum().backward()
+        ((mask @ gain) * x).pow(2).sum().backward()
         torch.testing.assert_close(row, gain.grad)
+    with engine.forward(4), pytest.raises(FormChanged, match="'0.gain'"):
+        module[0](inputs, 2 * mask)
 
 
 def test_a_gradient_penalty_that_begins_later_is_followed() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.gradients.engines import BookKeeping
@@ -21,9 +22,24 @@ class Mean(nn.Module):
         return x.flatten(2).mean(2) if x.dim() > 2 else x
 
 
+class Doubled(nn.Module):
+    """A layer without a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.scale * x).square()
+
+
 CRITICS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear": (lambda: nn.Sequential(nn.Linear(3, 5), nn.LeakyReLU(0.2), nn.Linear(5, 1)), (3,)),
     "smooth": (lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.SiLU(), nn.Linear(4, 1)), (3,)),
+    "no rule": (lambda: nn.Sequential(nn.Linear(3, 3), Doubled(), nn.Linear(3, 1)), (3,)),
+    "weight norm": (
+        lambda: nn.Sequential(weight_norm(nn.Linear(3, 4)), nn.Tanh(), weight_norm(nn.Linear(4, 1))), (3,)
+    ),
     "positions": (lambda: nn.Sequential(nn.Linear(3, 5), nn.Softplus(), nn.Linear(5, 1), nn.Flatten()), (6, 3)),
     "layer norm": (lambda: nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, 1)), (3,)),
     "layer norm over positions": (
@@ -109,17 +125,6 @@ def test_every_rule_is_tried() -> None:
     assert {same.get(kind, kind) for kind in _RULES} <= tried
 
 
-class Doubled(nn.Module):
-    """A layer without a rule."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (self.scale * x).square()
-
-
 def twice_over(critic: nn.Module, x: Tensor) -> Tensor:
     x = x.clone().requires_grad_(True)
     (one,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
@@ -130,7 +135,7 @@ def twice_over(critic: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("critic", "loss"),
     [
-        (nn.Sequential(Doubled(), nn.Linear(3, 1)), r1),
+        (nn.Sequential(nn.PReLU(), nn.Linear(3, 1)), r1),
         (nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)), twice_over),
     ],
 )

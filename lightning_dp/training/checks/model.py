@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.gradients.model import getattr_path, trainable, trained_layers
-from lightning_dp.gradients.rules.registry import refusal_for, rule_for
+from lightning_dp.gradients.rules.registry import refusal_for
 from lightning_dp.torch_api import has_gradient_hooks
 
 _WAY_OUT = "or use engine='per_example', which is slow but takes any layer"
@@ -32,13 +32,6 @@ def check_model(module: pl.LightningModule, engine: str, among: Collection[int] 
             refused.setdefault((type(child).__name__, reason), []).append(name)
     problems = [_of_layers(names, kind, reason) for (kind, reason), names in refused.items()]
     if engine == "bookkeeping":
-        without: dict[tuple[str, str], list[str]] = {}
-        for name, child in trained_layers(module).items():
-            for reason in [] if refusal_for(child) else _without_rule(name, child):
-                without.setdefault((type(child).__name__, reason), []).append(name)
-        problems += [
-            reason if names == [""] else _of_layers(names, kind, reason) for (kind, reason), names in without.items()
-        ]
         problems += _compiled(module) + _tied(module)
     problems += _odd_parameters(module)
     hooked = [name for name, p in module.named_parameters() if p.requires_grad and has_gradient_hooks(p)]
@@ -82,35 +75,8 @@ def _of_layers(names: list[str], kind: str, reason: str) -> str:
     return f"layer{'s' if len(names) > 1 else ''} {shown}{more} ({kind}): {reason}"
 
 
-def _few(names: list[str]) -> list[str]:
-    return names if len(names) <= _NAMED else [*names[:_NAMED], "…"]
-
-
 #: The most layers that a line names.
 _NAMED = 4
-
-
-def _without_rule(name: str, module: nn.Module) -> list[str]:
-    """Why the bookkeeping engine cannot compute a layer's gradients, by a rule or by running the layer once more."""
-    own = trainable(module)
-    if not own:
-        return []
-    if isinstance(module, pl.LightningModule) and not name:
-        return [
-            f"the {type(module).__name__} itself holds the parameters {own}: training_step uses them in a way that the "
-            "engine cannot see; put them into a module of their own, with a forward that applies them, freeze them "
-            f"(requires_grad_(False)), {_WAY_OUT}"
-        ]
-    if type(module).forward is nn.Module.forward:
-        return [
-            f"it holds the parameters {_few(own)} and has no forward of its own (a ParameterList, a parametrization): "
-            "what uses them cannot be seen; hold them in the module that uses them, "
-            f"freeze them (requires_grad_(False)), {_WAY_OUT}"
-        ]
-    unknown = [p for p in own if p not in ("weight", "bias")] if rule_for(module) else []
-    if unknown:
-        return [f"its rule does not know the parameters {unknown} (weight_norm, pruning?); remove them, {_WAY_OUT}"]
-    return []
 
 
 def _compiled(module: pl.LightningModule) -> list[str]:

@@ -11,7 +11,15 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.utils.checkpoint import CheckpointError
 
-from lightning_dp.errors import ACTIVATION_CHECKPOINTING, FormChanged, PrivacyConfigurationError, UnsupportedModelError
+from lightning_dp.errors import (
+    ACTIVATION_CHECKPOINTING,
+    FormChanged,
+    PrivacyConfigurationError,
+    SharedOutputShaped,
+    UnsupportedModelError,
+)
+from lightning_dp.gradients.engine import SummingEngine
+from lightning_dp.gradients.forms import CallForms
 from lightning_dp.mechanism.sampling import Draw
 from lightning_dp.training import lightning_api, steering
 from lightning_dp.training.batches import Layout, Shapes, find_layout, shapes_of_one
@@ -116,6 +124,17 @@ class Examiner:
         return min(share, (self._strategy.private_step and self._strategy.private_step.engine.max_examples) or share)
 
     def _examine(self, subject: Subject) -> Findings:
+        """Runs all examinations; again, with layers followed by other means, where copies of outputs do not do."""
+        while True:
+            try:
+                return self._examine_once(subject)
+            except SharedOutputShaped as error:
+                new = set(error.layers) - self.understanding.followed
+                if not new:
+                    raise UnsupportedModelError(str(error)) from None
+                self.understanding.followed |= new
+
+    def _examine_once(self, subject: Subject) -> Findings:
         """Runs all examinations on the subject's records, and merges what they find into `findings`.
 
         Raises:
@@ -133,11 +152,16 @@ class Examiner:
                 self._refuse_counters(findings.counts)
             try:
                 unseen += check_exchange(subject, findings, compare_places=not sorts)
+            except SharedOutputShaped:
+                raise
             except UnsupportedModelError as error:
                 raise UnsupportedModelError(" ".join([*findings.doubts, str(error)])[:2000]) from None
+            self._refuse_beyond_rules(findings.forms)
             if subject.needs_layers:
                 state = self._strategy.private_step.clipping_state if self._strategy.private_step else {}
                 unseen += check_contributions(subject, self._strategy.mechanism.clipping, state, findings.forms)
+        except SharedOutputShaped:
+            raise
         except (UnsupportedModelError, PrivacyConfigurationError) as error:
             raise type(error)(str(error)) from None
         except CheckpointError as error:
@@ -150,6 +174,19 @@ class Examiner:
         if self._strategy.private_step is not None:
             self._strategy.private_step.engine.forms = self.findings.forms
         return findings
+
+    def _refuse_beyond_rules(self, forms: CallForms) -> None:
+        """Raises: a rule that bounds within the backward pass knows layers that are called with one entry per
+        example, and nothing else."""
+        step, found = self._strategy.private_step, forms.beyond_rules()
+        if step is None or not isinstance(step.engine, SummingEngine) or not found:
+            return
+        raise UnsupportedModelError(
+            f"{', '.join(map(repr, found[:4]))}: {type(self._strategy.mechanism.clipping).__name__} bounds what layers "
+            "give that are called with one entry per example in their leading dimension, and these are used in another "
+            "way (a parameter outside its layer's forward, the batch in another dimension). Use FlatClipping or "
+            "PerLayerClipping, which bound any."
+        )
 
     def _refuse_counters(self, counts: list[str]) -> None:
         """Raises: state that every call of training_step changes counts micro-batches, and so the records drawn."""

@@ -67,7 +67,10 @@ class _Examination:
         self._records = self._rows // subject.copies
         self._tracer = RowTracer(self._records)
         self._owners = BatchOwners(subject, self._tracer, self._found, self._rows, batch is not None)
-        self._calls = LayerCalls(self._tracer, self._found.forms, self._rows, self._records)
+        followed = subject.understanding.followed
+        self._calls = LayerCalls(
+            self._tracer, self._found.forms, self._rows, self._records, followed, subject.loss_reduction
+        )
 
     def run(self) -> Findings:
         subject, tracer = self._subject, self._tracer
@@ -86,34 +89,29 @@ class _Examination:
             self._layout = self._owners.find_layout(batch)
         self._owners.own(batch, self._layout)
         watch = subject.watch(self._rows, tracer)
-        hooks = self._calls.hooks(module)
         seed_everything(self._seed)
-        try:
-            with subject.stand_in(module), tracer, Reads(tracer), watch:
-                if not drawn:
-                    batch = subject.transfer(batch)
-                self._owners.note_labels(batch, self._layout)
-                self._hook(module, "on_train_batch_start", batch, *subject.arguments)
-                counters = _counters(kept_by(module))
-                with subject.context():
-                    output = module.training_step(batch, *subject.arguments)
-                self._found.counts = [
-                    name
-                    for name, value in _counters(kept_by(module)).items()
-                    if name in counters and counters[name] != value
-                ]
-                self._calls.look_again()
-                loss = loss_of(output)
-                state = tracer.state(loss)
-                self._found.reads = list(tracer.reads)
-                self._hook(module, "on_before_backward", loss)
-                with modes_disabled():
-                    self._backward(module, loss)
-                self._hook(module, "on_after_backward")
-                self._hook(module, "on_train_batch_end", _detached(output), batch, *subject.arguments)
-        finally:
-            for handle in hooks:
-                handle.remove()
+        with subject.stand_in(module), tracer, Reads(tracer), watch:
+            if not drawn:
+                batch = subject.transfer(batch)
+            self._owners.note_labels(batch, self._layout)
+            self._hook(module, "on_train_batch_start", batch, *subject.arguments)
+            counters = _counters(kept_by(module))
+            with subject.context(), self._calls.noted(module):
+                output = module.training_step(batch, *subject.arguments)
+            self._found.counts = [
+                name
+                for name, value in _counters(kept_by(module)).items()
+                if name in counters and counters[name] != value
+            ]
+            self._calls.look_again()
+            loss = loss_of(output)
+            state = tracer.state(loss)
+            self._found.reads = list(tracer.reads)
+            self._hook(module, "on_before_backward", loss)
+            with modes_disabled():
+                self._backward(module, loss)
+            self._hook(module, "on_after_backward")
+            self._hook(module, "on_train_batch_end", _detached(output), batch, *subject.arguments)
         self._found.understood = watch.changed
         self._found.operations = tracer.operations
         self._found.records = self._records
@@ -191,14 +189,15 @@ class _Examination:
         return state is None or state.is_public
 
     def _trains(self, layer: str) -> bool:
-        """Whether a layer's parameters get gradients of records: none of an optimizer that is stepped without."""
+        """Whether a layer's parameters, or the parameter of this name, get gradients of records: none of an optimizer
+        that is stepped without."""
         plan = self._subject.understanding.manual
         if not plan.is_known:
             return True
         public = {id(p) for number in plan.public for p in self._subject.optimized(number)}
-        return any(
-            id(p) not in public for p in self._subject.module.get_submodule(layer).parameters() if p.requires_grad
-        )
+        trained = {name: p for name, p in self._subject.module.named_parameters() if p.requires_grad}
+        used = [trained[layer]] if layer in trained else self._subject.module.get_submodule(layer).parameters()
+        return any(id(p) not in public for p in used if p.requires_grad)
 
     def _look_at_decisions(self) -> None:
         """With manual optimization, what is decided by records may be whether a step is taken. Reads by operations are

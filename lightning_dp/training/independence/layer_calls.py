@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
+from lightning_dp.gradients.arrangement import ARRANGEMENTS, FLAT_SECOND, ROWS, SECOND
+from lightning_dp.gradients.covered import covered_layers
 from lightning_dp.gradients.forms import CallForms, LayerForm
-from lightning_dp.gradients.model import trained_layers
 from lightning_dp.gradients.rules.composite import calls_linear
-from lightning_dp.gradients.rules.registry import rule_for
+from lightning_dp.gradients.rules.registry import rule_for, takes_arguments
 from lightning_dp.gradients.source import here
-from lightning_dp.torch_api import functions_unwatched, modes_disabled, tree_flatten, tree_unflatten
+from lightning_dp.torch_api import functions_unwatched, modes_disabled, tree_flatten
 from lightning_dp.training.independence import owners
+from lightning_dp.training.independence.meetings import Meetings, made_for_batch
 from lightning_dp.training.independence.owners import State
 from lightning_dp.training.independence.tracer import RowTracer
 
@@ -28,23 +31,53 @@ class LayerCalls:
         tracer: Knows whose the layers' inputs are.
         forms: Where the forms of calls go.
         rows, records: How many the batch has.
+        followed: Names of layers whose calls with constants are followed to where their outputs meet records.
+        reduction: ``"mean"`` or ``"sum"``: how the loss depends on the number of examples.
     """
 
-    def __init__(self, tracer: RowTracer, forms: CallForms, rows: int, records: int) -> None:
+    def __init__(
+        self, tracer: RowTracer, forms: CallForms, rows: int, records: int, followed: Collection[str], reduction: str
+    ) -> None:
+        self._followed, self._reduction = followed, reduction
         self._tracer, self._forms, self._rows, self._records = tracer, forms, rows, records
         #: By problem: the layers whose calls have it, and the line of the first such call.
         self.problems: dict[str, list[str]] = {}
         #: Types of layers with a problem, by name.
         self.kinds: dict[str, str] = {}
         #: Inputs of calls, and whose they were then.
-        self._seen: list[tuple[str, nn.Module, Tensor, State | None, int]] = []
+        self._seen: list[tuple[str, nn.Module, Tensor, State | None, tuple[str, ...]]] = []
         self.lines: dict[str, str] = {}
+        self._without_records: Collection[str] = ()
 
-    def hooks(self, module: nn.Module) -> list[Any]:
-        return [
-            layer.register_forward_hook(self._noted(name), with_kwargs=True)
-            for name, layer in trained_layers(module).items()
-        ]
+    @contextmanager
+    def noted(self, module: nn.Module) -> Iterator[None]:
+        """Takes note inside of calls of the module's layers, and of what is done with parameters elsewhere."""
+        layers = covered_layers(module)
+        meetings = Meetings(
+            module,
+            layers,
+            self._tracer,
+            self._forms,
+            self._note_meeting_problem,
+            self._arrangement_of,
+            self._followed,
+            self._reduction,
+        )
+        self._without_records = meetings.stand_ins.without_records
+        handles = [layer.register_forward_hook(self._noted(n), with_kwargs=True) for n, layer in layers.items()]
+        try:
+            with meetings.forward(self._rows, is_connected=True):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _note_meeting_problem(self, parameter: str, func: str, state: State, shape: Sequence[int]) -> None:
+        problem = self._form_problem(state, shape, ARRANGEMENTS)
+        if problem:
+            self.problems.setdefault(problem, []).append(parameter)
+            self.kinds[parameter] = f"used in {func}"
+            self.lines.setdefault(problem, here())
 
     def _noted(self, name: str) -> Callable[..., None]:
         forms = self._forms
@@ -53,6 +86,9 @@ class LayerCalls:
             if not torch.is_grad_enabled():
                 return
             form = forms.layers.setdefault(name, LayerForm())
+            form.without_records.append(name in self._without_records)
+            if name in self._without_records:
+                return
             if isinstance(output, Tensor) and output.requires_grad:
                 with functions_unwatched(), modes_disabled():
                     output.register_hook(self._note_gradient)
@@ -60,26 +96,31 @@ class LayerCalls:
             index = len(form.is_shared)
             if isinstance(input, PackedSequence):
                 form.is_shared.append(False)
-                self._note_problem(name, layer, *self._padded(input), dim=1)
+                form.arrangements.append(ROWS)
+                self._note_problem(name, layer, *self._padded(input), (SECOND,))
                 return
             if not isinstance(input, Tensor):
                 return  # refused by the engine, which says so
-            time_first = calls_linear(layer) and not getattr(layer, "batch_first", False) and input.dim() > 2
-            dim = 1 if time_first else 0
+            allowed = self._allowed(layer, input)
             state = self._tracer.state(input)
             public = state is None or state.is_public
-            self._seen.append((name, layer, input, state, dim))
+            self._seen.append((name, layer, input, state, allowed))
             shared = public and input.dim() > 0 and input.shape[0] == 1 and self._rows > 1
             form.is_shared.append(shared)
+            found = None
+            if not calls_linear(layer):
+                if state is not None and not public:
+                    found = self._arrangement_of(state, input.shape, allowed)
+                elif not shared and SECOND in allowed and len(input) != self._rows:
+                    found = SECOND if made_for_batch(input, self._rows) else None
+            form.arrangements.append(found or ROWS)
             if shared:
                 form.constants[index] = input.detach().clone()
             if rule_for(layer) is None:
                 leaves, _ = tree_flatten((args, dict(kwargs)))
                 form.per_example = tuple(self._is_per_example(leaf) for leaf in leaves)
-                if isinstance(output, Tensor) and not output.dim():
-                    form.reduction = self._reduction_of(layer, args, kwargs, form.per_example, output)
             if not public and isinstance(state, State):
-                self._note_problem(name, layer, state, input.shape, dim)
+                self._note_problem(name, layer, state, input.shape, allowed)
 
         return hook
 
@@ -89,13 +130,23 @@ class LayerCalls:
 
     def look_again(self) -> None:
         """After the step: what a call saw is what its gradient is computed from, and must not have been mixed since."""
-        for name, layer, input, before, dim in self._seen:
+        for name, layer, input, before, allowed in self._seen:
             state = self._tracer.state(input)
             if state is not None and not state.is_public and (before is None or state.is_mixed != before.is_mixed):
-                self._note_problem(name, layer, state, input.shape, dim)
+                self._note_problem(name, layer, state, input.shape, allowed)
 
-    def _note_problem(self, name: str, layer: nn.Module, state: State | None, shape: Sequence[int], dim: int) -> None:
-        problem = None if state is None else self._form_problem(state, shape, dim)
+    @staticmethod
+    def _allowed(layer: nn.Module, input: Tensor) -> tuple[str, ...]:
+        """Where a layer's input may have the entries of every example."""
+        if calls_linear(layer):
+            return (ROWS,) if getattr(layer, "batch_first", False) or input.dim() <= 2 else (SECOND,)
+        rule = rule_for(layer)
+        return (ROWS,) if rule is None or takes_arguments(rule) else ARRANGEMENTS
+
+    def _note_problem(
+        self, name: str, layer: nn.Module, state: State | None, shape: Sequence[int], allowed: Sequence[str]
+    ) -> None:
+        problem = None if state is None else self._form_problem(state, shape, allowed)
         if problem:
             self.problems.setdefault(problem, []).append(name)
             self.kinds[name] = type(layer).__name__
@@ -119,25 +170,6 @@ class LayerCalls:
         state = replace(state, owner=padded, ragged=False, packed=False, reordered=state.reordered != sorts)
         return state, moved.shape
 
-    def _reduction_of(
-        self, layer: nn.Module, args: Any, kwargs: Any, per_example: Sequence[bool], output: Tensor
-    ) -> str | None:
-        """Whether a layer's one number is the mean or the sum of those of single examples."""
-        leaves, structure = tree_flatten((args, dict(kwargs)))
-        alone = []
-        with modes_disabled(), torch.no_grad():
-            for row in range(self._rows):
-                taken = [leaf[row : row + 1] if own else leaf for leaf, own in zip(leaves, per_example, strict=True)]
-                own_args, own_kwargs = tree_unflatten(taken, structure)
-                try:
-                    alone.append(type(layer).forward(layer, *own_args, **own_kwargs))
-                except Exception:  # a layer that takes no single example
-                    return None
-            for name, found in (("mean", torch.stack(alone).mean()), ("sum", torch.stack(alone).sum())):
-                if torch.isclose(found, output, rtol=1e-4, atol=1e-6):
-                    return name
-        return None
-
     def _is_per_example(self, leaf: Any) -> bool:
         if not isinstance(leaf, Tensor) or not leaf.dim():
             return False
@@ -146,37 +178,57 @@ class LayerCalls:
             return len(leaf) == self._rows
         return state.owner.shape[0] > 1
 
-    def _form_problem(self, state: State, shape: Sequence[int], dim: int) -> str | None:
-        """What is wrong with a layer's input, if examples cannot be told apart by its entries along a dimension."""
+    def _arrangement_of(self, state: State, shape: Sequence[int], allowed: Sequence[str] = ARRANGEMENTS) -> str | None:
+        """How the examples lie in a tensor; ``None``: in no way that is allowed."""
+        if state.is_mixed or state.is_sum or state.reordered:
+            return None
+        for arrangement in allowed:
+            expected = self._rows_if(arrangement, shape)
+            if expected is not None and _is(state.owner, expected):
+                return arrangement
+        return None
+
+    def _rows_if(self, arrangement: str, shape: Sequence[int]) -> Tensor | None:
+        """Whose entries a tensor has, if its examples lie so."""
+        dims, rows = len(shape), self._rows
+        if arrangement == SECOND:
+            return owners.rows(rows, dims, self._records, 1) if dims > 1 and shape[1] == rows else None
+        if not dims or not shape[0] or shape[0] % rows or (arrangement == ROWS and shape[0] != rows):
+            return None
+        if arrangement == FLAT_SECOND:
+            return owners.rows(rows, dims, self._records).repeat(shape[0] // rows, *[1] * (dims - 1))
+        return owners.rows(shape[0], dims, self._records)
+
+    def _form_problem(self, state: State, shape: Sequence[int], allowed: Sequence[str]) -> str | None:
+        """What is wrong with a tensor, if examples cannot be told apart by where its entries are."""
         if state.is_mixed:
             return f"what they see depends on several records: {state.why}"
         if bool((state.owner == owners.SUM).any()):
             return f"what they see is a sum over records: {state.why}"
-        owner = state.owner
         if state.reordered:
             return (
                 "they see the records in an order that their lengths decide (a packed sequence sorts them): give the "
                 "layer padded sequences, and take each one's state at its own length, or use engine='per_example'"
             )
-        expected = owners.rows(self._rows, len(shape), self._records, dim) if len(shape) > dim else None
-        if expected is not None and owner.dim() == expected.dim() and shape[dim] == self._rows:
-            filled = (
-                torch.where((owner == owners.PUBLIC) | (owner == owners.RANDOM), expected, owner)
-                if owner.shape == expected.shape
-                else owner
-            )
-            if filled.shape == expected.shape and bool((filled == expected).all()):
-                return None
+        if self._arrangement_of(state, shape, allowed) is not None:
+            return None
         if state.ragged:
             return (
                 "they see rows that were chosen by what records hold (a mask, packed sequences): call them on all "
                 "records, and take what is not wanted out of the loss (torch.where, a weight of 0)"
             )
-        placed = owners.blocks(owner)
-        if placed is not None and placed[0] == dim and shape[dim] == self._rows:
+        placed = owners.blocks(state.owner)
+        if placed is not None and placed[0] < len(shape) and shape[placed[0]] == self._rows:
             return "they see the records in another order than other layers do"
         return (
-            "they do not see one entry per example in their leading dimension, which must be the batch. Put the batch "
-            "first (batch_first=True; no flattening of batch and time into one dimension), or use "
-            "engine='per_example', which is slow but takes any layer"
+            "they do not see the entries of each example where every batch has them: let the batch be the leading "
+            "dimension (batch_first=True), or use engine='per_example', which is slow but takes any layer"
         )
+
+
+def _is(owner: Tensor, expected: Tensor) -> bool:
+    """Whether entries belong to whom they should, as far as they belong to anybody."""
+    if owner.shape != expected.shape:
+        return False
+    free = (owner == owners.PUBLIC) | (owner == owners.RANDOM)
+    return bool((torch.where(free, expected, owner) == expected).all())

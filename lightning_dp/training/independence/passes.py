@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_dp.errors import UnsupportedModelError
+from lightning_dp.errors import SharedOutputShaped, UnsupportedModelError
 from lightning_dp.gradients.base import PerExampleGradient
 from lightning_dp.gradients.engine import set_aside
 from lightning_dp.gradients.engines import BookKeeping
@@ -130,11 +130,12 @@ def _with_shared_outputs(forms: CallForms, step: Callable[[], Any]) -> Any:
         shared = [name for name, form in forms.layers.items() if any(form.is_shared)]
         if not shared:
             raise
-        raise UnsupportedModelError(
+        raise SharedOutputShaped(
             f"Layers {', '.join(map(repr, shared[:4]))} see an input that all examples share (leading dimension 1), of "
             "which every example gets its own copy here, and training_step shapes their outputs in a way that is not "
             f"followed: {str(error).splitlines()[0][:300]} Freeze these layers (requires_grad_(False)), expand their "
-            "output to the batch first, or use engine='per_example', which is slow but takes any layer."
+            "output to the batch first, or use engine='per_example', which is slow but takes any layer.",
+            shared,
         ) from None
 
 

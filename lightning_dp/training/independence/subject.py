@@ -33,6 +33,9 @@ class Understanding:
     losses: Forms = field(default_factory=dict)
     #: Code that was examined.
     places: set[Place] = field(default_factory=set)
+    #: Layers that are functions of constants, and whose parameters are followed to where these meet records, since
+    #: their outputs cannot have a copy for every example.
+    followed: set[str] = field(default_factory=set)
     #: What the optimizers are stepped with, of a step that does so itself.
     manual: ManualPlan = field(default_factory=ManualPlan)
 
@@ -99,7 +102,7 @@ class Subject:
         known = self.understanding
         if tracer is None and not hold:  # a pass in eval mode, say: what it learns is thrown away
             losses = {line: list(found) for line, found in known.losses.items()}
-            known = Understanding(losses, set(known.places), known.manual)
+            known = Understanding(losses, set(known.places), known.followed, known.manual)
         learn = not hold
         return Watch(rows, known.losses, known.places, learn, tracer=tracer, enabled=self.per_record_means)
 

@@ -1,0 +1,125 @@
+"""Every example's own copy of an expression, and the gradients that come back to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dp.errors import UnsupportedModelError
+from lightning_dp.gradients.base import Dense, PerExampleGradient
+from lightning_dp.gradients.expressions.expression import Expression
+
+
+class Copies:
+    """Makes the copies of one forward pass.
+
+    Args:
+        batch_size: Number of examples.
+        is_connected: Whether autograd computes its own gradients of the parameters as well.
+        roots: What stands for the parameters in this pass, by name.
+        hand_over: Called with a parameter's name and its gradient at one meeting.
+        is_listening: Whether a backward pass is to be taken note of.
+        is_followed_twice: Whether the loss depends on a gradient.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        is_connected: bool,
+        roots: Mapping[str, Tensor],
+        hand_over: Callable[[str, PerExampleGradient], None],
+        is_listening: Callable[[], bool],
+        is_followed_twice: bool,
+    ) -> None:
+        self.batch_size, self.is_connected, self.roots = batch_size, is_connected, roots
+        self.hand_over, self.is_listening, self.is_followed_twice = hand_over, is_listening, is_followed_twice
+        self._expected: dict[str, int] = {}
+        self._anchor = torch.zeros((), requires_grad=True)
+
+    def expected(self, parameter: str) -> int:
+        """How many gradients of a parameter the backward pass will give, at most."""
+        return self._expected.get(parameter, 0)
+
+    def expect(self, names: Sequence[str]) -> None:
+        """Takes note that a gradient of each of these parameters is to come."""
+        for name in names:
+            self._expected[name] = self._expected.get(name, 0) + 1
+
+    def of(self, expression: Expression, by_row: bool = False) -> Tensor:
+        """One copy per example, ``(B, *shape)``, made once; its gradient is handed over in the backward pass.
+
+        Args:
+            expression: What is copied.
+            by_row: It has one row per example itself, ``(B, …)``: these are the copies.
+        """
+        if by_row not in expression.copies:
+            value = expression.as_subclass(Tensor)
+            own = value.view_as(value) if self.is_connected else value.detach().clone()
+            copies = own if by_row else own.unsqueeze(0).expand(self.batch_size, *value.shape)
+            copies = copies if self.is_connected else self.in_graph(copies)
+            self.expect(expression.roots)
+            copies.register_hook(self._comes_back(value, expression, by_row))
+            expression.copies[by_row] = copies
+        return expression.copies[by_row]
+
+    def in_graph(self, tensor: Tensor) -> Tensor:
+        """Makes a tensor that depends on nothing that is trained part of the graph, in place."""
+        anchored: Tensor = _Anchored.apply(tensor, self._anchor)
+        return anchored
+
+    def _comes_back(self, value: Tensor, expression: Expression, by_row: bool) -> Callable[[Tensor], None]:
+        roots, is_root = expression.roots, expression.root is not None and not expression.is_transposed
+        used = False
+
+        def come_back(gradient: Tensor) -> None:
+            nonlocal used
+            if not self.is_listening():
+                return
+            if used:
+                raise UnsupportedModelError(f"Parameter {roots[0]!r}: more than one backward pass through one forward.")
+            used = True
+            if is_root and not by_row:
+                self.hand_over(roots[0], Dense(gradient.detach()))
+                return
+            sources = [self.roots[name] for name in roots]
+            for name, found in zip(roots, _carried_back(value, sources, gradient.detach(), by_row), strict=True):
+                if found is not None:
+                    self.hand_over(name, Dense(found))
+
+        return come_back
+
+
+def _carried_back(value: Tensor, sources: Sequence[Tensor], gradients: Tensor, by_row: bool) -> Sequence[Tensor | None]:
+    """Every example's gradient of the sources, given that of what was computed from them.
+
+    Args:
+        value: Computed from the sources alone.
+        sources: Parameters.
+        gradients: ``(B, *value.shape)``; ``by_row``: ``value.shape``, row b for example b.
+    """
+    if not by_row:
+        return torch.autograd.grad(
+            value, sources, gradients, is_grads_batched=True, retain_graph=True, allow_unused=True
+        )
+    found = []
+    for row in range(len(gradients)):
+        alone = torch.zeros_like(gradients)
+        alone[row] = gradients[row]
+        found.append(torch.autograd.grad(value, sources, alone, retain_graph=True, allow_unused=True))
+    return [None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True)]
+
+
+class _Anchored(torch.autograd.Function):
+    """Makes a tensor depend on another, in place and without a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return None, None

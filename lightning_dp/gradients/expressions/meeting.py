@@ -1,0 +1,153 @@
+"""Where expressions meet records: the function, applied to every example with a copy of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_dp.errors import UnsupportedModelError
+from lightning_dp.gradients.arrangement import ROWS, by_example, put_together, spread_copies, take_apart
+from lightning_dp.gradients.base import Dense
+from lightning_dp.gradients.expressions.copies import Copies
+from lightning_dp.gradients.expressions.expression import WAY_OUT, Expression, Operands
+from lightning_dp.gradients.expressions.functions import BROADCASTING, PRODUCTS, name_of, operator_of, writes
+from lightning_dp.gradients.linear import OuterProducts
+from lightning_dp.gradients.rules.layers import sum_positions
+from lightning_dp.torch_api import base_of, functions_unwatched, tree_map, version_of
+
+
+def meet(func: Any, operands: Operands, copies: Copies) -> Any:
+    """What a function returns of expressions and records.
+
+    Raises:
+        UnsupportedModelError: It cannot be applied to one example at a time.
+    """
+    with functions_unwatched():
+        as_linear = _linear(func, operands, copies)
+        return _with_copies(func, operands, copies) if as_linear is None else as_linear
+
+
+def _with_copies(func: Any, operands: Operands, copies: Copies) -> Any:
+    leaves, places = operands.leaves, operands.places
+    if isinstance(leaves[0], Expression) and writes(func):
+        raise UnsupportedModelError(
+            f"{operands.used_in(func)}, which writes what depends on records into what was computed from the "
+            f"parameter. Use an operation that returns a new tensor (torch.cat, torch.where), {WAY_OUT}."
+        )
+    if operator_of(func) in BROADCASTING:
+        aligned = {i: _aligned(leaves[i], operands, copies) for i in places}
+        if all(tensor is not None for tensor in aligned.values()):
+            return operands.call(func, [aligned.get(i, leaf) for i, leaf in enumerate(leaves)])
+    try:
+        return _one_by_one(func, operands, copies, by_row=[])
+    except UnsupportedModelError:
+        has_rows = [i for i in places if leaves[i].dim() and 1 < len(leaves[i]) == copies.batch_size]
+        if not has_rows or writes(func) or operands.arrangement != ROWS:
+            raise
+        return _one_by_one(func, operands, copies, by_row=has_rows)
+
+
+def _aligned(expression: Expression, operands: Operands, copies: Copies) -> Tensor | None:
+    """Copies as they are broadcast against the tensors that have the examples; ``None``: it has a dimension of its own
+    in their place."""
+    largest = max((operands.leaves[i] for i in operands.rows), key=lambda tensor: int(tensor.dim()))
+    if operands.arrangement == ROWS and expression.dim() == largest.dim() and len(expression) != 1:
+        return copies.of(expression, by_row=True) if len(expression) == copies.batch_size else None
+    entries = len(largest) // copies.batch_size
+    return spread_copies(copies.of(expression), largest.dim(), operands.arrangement, entries)
+
+
+def _one_by_one(func: Any, operands: Operands, copies: Copies, by_row: Sequence[int]) -> Any:
+    """The function of one example at a time, by `torch.vmap`.
+
+    Args:
+        by_row: Which of the leaves are expressions with one row per example themselves.
+    """
+    leaves, arrangement = operands.leaves, operands.arrangement
+    split = [*operands.rows, *operands.places]
+    apart = [take_apart(leaves[i], arrangement, copies.batch_size) for i in operands.rows]
+    apart += [
+        (copies.of(leaves[i], by_row=True).unsqueeze(1) if i in by_row else copies.of(leaves[i]), 0)
+        for i in operands.places
+    ]
+    tensors, dims = zip(*apart, strict=True)
+
+    def of_one(*taken: Tensor) -> Any:
+        filled = list(leaves)
+        for i, tensor in zip(split, taken, strict=True):
+            filled[i] = tensor
+        result = operands.call(func, filled)
+        return taken[0] if writes(func) else result
+
+    try:
+        result = torch.vmap(of_one, dims, dims[0])(*tensors)
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        raise operands.not_by_example(func, str(error).splitlines()[0].removeprefix("vmap: ")[:200]) from None
+    if writes(func):
+        return None if name_of(func) == "__setitem__" else leaves[0]
+
+    def joined(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        together = put_together(value, arrangement)
+        if together is None:
+            raise operands.not_by_example(func, f"one gives a result of shape {tuple(value.shape[1:])}")
+        return together
+
+    return tree_map(joined, result)
+
+
+def _linear(func: Any, operands: Operands, copies: Copies) -> Tensor | None:
+    """A linear map of a parameter, or its transpose: its gradients, outer products, need not be in memory."""
+    leaves = operands.leaves
+    if operands.rows != [0] or len(leaves) < 2 or leaves[0].dim() < 2 or copies.is_followed_twice:
+        return None
+    input, weight, bias = leaves[0], leaves[1], leaves[2] if len(leaves) > 2 else None
+    is_linear, is_product = func is F.linear, name_of(func) in PRODUCTS
+    if not isinstance(weight, Expression) or weight.root is None or weight.dim() != 2 or not (is_linear or is_product):
+        return None
+    of_bias = bias.root if is_linear and isinstance(bias, Expression) else None
+    if bias is not None and of_bias is None:
+        return None
+    plain = [leaf.as_subclass(Tensor) if isinstance(leaf, Expression) else leaf for leaf in leaves[1:]]
+    if not copies.is_connected:
+        plain = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in plain]
+    output: Tensor = operands.call(func, [input, *plain])
+    output = output if output.requires_grad else copies.in_graph(output)
+    copies.expect(operands.roots)
+    root, arrangement, seen, version = weight.root, operands.arrangement, input.detach(), version_of(input)
+    outputs_first = is_linear != weight.is_transposed
+    used = twice = False
+
+    def come_back(gradient: Tensor) -> None:
+        nonlocal used, twice
+        if not copies.is_listening():
+            twice |= torch.is_grad_enabled()
+            return
+        if used or twice:
+            raise UnsupportedModelError(
+                f"Parameter {root!r}: more than one backward pass through one forward, {WAY_OUT}."
+            )
+        if version_of(seen) != version:
+            raise UnsupportedModelError(
+                f"Parameter {root!r}: what it was applied to was modified in place afterwards. Use an ordinary "
+                "operation there."
+            )
+        used = True
+        left, right = (_positions(by_example(t, arrangement, copies.batch_size)) for t in (gradient.detach(), seen))
+        copies.hand_over(root, OuterProducts(left, right) if outputs_first else OuterProducts(right, left))
+        if of_bias is not None:
+            copies.hand_over(of_bias, Dense(sum_positions(left)))
+
+    output = output.clone() if base_of(output) is not None else output  # in-place work would cut a view's hook off
+    output.register_hook(come_back)
+    return output
+
+
+def _positions(tensor: Tensor) -> Tensor:
+    """``(B, …, d)`` as ``(B, T, d)``."""
+    return tensor.unsqueeze(1) if tensor.dim() == 2 else tensor.flatten(1, -2)

@@ -1,0 +1,393 @@
+"""Parameters that code uses, rather than a layer with a rule: trained as one example at a time would train them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+
+from lightning_dp import BackpropClipping, FlatClipping, GaussianNoise, PrivateStrategy, UnsupportedModelError
+from lightning_dp.gradients.engines import BookKeeping
+from tests.conftest import Net, fit, loader, trainer
+
+D, T, H = 6, 3, 4  # inputs of the data set, as T positions of 2 numbers
+
+
+def tokens(x: Tensor) -> Tensor:
+    return x.view(-1, T, 2)
+
+
+class Positions(nn.Module):
+    """A learned position and class token, as vision transformers have them."""
+
+    def __init__(self, spread: str) -> None:
+        super().__init__()
+        self.spread = spread
+        self.token, self.position = nn.Parameter(torch.randn(1, 1, 2)), nn.Parameter(torch.randn(1, T + 1, 2))
+        self.inside, self.out = nn.Linear(2, H), nn.Linear(H, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = tokens(x)
+        token = {
+            "expand": lambda: self.token.expand(len(x), -1, -1),
+            "repeat": lambda: self.token.repeat(x.shape[0], 1, 1),
+            "as": lambda: self.token.expand_as(x[:, :1]),
+            "broadcast": lambda: torch.broadcast_to(self.token[0, 0], (len(x), 1, 2)),
+        }[self.spread]()
+        return self.out(torch.tanh(self.inside(torch.cat([token, x], 1) + self.position)).mean(1))
+
+
+class Cell(nn.Module):
+    """A recurrence of one's own: matrices are used at every step, and the first state is made of zeros."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.in_place = in_place
+        self.a, self.b, self.bias = (
+            nn.Parameter(torch.randn(2, H)),
+            nn.Parameter(torch.randn(H, H)),
+            nn.Parameter(torch.zeros(H)),
+        )
+        self.out = nn.Linear(H, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = tokens(x)
+        state, states = torch.zeros(len(x), H), torch.zeros(len(x), T, H)
+        for t in range(T):
+            state = torch.tanh(x[:, t] @ self.a + state @ self.b + self.bias)
+            if self.in_place:
+                states[:, t] = state
+        return self.out(states.mean(1) if self.in_place else state)
+
+
+class Adapted(nn.Module):
+    """A frozen layer whose weight is changed by what is computed from parameters alone."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.base, self.out = nn.Linear(D, H), nn.Linear(H, 3)
+        self.base.requires_grad_(False)
+        self.parts = nn.ParameterDict({"a": torch.randn(2, D), "b": torch.randn(H, 2), "scale": torch.rand(H) + 0.5})
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, scale = self.parts["a"], self.parts["b"], self.parts["scale"]
+        if self.kind == "lora":
+            hidden = self.base(x) + x @ a.T @ b.T * scale
+        elif self.kind == "merged":
+            hidden = F.linear(x, self.base.weight + b @ a, scale)
+        else:  # the length of the changed weight, of which no gradient is taken
+            length = (self.base.weight + b @ a).norm(dim=1).detach()
+            hidden = self.base(x) * scale / length + x @ (b @ a).T
+        return self.out(torch.tanh(hidden))
+
+
+class Scaled(nn.Module):
+    """Own parameters beside children that draw random numbers."""
+
+    def __init__(self, drop: float) -> None:
+        super().__init__()
+        self.inside, self.out, self.drop = nn.Linear(D, H), nn.Linear(H, 3), nn.Dropout(drop)
+        self.gamma, self.mask = nn.Parameter(torch.randn(H)), nn.Parameter(torch.randn(H))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.drop(self.gamma * torch.tanh(self.inside(x)))
+        return self.out(torch.where(x[:, :1] > 0, hidden, self.mask))
+
+
+class Bias(nn.Module):
+    """A table of relative positions that is added to scores of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(2 * T, 1)
+        self.qkv, self.out = nn.Linear(2, 3 * H), nn.Linear(H, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = torch.arange(T)
+        bias = self.table(place[:, None] - place[None, :] + T).permute(2, 0, 1)[None]
+        q, k, v = self.qkv(tokens(x))[:, None].chunk(3, -1)
+        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=bias)[:, 0].mean(1))
+
+
+class Flattened(nn.Module):
+    """Layers and parameters that see ``(B · T, d)``, ``(T, B, d)``, ``(T · B, d)``."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.inside, self.norm, self.out = nn.Linear(2, H), nn.LayerNorm(H), nn.Linear(H, 3)
+        self.shift, self.mix = nn.Parameter(torch.randn(H)), nn.Parameter(torch.randn(H, H))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = tokens(x)
+        moved = x.transpose(0, 1) if "time" in self.kind else x
+        flat = moved.reshape(-1, 2) if "flat" in self.kind else moved
+        hidden = torch.relu(self.norm(self.inside(flat)) + self.shift) @ self.mix
+        hidden = F.linear(hidden, self.mix).view(*moved.shape[:2], H)
+        return self.out(hidden.mean(0 if "time" in self.kind else 1))
+
+
+class Frames(nn.Module):
+    """A convolution that sees every frame of every example by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.out = nn.Conv1d(1, H, 2), nn.Linear(H, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        frames = self.conv(x.view(-1, 1, 2)).flatten(1)
+        return self.out(torch.tanh(frames).view(-1, T, H).mean(1))
+
+
+class Written(nn.Module):
+    """A matrix into which parameters are written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.upper, self.out = nn.Parameter(torch.randn(15)), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = torch.triu_indices(D, D, 1)
+        matrix = torch.zeros(D, D)
+        matrix[rows, columns] = self.upper
+        return self.out(torch.tanh(x @ (matrix - matrix.T + torch.eye(D))))
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return a * b
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        a, b = ctx.saved_tensors
+        return gradient * b, gradient * a
+
+
+class Custom(nn.Module):
+    """A weight that comes of an autograd function of one's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(3, D)), nn.Parameter(torch.randn(3, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, Doubled.apply(self.a, self.b))
+
+
+class Elsewhere(nn.Module):
+    """A layer's weight that is also used outside its forward; a penalty; an attribute that is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(D, H), nn.Linear(H, D), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x.to(self.first.weight.dtype)))
+        return self.out(self.second(hidden) + hidden @ self.first.weight)
+
+
+class OnConstants(nn.Module):
+    """A layer that is called with the batch, and with a constant (DoRA does so)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.scale = (
+            nn.Linear(D, 2, bias=False),
+            nn.Linear(2, 3, bias=False),
+            nn.Parameter(torch.ones(3)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.b(self.a(torch.eye(D))).T
+        return self.b(self.a(x)) * self.scale / weight.norm(dim=1)
+
+
+def convolution() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, D)), weight_norm(nn.Conv1d(1, 2, 3)), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)
+    )
+
+
+MODELS = {
+    **{f"positions, {kind}": lambda kind=kind: Positions(kind) for kind in ("expand", "repeat", "as", "broadcast")},
+    "own recurrence": lambda: Cell(False),
+    "own recurrence, in place": lambda: Cell(True),
+    **{kind: lambda kind=kind: Adapted(kind) for kind in ("lora", "merged", "dora")},
+    "layer scale and mask token": lambda: Scaled(0.0),
+    "table of positions": Bias,
+    **{kind: lambda kind=kind: Flattened(kind) for kind in ("rows", "flat", "time first", "time first, flat")},
+    "frames": Frames,
+    "written into a matrix": Written,
+    "custom function": Custom,
+    "a weight used elsewhere": Elsewhere,
+    "called with a constant": OnConstants,
+    "weight_norm": convolution,
+    "weight_norm of old": lambda: nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(D, 3))),
+}  # fmt: skip
+
+
+def trained(module: nn.Module, engine: str, micro: int | None = None, **options: Any) -> list[Tensor]:
+    torch.manual_seed(0)
+    strategy = PrivateStrategy(
+        FlatClipping(0.5), GaussianNoise(0.0), engine=engine, seed=1, max_physical_batch_size=micro, **options
+    )
+    fit(trainer(strategy=strategy, max_steps=2), module, loader())
+    return [p.detach().clone() for p in module.parameters()]
+
+
+@pytest.mark.parametrize("micro", [None, 5])
+@pytest.mark.parametrize("name", MODELS)
+def test_code_that_uses_parameters_trains_as_one_example_at_a_time(name: str, micro: int | None) -> None:
+    models = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        models.append(Net(MODELS[name]()))
+    before = [p.detach().clone() for p in models[0].parameters()]
+    found, expected = trained(models[0], "bookkeeping", micro), trained(models[1], "per_example")
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-6)
+    assert any(not torch.equal(start, one) for start, one in zip(before, found, strict=True))
+
+
+class Own(Net):
+    """Parameters of the LightningModule itself, and a penalty on all weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = F.cross_entropy(self.net(batch[0]) * self.temperature, batch[1])
+        return loss + 0.1 * sum(p.square().sum() for p in self.parameters())
+
+
+def test_a_penalty_on_weights_is_part_of_every_example_s_loss() -> None:
+    torch.manual_seed(3)
+    module = Own()
+    other = copy.deepcopy(module)
+    for one, two in zip(trained(module, "bookkeeping"), trained(other, "per_example"), strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-4, atol=2e-6)
+
+
+def test_what_draws_random_numbers_beside_own_parameters_runs() -> None:
+    trained(Net(Scaled(0.5)), "bookkeeping")
+
+
+def test_a_state_that_every_call_changes_is_followed() -> None:
+    """Spectral normalisation: its power iteration goes on with every call, so that no other engine agrees with it."""
+    torch.manual_seed(3)
+    model = nn.Sequential(spectral_norm(nn.Linear(D, 3))).double()
+    model.eval()
+    x, engine = torch.randn(4, D, dtype=torch.float64), BookKeeping(model)
+    with engine.forward(4):
+        loss = model(x).pow(2).sum()
+    with engine.backward():
+        loss.backward()
+    found = {name: gradient.materialise() for name, gradient in engine.gradients().items()}
+    for row in range(4):
+        alone = torch.autograd.grad(model(x[row : row + 1]).pow(2).sum(), list(model.parameters()))
+        for (name, _), gradient in zip(model.named_parameters(), alone, strict=True):
+            torch.testing.assert_close(found[name][row].view_as(gradient), gradient)
+    trained(Net(nn.Sequential(spectral_norm(nn.Linear(D, 3)))), "bookkeeping")
+
+
+@pytest.mark.parametrize("name", ["positions, expand", "time first, flat", "table of positions", "merged", "frames"])
+def test_the_gradient_of_an_example_is_its_own(name: str) -> None:
+    """Bounded, a record moves the sum by no more than the bound, whatever the others are."""
+    torch.manual_seed(3)
+    model, x = MODELS[name](), torch.randn(5, D)
+    module = Net(model, "sum")
+    labels = torch.tensor([0, 1, 2, 0, 1])
+
+    def weighted(rows: list[int]) -> Tensor:
+        torch.manual_seed(0)
+        strategy = PrivateStrategy(FlatClipping(1e-3), GaussianNoise(0.0), seed=1, loss_reduction="sum")
+        other = copy.deepcopy(module)
+        other.configure_optimizers = lambda: torch.optim.SGD(other.parameters(), lr=1.0)  # type: ignore[method-assign]
+        data = [(10 * x[i], labels[i]) for i in rows]
+        fit(trainer(strategy=strategy, max_steps=1), other, torch.utils.data.DataLoader(data, batch_size=len(data)))
+        return torch.cat([(b - a).flatten() for a, b in zip(module.parameters(), other.parameters(), strict=True)])
+
+    whole, without = weighted([0, 1, 2, 3, 4]), weighted([0, 1, 2, 3])
+    assert (whole * 5 - without * 4).norm() <= 1e-3 * (1 + 1e-3)  # sums: divided by the expected batch
+    assert whole.norm() > 0
+
+
+def test_another_constant_than_the_examined_one_is_not_taken_for_it() -> None:
+    class Late(nn.Module):
+        """A constant that is one record's, once a record is rare."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.out = nn.Parameter(torch.ones(D)), nn.Linear(D, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            rare = (x > 50).any()
+            shift = torch.where(rare, x.detach().amax(0), torch.zeros(D))
+            return self.out(x + self.scale * shift)
+
+    with pytest.raises(UnsupportedModelError):
+        trained(Net(Late()), "bookkeeping")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (lambda self, x: x + self.scale * x.detach().mean(0), "depends on several records|several records meet"),
+        (lambda self, x: torch.cat([x, self.scale[None].expand(2, -1)], 0)[: len(x)], "records|example"),
+        (lambda self, x: x * (self.scale @ x.T).softmax(0)[:, None], "records"),
+    ],
+)
+def test_what_mixes_records_is_refused(wrong: Any, says: str) -> None:
+    class Wrong(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.out = nn.Parameter(torch.randn(D)), nn.Linear(D, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(wrong(self, x))
+
+    with pytest.raises(UnsupportedModelError, match=says):
+        trained(Net(Wrong()), "bookkeeping")
+
+
+def test_backpropagation_clipping_refuses_what_it_has_no_bound_of() -> None:
+    class Reused(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            hidden = torch.tanh(self.net[0](batch[0]))  # type: ignore[index]
+            return F.cross_entropy(F.linear(hidden, self.net[2].weight), batch[1])  # type: ignore[index]
+
+    strategy = PrivateStrategy(BackpropClipping(1.0, 0.3), GaussianNoise(1.0))
+    with pytest.raises(UnsupportedModelError, match="'net.2.weight'.*FlatClipping"):
+        fit(trainer(strategy=strategy, max_steps=1), Reused(), loader())
+
+
+def test_the_module_is_as_it_was_after_a_forward_pass_and_after_an_error() -> None:
+    model = Positions("expand")
+    parameters = dict(model.named_parameters())
+    engine = BookKeeping(model)
+    with engine.forward(5):
+        assert model.token is not parameters["token"]
+        model(torch.randn(5, D))
+    with pytest.raises(RuntimeError), engine.forward(5):
+        model(torch.randn(5, D + 1))
+    assert all(p is parameters[name] for name, p in model.named_parameters())
+    assert isinstance(model.token, nn.Parameter)
+
+
+def test_numbers_of_rows_are_not_read_from_shapes() -> None:
+    """Three positions of three examples: which dimension is the batch was found before, and stays."""
+    torch.manual_seed(3)
+    model = Positions("expand")
+    model.position = nn.Parameter(torch.randn(T + 1, 2))
+    fast, slow = Net(model), Net(copy.deepcopy(model))
+    for one, two in zip(trained(fast, "bookkeeping", T + 1), trained(slow, "per_example"), strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-4, atol=2e-6)
