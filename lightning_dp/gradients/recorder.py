@@ -80,10 +80,8 @@ class Recorder:
         self._listening = self._recording = False
         #: How layers are called, once that has been found.
         self.forms: CallForms | None = None
-        #: Name of a layer whose backward pass was itself differentiated (``create_graph=True``).
-        self._twice: str | None = None
-        #: Layers whose backward pass is followed, for losses that depend on a gradient.
-        self._followed: set[str] = set()
+        self._twice: str | None = None  # a layer whose backward pass was itself differentiated (create_graph=True)
+        self._followed: set[str] = set()  # layers whose backward pass is followed, for losses that depend on a gradient
 
     @contextmanager
     def forward(self, batch_size: int, keep_requires_grad: bool = False) -> Iterator[None]:
@@ -262,10 +260,9 @@ class Recorder:
                 return self._record_arranged(name, module, input, output, rest, anchor, arrangement, batch_size)
             input = with_batch(input, batch_size, name, module, self.forms, self.count(name))
             form = None if self.forms is None else self.forms.layers.get(name)
-            is_shared = output.shape[0] != batch_size
-            is_shared |= form is not None and bool(form.is_shared) and all(form.is_shared)
-            if output.shape[0] != batch_size:
-                # A layer whose input is the same for all examples (position numbers): every example gets its own copy.
+            always = form is not None and bool(form.is_shared) and all(form.is_shared)
+            is_shared = always or output.shape[0] != batch_size
+            if output.shape[0] != batch_size:  # its input is the same for all examples: each gets its own copy
                 output = output.expand(batch_size, *output.shape[1:])
             call = LayerCall(input.detach(), version_of(input))
             if name in self._with_arguments:
@@ -303,8 +300,8 @@ class Recorder:
 
 def _without_tensors(name: str, module: nn.Module) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"Layer '{name}' ({type(module).__name__}) was called without a tensor as its first argument, or returned none, "
-        f"at {here()}. Call it with the batch first, or use engine='per_example', which is slow but takes any layer."
+        f"Layer '{name}' ({type(module).__name__}) was called without a tensor as its first argument, or returned "
+        f"none, at {here()}. Call it with the batch first, or use engine='per_example', which is slow but takes any layer."
     )
 
 
