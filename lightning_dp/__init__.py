@@ -29,9 +29,11 @@ from lightning_dp.training.callbacks.budget import PrivacyBudget
 from lightning_dp.training.callbacks.card import PrivacyCard
 from lightning_dp.training.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_dp.training.callbacks.monitor import PrivacyMonitor
+from lightning_dp.training.check import check
 from lightning_dp.training.distributed import PrivateDDPStrategy
 from lightning_dp.training.distributed import register_strategies as register_ddp_strategies
 from lightning_dp.training.repair import repair
+from lightning_dp.training.report import Report
 from lightning_dp.training.single_device import PrivateStrategy, register_strategies
 
 register_strategies()
@@ -69,12 +71,14 @@ __all__ = [
     "PublicCodebook",
     "RandomCodebook",
     "ReplicasDiverged",
+    "Report",
     "StudentTNoise",
     "UnsupportedModelError",
     "calibrate_noise",
     "calibrate_schedule",
     "calibrate_steps",
     "card_of_run",
+    "check",
     "delta",
     "epsilon",
     "learn_codebook",

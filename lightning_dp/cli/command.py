@@ -16,6 +16,7 @@ from lightning_dp import __version__
 from lightning_dp.cli.accounting import calibrate_command, epsilon_command
 from lightning_dp.cli.audit import audit_command
 from lightning_dp.cli.card import card_command
+from lightning_dp.cli.check import check_command
 from lightning_dp.cli.plot import plot_command
 from lightning_dp.cli.recipes import recipes_command
 from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
@@ -71,6 +72,7 @@ def summary(trainer: pl.Trainer, metrics: Mapping[str, float]) -> str:
 
 #: Commands besides LightningCLI's: what they are for, and what runs them.
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+    "check": ("what a training would be like, before it is begun", check_command),
     "epsilon": ("the ε that a training costs", epsilon_command),
     "calibrate": ("the noise, or the number of steps, for a target ε", calibrate_command),
     "audit": ("lower bounds on ε, by attacks on a recipe", audit_command),

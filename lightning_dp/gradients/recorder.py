@@ -301,7 +301,8 @@ class Recorder:
 def _without_tensors(name: str, module: nn.Module) -> UnsupportedModelError:
     return UnsupportedModelError(
         f"Layer '{name}' ({type(module).__name__}) was called without a tensor as its first argument, or returned "
-        f"none, at {here()}. Call it with the batch first, or use engine='per_example', which is slow but takes any layer."
+        f"none, at {here()}. Call it with the batch first, or use engine='per_example', which is slow but takes any "
+        "layer."
     )
 
 

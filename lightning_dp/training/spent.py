@@ -137,6 +137,12 @@ def note_spending(module: nn.Module, ledger: PrivacyLedger, data: DataMark | Non
     return spending
 
 
+def share_spending(module: nn.Module, copied: nn.Module) -> None:
+    """Lets a copy of a module have cost what the module has."""
+    for spending in _BY_MODULE.get(module, ()):
+        note_spending(copied, spending.ledger, spending.data)
+
+
 def _load_state(load: Any) -> Any:
     """Wraps Lightning's function that makes a module from a checkpoint: the checkpoint's ledger is noted for it."""
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,3 +103,13 @@ def test_an_unknown_command_is_met_with_all_that_there_are(
     said = capsys.readouterr().err
     assert all(name in said for name in ("fit", "validate", "test", "predict", *COMMANDS))
     assert (f"did you mean {meant}?" in said) == bool(meant)
+
+
+def test_check_says_what_a_recipe_would_do(capsys: pytest.CaptureFixture[str]) -> None:
+    digits = str(Path(__file__).parents[2] / "recipes" / "digits" / "dp_sgd.yaml")
+    main(["check", "--config", digits, "--json", "--trainer.max_epochs", "1"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"]
+    assert report["plan"]["steps"] == 6
+    with pytest.raises(SystemExit, match="1"):
+        main(["check", "--config", digits, "--trainer.overfit_batches", "2", "--trainer.max_epochs", "1"])

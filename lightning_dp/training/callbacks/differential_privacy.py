@@ -7,9 +7,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_dp.accounting.events import Accountant
-from lightning_dp.errors import PrivacyConfigurationError
+from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
 from lightning_dp.mechanism.clipping import Bounding, FlatClipping
 from lightning_dp.mechanism.denoising import Denoiser
 from lightning_dp.mechanism.noise import GaussianNoise, Noise
@@ -19,6 +20,7 @@ from lightning_dp.training.callbacks.monitor import PrivacyMonitor
 from lightning_dp.training.made_private import make_private
 from lightning_dp.training.options import check_names, privacy_options
 from lightning_dp.training.repair import repair_and_say
+from lightning_dp.training.report import layer_groups, layers_text
 from lightning_dp.training.strategy import PrivateMixin
 
 
@@ -72,12 +74,21 @@ class DifferentialPrivacy(Callback):
         if self.card is not None:
             self.card.follow(self.monitor)
         self._clipping, self._repair = mechanism.clipping, checked.repair
+        self.engine = checked.engine
+        self._arguments: dict[str, Any] = {
+            "epsilon": epsilon, "delta": delta, "accountant": accountant, "card": card,
+            "log_not_private": log_not_private,
+        }  # fmt: skip
         self._configuration = {"clipping": clipping, "noise": noise, "denoiser": denoiser, **options}
 
     @property
     def target_epsilon(self) -> float | None:
         """The most that ε may become; ``None``: there is no limit."""
         return None if self.budget is None else self.budget.epsilon
+
+    def again(self, **changes: Any) -> DifferentialPrivacy:
+        """A callback with the same arguments, but for these changes."""
+        return DifferentialPrivacy(**{**self._arguments, **self._configuration, **changes})
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """For a fit, makes the Trainer's strategy private, by `make_private`, before Lightning sets it up."""
@@ -146,6 +157,8 @@ class DifferentialPrivacy(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if self.card:
             self.card.on_exception(trainer, pl_module, exception)
+        if isinstance(exception, UnsupportedModelError):
+            rank_zero_info(f"{layers_text(layer_groups(pl_module, self.engine))}\n(lightning_dp.check says more.)")
 
     def state_dict(self) -> dict[str, Any]:
         return self.budget.state_dict() if self.budget else {}
