@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -137,6 +138,21 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
 def put_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Lets a tensor stand where a module has a parameter: assignment takes nothing but parameters."""
     module._parameters[name] = tensor  # type: ignore[assignment]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module is what `torch.compile` returned for another, its ``_orig_mod``."""
+    return isinstance(module, OptimizedModule)
+
+
+def compiled_call(module: nn.Module) -> Any:
+    """What a module's call runs since ``module.compile()``; ``None``: its forward."""
+    return module._compiled_call_impl
+
+
+def put_compiled_call(module: nn.Module, call: Any) -> None:
+    """Lets a module's call run this, as ``module.compile()`` does; ``None``: its forward."""
+    module._compiled_call_impl = call
 
 
 def own_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:

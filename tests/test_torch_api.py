@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -216,3 +216,69 @@ def test_private_names_stand_in_one_file(module: Path) -> None:
     code = [line.partition("#")[0] for line in module.read_text(encoding="utf-8").splitlines()]
     found = [line.strip() for line in code if PRIVATE.search(line) and "self._" not in line and "``" not in line]
     assert found == []
+
+
+def test_a_compiled_module_s_call_can_be_put_aside() -> None:
+    module = nn.Linear(2, 2)
+    assert torch_api.compiled_call(module) is None
+    module.compile(backend="eager")
+    call = torch_api.compiled_call(module)
+    assert call is not None
+    torch_api.put_compiled_call(module, None)
+    assert torch_api.compiled_call(module) is None
+    assert not torch_api.is_compiled(module)
+    assert torch_api.is_compiled(torch.compile(module, backend="eager"))
+
+
+def test_functions_of_subclasses_are_unwatched_and_modes_are_not() -> None:
+    class Seeing(Tensor):
+        seen: ClassVar[list[Any]] = []
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            cls.seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs)
+
+    class Mode(TorchFunctionMode):
+        count = 0
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    tensor = torch.zeros(2).as_subclass(Seeing)
+    Seeing.seen.clear()
+    with Mode() as mode, torch_api.subclasses_unwatched():
+        torch.add(tensor, 1)
+    assert mode.count == 1
+    assert not Seeing.seen
+
+
+def test_calls_of_custom_functions_are_passed_on() -> None:
+    class Kind(Tensor):
+        pass
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, tensor: Tensor) -> Tensor:
+            return 2 * tensor
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return 2 * gradient
+
+    told: list[Any] = []
+
+    def handle(function: Any, args: tuple[Any, ...]) -> Any:
+        told.append(args)
+        return function(*args)
+
+    before = torch.autograd.Function.apply
+    plain = torch.ones(2)
+    with torch_api.custom_functions_passed_to(handle, Kind):
+        assert torch.equal(Double.apply(plain), 2 * plain)
+        assert not told
+        assert torch.equal(Double.apply(plain.as_subclass(Kind)).as_subclass(Tensor), 2 * plain)
+        assert len(told) == 1
+    assert torch.autograd.Function.apply == before
+    assert torch.equal(Double.apply(plain), 2 * plain)

@@ -137,7 +137,7 @@ def _trainer_like(planned: pl.Trainer, callbacks: list[Callback], folder: str) -
         max_steps=planned.max_steps,
         limit_train_batches=planned.limit_train_batches,
         limit_val_batches=0,
-        overfit_batches=planned.overfit_batches,
+        overfit_batches=getattr(planned, "overfit_batches", 0.0),
         accumulate_grad_batches=planned.accumulate_grad_batches,
         gradient_clip_val=planned.gradient_clip_val,
         logger=False,

@@ -23,6 +23,7 @@ from lightning_dp.training.accumulation import Accumulation
 from lightning_dp.training.books import Books
 from lightning_dp.training.checks.model import check_model
 from lightning_dp.training.checks.self_check import Examiner
+from lightning_dp.training.compiled import Originals
 from lightning_dp.training.independence.findings import Findings
 from lightning_dp.training.loader import PoissonDataLoader
 from lightning_dp.training.manual.steps import ManualSteps
@@ -71,7 +72,7 @@ class ConfiguredStrategy(OneProcess):
             Examiner(cast("PrivateMixin", self)),
         )
         self.manual = ManualSteps(cast("PrivateMixin", self), self._check_layers)
-        self.accumulation = Accumulation()
+        self.accumulation, self.originals = Accumulation(), Originals()
         self.logs: steering.Logs | None = None
         self.train_loader: PoissonDataLoader | None = None
         self._clipping_state: State = {}

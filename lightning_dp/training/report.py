@@ -119,7 +119,7 @@ class Report:
             f"Plan: ε = {plan.epsilon:.4g} at δ = {plan.delta:g} after {plan.steps} steps; {plan.num_records} records, "
             f"sampling rate {plan.sampling_rate:.4g}, expected batch {plan.expected_batch_size:g}; noise multiplier "
             f"{plan.noise_multiplier:.4g}.",
-            f"  The noise in the mean gradient has {plan.noise_to_clip:.3g} times the norm that records are clipped to.",
+            f"  The noise in the mean gradient has {plan.noise_to_clip:.3g} times the norm a record is clipped to.",
         ]
         lines += [f"  {change}: {ratio:.3g} times." for change, ratio in plan.halved_by.items()]
         return ["\n".join(lines)]

@@ -63,6 +63,7 @@ class PrivateMixin(ConfiguredStrategy):
         if fitting:
             self.accumulation.take_over(trainer)
             assert self.lightning_module is not None
+            self.originals.use(self.lightning_module)
             configuration.check_trainer(trainer)
             configuration.check_precision(trainer, self.mechanism.clipping)
             self._check_model()
@@ -174,6 +175,7 @@ class PrivateMixin(ConfiguredStrategy):
         self._is_set_up = False
         self.accumulation.restore()
         self.manual.reset()
+        self.originals.restore()
         super().teardown()
 
     # -- the training step -----------------------------------------------------------------------------------------

@@ -145,10 +145,36 @@ def test_activation_checkpointing_is_refused(reentrant: bool) -> None:
     refused(Checkpointed(), "activation checkpointing")
 
 
-def test_a_compiled_model_is_refused_for_the_fast_engine() -> None:
-    module = Net()
-    module.net.compile(backend="eager")
-    refused(module, "torch.compile hides the layers")
+@pytest.mark.parametrize("engine", ["bookkeeping", "per_example"])
+@pytest.mark.parametrize("how", ["in place", "wrapped", "the LightningModule"])
+def test_a_compiled_model_trains_through_its_original(how: str, engine: str, caplog: pytest.LogCaptureFixture) -> None:
+    def trained(compiled: bool) -> tuple[Net, list[str]]:
+        torch.manual_seed(0)
+        module = Net()
+        given: Any = module
+        if compiled and how == "in place":
+            module.net.compile(backend="eager")
+        elif compiled and how == "wrapped":
+            module.net = torch.compile(module.net, backend="eager")
+        elif compiled:
+            given = torch.compile(module, backend="eager")
+        private = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0), seed=3, engine=engine)
+        fit(trainer(strategy=private, max_steps=2), given, loader())
+        return module, list(module.state_dict())
+
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        module, names = trained(True)
+    assert "train through their originals" in caplog.text
+    plain, _ = trained(False)
+    for one, other in zip(module.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other)
+    if how == "in place":
+        assert module.net._compiled_call_impl is not None
+    elif how == "wrapped":
+        assert "net._orig_mod.0.weight" in names
+        assert module.net.forward != module.net._orig_mod.__call__
+    else:
+        assert module._compiler_ctx is not None
 
 
 def test_one_parameter_in_two_roles_is_refused() -> None:

@@ -32,7 +32,7 @@ def check_model(module: pl.LightningModule, engine: str, among: Collection[int] 
             refused.setdefault((type(child).__name__, reason), []).append(name)
     problems = [_of_layers(names, kind, reason) for (kind, reason), names in refused.items()]
     if engine == "bookkeeping":
-        problems += _compiled(module) + _tied(module)
+        problems += _tied(module)
     problems += _odd_parameters(module)
     hooked = [name for name, p in module.named_parameters() if p.requires_grad and has_gradient_hooks(p)]
     if hooked:
@@ -77,21 +77,6 @@ def _of_layers(names: list[str], kind: str, reason: str) -> str:
 
 #: The most layers that a line names.
 _NAMED = 4
-
-
-def _compiled(module: pl.LightningModule) -> list[str]:
-    names = [
-        name or type(module).__name__
-        for name, child in module.named_modules()
-        if getattr(child, "_compiled_call_impl", None) is not None or type(child).__name__ == "OptimizedModule"
-    ]
-    if getattr(module, "_compiler_ctx", None) is not None:
-        names = [type(module).__name__]
-    if not names:
-        return []
-    return [
-        f"{', '.join(names)}: torch.compile hides the layers from the engine; pass the uncompiled module, {_WAY_OUT}"
-    ]
 
 
 def _tied(module: nn.Module) -> list[str]:
