@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from lightning_dp import zoo
 from lightning_dp.gradients.engines import BookKeeping
-from lightning_dp.gradients.model import OPAQUE, trained_layers
-from lightning_dp.gradients.rules.composite import calls_linear
-from lightning_dp.gradients.rules.registry import registered_types, rule_for
+from lightning_dp.gradients.model import OPAQUE
+from lightning_dp.gradients.rules.registry import registered_types
+from lightning_dp.training.report import FOLLOWED, RUN_AGAIN, layer_groups
 from tests.conftest import assert_close, oracle_gradients
 
 pytestmark = pytest.mark.on_device
@@ -249,16 +249,17 @@ def coverage_table() -> str:
     homes = {cls: "torch.nn" if cls.__module__.startswith("torch.nn") else zoo.__name__ for cls in registered_types()}
     lines += [f"| `{home}.{cls.__name__}` | rule |" for cls, home in homes.items()]
     for name, (make, _) in MODELS.items():
-        layers = trained_layers(make()).values()
-        rerun = sorted(
-            {type(layer).__name__ for layer in layers if rule_for(layer) is None and not calls_linear(layer)}
-        )
-        how = f"run once more for every example: {', '.join(f'`{r}`' for r in rerun)}" if rerun else "rules"
+        groups = layer_groups(make())
+        others = sorted({f"{group.way}: `{group.kind}`" for group in groups if group.way in (FOLLOWED, RUN_AGAIN)})
+        how = "; ".join(others) if others else "rules"
         lines.append(f"| {name} | {how} |")
     lines += [
         "| GPT-2, BERT (Hugging Face `transformers`) | rules |",
-        "| ViT (Hugging Face `transformers`) | rules; its embeddings are run once more for every example |",
+        "| ViT (Hugging Face `transformers`) | rules; tokens and positions are followed to where they meet records |",
         "| LoRA adapters (`peft`) | rules |",
+        "| `ParameterList`, `ParameterDict`, parametrizations (`weight_norm`, `spectral_norm`), own parameters of any "
+        "module, a layer's weight in a function, penalties | parameters followed to where they meet records |",
+        "| layers that see `(B · T, d)`, `(T, B, d)`, `(T · B, d)` | rules |",
         "| `torch.nn.LSTM`, `GRU`, `RNN` and their cells; packed sequences | recorded as linear maps, step by step |",
         '| `MultiheadAttention`, `add_bias_kv=True` and `dropout > 0` | refused: `engine="per_example"` |',
         '| activation checkpointing | refused: `max_physical_batch_size`, or `engine="per_example"` |',

@@ -53,7 +53,7 @@ class Copies:
 
         Args:
             expression: What is copied.
-            by_row: It has one row per example itself, ``(B, …)``: these are the copies.
+            by_row: It has rows of every example itself, ``(B · k, …)``: these are the copies.
         """
         if by_row not in expression.copies:
             value = expression.as_subclass(Tensor)
@@ -85,29 +85,33 @@ class Copies:
                 self.hand_over(roots[0], Dense(gradient.detach()))
                 return
             sources = [self.roots[name] for name in roots]
-            for name, found in zip(roots, _carried_back(value, sources, gradient.detach(), by_row), strict=True):
+            rows = len(gradient) // self.batch_size if by_row else None
+            for name, found in zip(roots, _carried_back(value, sources, gradient.detach(), rows), strict=True):
                 if found is not None:
                     self.hand_over(name, Dense(found))
 
         return come_back
 
 
-def _carried_back(value: Tensor, sources: Sequence[Tensor], gradients: Tensor, by_row: bool) -> Sequence[Tensor | None]:
+def _carried_back(
+    value: Tensor, sources: Sequence[Tensor], gradients: Tensor, rows: int | None
+) -> Sequence[Tensor | None]:
     """Every example's gradient of the sources, given that of what was computed from them.
 
     Args:
         value: Computed from the sources alone.
         sources: Parameters.
-        gradients: ``(B, *value.shape)``; ``by_row``: ``value.shape``, row b for example b.
+        gradients: ``(B, *value.shape)``; with ``rows``, ``value.shape``.
+        rows: How many rows of the value are each example's, one after another; ``None``: all of it is every example's.
     """
-    if not by_row:
+    if rows is None:
         return torch.autograd.grad(
             value, sources, gradients, is_grads_batched=True, retain_graph=True, allow_unused=True
         )
     found = []
-    for row in range(len(gradients)):
+    for start in range(0, len(gradients), rows):
         alone = torch.zeros_like(gradients)
-        alone[row] = gradients[row]
+        alone[start : start + rows] = gradients[start : start + rows]
         found.append(torch.autograd.grad(value, sources, alone, retain_graph=True, allow_unused=True))
     return [None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True)]
 

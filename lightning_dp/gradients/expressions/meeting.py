@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dp.errors import UnsupportedModelError
-from lightning_dp.gradients.arrangement import ROWS, by_example, put_together, spread_copies, take_apart
+from lightning_dp.gradients.arrangement import FLAT, ROWS, by_example, put_together, spread_copies, take_apart
 from lightning_dp.gradients.base import Dense
 from lightning_dp.gradients.expressions.copies import Copies
 from lightning_dp.gradients.expressions.expression import WAY_OUT, Expression, Operands
@@ -55,8 +55,8 @@ def _aligned(expression: Expression, operands: Operands, copies: Copies) -> Tens
     """Copies as they are broadcast against the tensors that have the examples; ``None``: it has a dimension of its own
     in their place."""
     largest = max((operands.leaves[i] for i in operands.rows), key=lambda tensor: int(tensor.dim()))
-    if operands.arrangement == ROWS and expression.dim() == largest.dim() and len(expression) != 1:
-        return copies.of(expression, by_row=True) if len(expression) == copies.batch_size else None
+    if operands.arrangement in (ROWS, FLAT) and expression.dim() == largest.dim() and len(expression) != 1:
+        return copies.of(expression, by_row=True) if len(expression) == len(largest) else None
     entries = len(largest) // copies.batch_size
     return spread_copies(copies.of(expression), largest.dim(), operands.arrangement, entries)
 
