@@ -267,6 +267,7 @@ def test_affordable_steps_is_the_largest_number_that_fits() -> None:
     assert total(allowed) <= 2.0 < total(allowed + 1)
     assert affordable_steps(spent, event, epsilon=2.0, delta=1e-5, at_most=3) == 3
     assert affordable_steps(spent, event, epsilon=1e-3, delta=1e-5, at_most=10) == 0
+    assert affordable_steps(spent, event, epsilon=2.0, delta=1e-5, at_most=0) == 0
     assert affordable_steps(spent, NonPrivateDpEvent(), epsilon=2.0, delta=1e-5, at_most=10) == 0
 
 

@@ -195,8 +195,10 @@ def test_replacing_a_record_costs_no_more_than_is_stated() -> None:
     estimate = math.log(torch.exp(order * one + (1 - order) * other).mean().item()) / (order - 1)
     event = ShiftedNoiseDpEvent(noise.density(), scale, ENTRIES)
 
-    [stated] = _step_rdp(rate, event, "replace_one", (order,))
+    stated, *_ = _step_rdp(rate, event, "replace_one", (order, 3, 4))  # of order 2, by those of 3 and 4
     assert divergence(event, rate, order) < estimate <= stated
+    # Mironov 2017, proposition 11, at order 2: (α - 1/2)/(α - 1) = 3/2.
+    assert stated == pytest.approx(1.5 * divergence(event, rate, 4) + divergence(event, rate, 3))
 
 
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])

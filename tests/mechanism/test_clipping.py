@@ -92,6 +92,12 @@ def test_bounds_that_bound_nothing_are_refused(make: Any, says: str) -> None:
         make()
 
 
+@pytest.mark.parametrize("value", ["1.0", True, None])
+def test_a_bound_is_a_number(value: Any) -> None:
+    with pytest.raises(TypeError, match="max_norm"):
+        FlatClipping(value)
+
+
 def bounded_sums(
     clipping: Clipping, model: nn.Module, inputs: torch.Tensor, streaming: bool = False
 ) -> tuple[list[torch.Tensor], list[float]]:

@@ -335,6 +335,13 @@ def test_public_gradients_are_those_of_single_examples() -> None:
     assert_close(found, torch.cat([row.flatten(1) for row in rows.values()], 1))
     assert all(p.grad is None for p in module.parameters())
 
+    class InDictionary(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return {"loss": super().training_step(batch, batch_idx)}
+
+    other = InDictionary(module.net)
+    assert_close(public_gradients(other, [(inputs, labels)]), found)
+
 
 class Wrong(Codebook):
     def __init__(self, counts: tuple[int, ...], values: tuple[tuple[float, ...], ...]) -> None:
