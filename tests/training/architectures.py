@@ -101,7 +101,8 @@ ARCHITECTURES: dict[str, tuple[str, Callable[[], nn.Module]]] = {
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, conv_dim=(8, 8),
         conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2, num_conv_pos_embeddings=4,
         num_conv_pos_embedding_groups=2, hidden_dropout=0.0, activation_dropout=0.0, attention_dropout=0.0,
-        feat_proj_dropout=0.0, layerdrop=0.0, apply_spec_augment=False, final_dropout=0.0, feat_extract_norm="layer", num_labels=CLASSES,
+        feat_proj_dropout=0.0, layerdrop=0.0, apply_spec_augment=False, final_dropout=0.0, feat_extract_norm="layer",
+        num_labels=CLASSES,
         classifier_proj_size=8))),
 }  # fmt: skip
 

@@ -391,3 +391,46 @@ def test_numbers_of_rows_are_not_read_from_shapes() -> None:
     fast, slow = Net(model), Net(copy.deepcopy(model))
     for one, two in zip(trained(fast, "bookkeeping", T + 1), trained(slow, "per_example"), strict=True):
         torch.testing.assert_close(one, two, rtol=2e-4, atol=2e-6)
+
+
+class Slopes(nn.Module):
+    """Public numbers beside parameters, one for each of as many heads as batches have examples (ALiBi, learned)."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads, self.scale = heads, nn.Parameter(torch.ones(1))
+        self.qkv, self.out = nn.Linear(2, 3 * heads * 2), nn.Linear(heads * 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(tokens(x)).view(len(x), T, 3, self.heads, 2).permute(2, 0, 3, 1, 4)
+        slopes = 2.0 ** -torch.arange(1, self.heads + 1).float()
+        place = torch.arange(T).float()
+        bias = -(place[:, None] - place).abs() * slopes[:, None, None] * self.scale
+        mixed = (q @ k.transpose(-1, -2) + bias).softmax(-1) @ v
+        return self.out(mixed.transpose(1, 2).flatten(2).mean(1))
+
+
+class Rotation(nn.Module):
+    """An orthogonal matrix of a learned skew one; as wide as batches are large."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.skew, self.inside, self.out = (
+            nn.Parameter(torch.randn(width, width)),
+            nn.Linear(D, width),
+            nn.Linear(width, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        skew, eye = self.skew - self.skew.T, torch.eye(len(self.skew))
+        return self.out(torch.tanh(self.inside(x)) @ torch.linalg.solve(eye + skew, eye - skew))
+
+
+@pytest.mark.parametrize("size", [5, 8, 18])
+@pytest.mark.parametrize("kind", [Slopes, Rotation])
+def test_sizes_that_batches_have_as_well_are_not_taken_for_examples(kind: Any, size: int) -> None:
+    torch.manual_seed(3)
+    fast = Net(kind(size))
+    slow = copy.deepcopy(fast)
+    for one, two in zip(trained(fast, "bookkeeping"), trained(slow, "per_example"), strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-4, atol=2e-6)

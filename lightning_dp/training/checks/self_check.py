@@ -35,9 +35,9 @@ from lightning_dp.training.independence.subject import Subject, Understanding, c
 if TYPE_CHECKING:
     from lightning_dp.training.strategy import PrivateMixin
 
-#: The most records for the row tracer, the most for the exchange tests, and the most rows of the latter, where each
-#: record has several (``augmentation_multiplicity``).
-_TRACED, _EXCHANGED, _EXAMINED_ROWS = 8, 18, 36
+#: The most records for the row tracer (a number that is hardly a size of a model), the most for the exchange tests, and
+#: the most rows of the latter, where each record has several (``augmentation_multiplicity``).
+_TRACED, _EXCHANGED, _EXAMINED_ROWS = 11, 18, 36
 
 
 class Examiner:
