@@ -65,7 +65,7 @@ def table() -> str:
 
 def test_the_page_names_every_model() -> None:
     text = PAGE.read_text(encoding="utf-8")
-    assert re.findall(r"^\| ([^|]+) \|.*e-0\d \|$", text, re.MULTILINE) == list(MODELS)
+    assert re.findall(r"^\| ([^|]+) \|.*e[-+]0\d \|$", text, re.MULTILINE) == list(MODELS)
 
 
 if __name__ == "__main__":
