@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning_dp.audit.one_run import audit_mechanism, audit_training
 from lightning_dp.audit.report import write_audits
 from lightning_dp.audit.step import audit_module
+from lightning_dp.cli.from_config import from_config
 from lightning_dp.mechanism.noise import with_multiplier
 from lightning_dp.training.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_dp.training.callbacks.lookup import trainer_callbacks
@@ -39,16 +40,7 @@ def audit_command(arguments: Sequence[str]) -> None:
     if not 0.5 <= options.confidence < 1:
         parser.error(f"--confidence must lie in [0.5, 1), got {options.confidence:g}")
 
-    from lightning.pytorch.cli import LightningCLI
-
-    cli = LightningCLI(
-        pl.LightningModule,
-        pl.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        run=False,
-        args=[*(f"--config={config}" for config in options.config), *others],
-    )
+    cli = from_config(options.config, others)
     cli.datamodule.prepare_data()
     cli.datamodule.setup("fit")
     loader = cli.datamodule.train_dataloader()

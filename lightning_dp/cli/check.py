@@ -6,8 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
-import lightning.pytorch as pl
-
+from lightning_dp.cli.from_config import from_config
 from lightning_dp.training.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_dp.training.callbacks.lookup import trainer_callbacks
 from lightning_dp.training.check import check_with
@@ -25,16 +24,7 @@ def check_command(arguments: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     options, others = parser.parse_known_args(list(arguments))
 
-    from lightning.pytorch.cli import LightningCLI
-
-    cli = LightningCLI(
-        pl.LightningModule,
-        pl.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        run=False,
-        args=[*(f"--config={config}" for config in options.config), *others],
-    )
+    cli = from_config(options.config, others)
     privacy = next((c for c in trainer_callbacks(cli.trainer) if isinstance(c, DifferentialPrivacy)), None)
     if privacy is None:
         parser.error("the recipe trains without privacy: add the callback lightning_dp.DifferentialPrivacy")

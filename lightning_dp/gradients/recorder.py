@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from lightning_dp.errors import ACTIVATION_CHECKPOINTING, UnsupportedModelError
+from lightning_dp.gradients.anchored import Anchored
 from lightning_dp.gradients.arrangement import ROWS, SECOND, by_example, fits
 from lightning_dp.gradients.base import PerExampleGradient
 from lightning_dp.gradients.constants import Constants
@@ -29,22 +30,6 @@ from lightning_dp.gradients.rules.second_order import second_order_rule
 from lightning_dp.gradients.shared_outputs import note_expanded
 from lightning_dp.gradients.source import here
 from lightning_dp.torch_api import base_of, functions_unwatched, version_of
-
-
-class _RequireGrad(torch.autograd.Function):
-    """Makes a tensor that depends on no trainable input part of the graph, in place and without a copy.
-
-    Turning it into a leaf instead would forbid the in-place activation that often follows.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
-        ctx.mark_dirty(tensor)
-        return tensor
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return None, None
 
 
 class Recorder:
@@ -171,7 +156,7 @@ class Recorder:
             arrange: Brings a tensor of the output's shape into the order that the call's input is in.
         """
         if not output.requires_grad:
-            output = _RequireGrad.apply(output, anchor)
+            output = Anchored.apply(output, anchor)
         self._calls.setdefault(name, []).append(call)
 
         def keep(grad: Tensor) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_dp.errors import UnsupportedModelError
+from lightning_dp.gradients.anchored import Anchored
 from lightning_dp.gradients.base import Dense, PerExampleGradient
 from lightning_dp.gradients.expressions.expression import Expression
 
@@ -67,7 +67,7 @@ class Copies:
 
     def in_graph(self, tensor: Tensor) -> Tensor:
         """Makes a tensor that depends on nothing that is trained part of the graph, in place."""
-        anchored: Tensor = _Anchored.apply(tensor, self._anchor)
+        anchored: Tensor = Anchored.apply(tensor, self._anchor)
         return anchored
 
     def _comes_back(self, value: Tensor, expression: Expression, by_row: bool) -> Callable[[Tensor], None]:
@@ -114,16 +114,3 @@ def _carried_back(
         alone[start : start + rows] = gradients[start : start + rows]
         found.append(torch.autograd.grad(value, sources, alone, retain_graph=True, allow_unused=True))
     return [None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True)]
-
-
-class _Anchored(torch.autograd.Function):
-    """Makes a tensor depend on another, in place and without a copy."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
-        ctx.mark_dirty(tensor)
-        return tensor
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        return None, None
