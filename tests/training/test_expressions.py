@@ -257,6 +257,28 @@ def test_code_that_uses_parameters_trains_as_one_example_at_a_time(name: str, mi
     assert any(not torch.equal(start, one) for start, one in zip(before, found, strict=True))
 
 
+class Clamped(nn.Module):
+    """A parameter that is kept within limits before it is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.out = nn.Parameter(2 * torch.randn(D)), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.data = self.scale.data.clamp(-0.5, 0.5)
+        with torch.no_grad():
+            self.scale.clamp_(-0.4, 0.4)
+        return self.out(x * self.scale)
+
+
+def test_a_parameter_may_be_written_to_before_it_is_used() -> None:
+    torch.manual_seed(3)
+    fast = Net(Clamped())
+    slow = copy.deepcopy(fast)
+    for one, two in zip(trained(fast, "bookkeeping"), trained(slow, "per_example"), strict=True):
+        torch.testing.assert_close(one, two, rtol=2e-4, atol=2e-6)
+
+
 class Own(Net):
     """Parameters of the LightningModule itself, and a penalty on all weights."""
 

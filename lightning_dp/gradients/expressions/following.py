@@ -21,6 +21,7 @@ from lightning_dp.gradients.expressions.functions import (
     TRANSPOSING,
     is_of_parameter,
     name_of,
+    sets_data,
     spread_by,
     writes,
 )
@@ -123,6 +124,8 @@ class Expressions:
         """What a function returns of arguments of which one at least is an expression."""
         first = leaves[0]
         if isinstance(first, Expression) and first is self._expressions.get(first.roots[0]) and is_of_parameter(func):
+            if sets_data(func):  # the numbers that the rest of this pass computes with
+                Operands(leaves, structure, ()).call(func)
             return Operands([self.stand_ins.parameters[first.roots[0]], *leaves[1:]], structure, ()).call(func)
         roots = tuple(dict.fromkeys(name for e in leaves if isinstance(e, Expression) for name in e.roots))
         operands = Operands(leaves, structure, roots)

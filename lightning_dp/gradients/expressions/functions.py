@@ -54,6 +54,11 @@ def is_of_parameter(func: Any) -> bool:
     return name in _OF_PARAMETER
 
 
+def sets_data(func: Any) -> bool:
+    """Whether a function is an assignment to ``parameter.data``."""
+    return getattr(func, "__name__", "") == "__set__" and getattr(func.__self__, "__name__", "") == "data"
+
+
 def spread_by(func: Any, first: Any, result: Any, batch_size: int) -> str:
     """How the examples can lie in a result that holds copies of an expression, one per example; or `CONSTANT`.
 
