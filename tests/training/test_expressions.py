@@ -39,7 +39,8 @@ class Positions(nn.Module):
             "as": lambda: self.token.expand_as(x[:, :1]),
             "broadcast": lambda: torch.broadcast_to(self.token[0, 0], (len(x), 1, 2)),
         }[self.spread]()
-        return self.out(torch.tanh(self.inside(torch.cat([token, x], 1) + self.position)).mean(1))
+        position = self.position.to(x).type_as(x)
+        return self.out(torch.tanh(self.inside(torch.cat([token, x], 1) + position)).mean(1))
 
 
 class Cell(nn.Module):

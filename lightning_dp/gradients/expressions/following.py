@@ -16,6 +16,7 @@ from lightning_dp.gradients.expressions.copies import Copies
 from lightning_dp.gradients.expressions.expression import WAY_OUT, Expression, Operands, describe, expression_of
 from lightning_dp.gradients.expressions.functions import (
     CONSTANT,
+    LIKE,
     SPREADING,
     TOTAL,
     TRANSPOSING,
@@ -132,7 +133,7 @@ class Expressions:
         if not (self._is_active and torch.is_grad_enabled()):
             return operands.call(func)
         others = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not isinstance(leaf, Expression)]
-        if others and not self.stand_ins.parametrizing:
+        if others and name_of(func) not in LIKE and not self.stand_ins.parametrizing:
             self._place(func, operands, others)
         if operands.is_total:
             return self.add_penalty(func, operands)

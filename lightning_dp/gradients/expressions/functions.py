@@ -14,6 +14,8 @@ CONSTANT, TOTAL = "constant", "total"
 ADDING = frozenset(("add", "iadd", "radd", "sub", "isub", "rsub"))
 #: Functions that spread one copy over the batch.
 SPREADING = frozenset(("expand", "expand_as", "repeat", "broadcast_to", "tile"))
+#: Functions that take nothing but a type or a device of their other arguments.
+LIKE = frozenset(("to", "type_as"))
 #: Functions that give the transpose of a matrix; and the product of two.
 TRANSPOSING, PRODUCTS = frozenset(("t", "T", "mT")), frozenset(("matmul", "__matmul__", "mm"))
 #: Functions whose arguments are broadcast, or have the examples in front in any case.
