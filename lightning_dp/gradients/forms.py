@@ -100,9 +100,21 @@ class CallForms:
         self.holds_gradients |= other.holds_gradients
         self.outside |= other.outside
         _take_over(self.layers, other.layers, only_new)
-        _take_over(self.meetings, other.meetings, only_new)
+        _take_over(self.meetings, other.meetings, only_new=True)
         _take_over(self.shares, other.shares, only_new)
-        _take_over(self._same, other._same, only_new)
+        _take_over(self._same, other._same, only_new=True)
+
+    def check_counts(self, meetings: Mapping[Key, int], calls: Mapping[str, int]) -> None:
+        """Calls of several forms are told apart by their number: there must be as many as were examined.
+
+        Raises:
+            FormChanged: There are others.
+        """
+        kinds = {key: (self.meetings.get(key, []), count) for key, count in meetings.items()}
+        kinds |= {(n,): (self.layers[n].arrangements, count) for n, count in calls.items() if n in self.layers}
+        for key, (known, count) in kinds.items():
+            if any(kind != known[0] for kind in known) and count != len(known):
+                raise FormChanged(f"{key[0]} is used {count} times, in several forms, and was used {len(known)} times.")
 
     def beyond_rules(self) -> list[str]:
         """What a rule that sees one layer's input with one entry per example does not cover: parameters, layers."""

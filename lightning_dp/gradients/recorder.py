@@ -114,6 +114,8 @@ class Recorder:
                 vars(module).pop("forward", None)
         if self.forms is not None:
             self.forms.check_constants()
+            made = {name: len(calls) for name, calls in self._calls.items()}
+            self.forms.check_counts(self.expressions.counts(), made)
 
     @contextmanager
     def backward(self) -> Iterator[None]:

@@ -103,6 +103,10 @@ class Expressions:
         """Whether a call of a layer that has a rule is one of constants alone."""
         return self.forms is not None and self.forms.is_without_records(name, index)
 
+    def counts(self) -> dict[Key, int]:
+        """How often each function was used with parameters in the last forward pass."""
+        return {key: index + 1 for key, index in self._calls.items()}
+
     def missed(self) -> list[str]:
         """Names of the parameters to which a gradient came past all meetings, in this backward pass."""
         if self.copies.is_connected:

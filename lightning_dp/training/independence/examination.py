@@ -71,6 +71,7 @@ class _Examination:
         self._calls = LayerCalls(
             self._tracer, self._found.forms, self._rows, self._records, followed, subject.loss_reduction
         )
+        self._calls.is_drawn = batch is not None
 
     def run(self) -> Findings:
         subject, tracer = self._subject, self._tracer

@@ -47,6 +47,7 @@ class LayerCalls:
         #: Inputs of calls, and whose they were then.
         self._seen: list[tuple[str, nn.Module, Tensor, State | None, tuple[str, ...]]] = []
         self.lines: dict[str, str] = {}
+        self.is_drawn = False
         self._without_records: Collection[str] = ()
 
     @contextmanager
@@ -63,6 +64,7 @@ class LayerCalls:
             self._followed,
             self._reduction,
         )
+        meetings.is_drawn = self.is_drawn
         self._without_records = meetings.stand_ins.without_records
         handles = [layer.register_forward_hook(self._noted(n), with_kwargs=True) for n, layer in layers.items()]
         try:
@@ -112,7 +114,7 @@ class LayerCalls:
                 if state is not None and not public:
                     found = self._arrangement_of(state, input.shape, allowed)
                 elif not shared and SECOND in allowed and len(input) != self._rows:
-                    found = SECOND if made_for_batch(input, self._rows) else None
+                    found = SECOND if not self.is_drawn and made_for_batch(input, self._rows) else None
             form.arrangements.append(found or ROWS)
             if shared:
                 form.constants[index] = input.detach().clone()

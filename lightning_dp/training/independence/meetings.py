@@ -60,6 +60,9 @@ class Meetings(Expressions):
         self._arrangement_of, self._followed = arrangement_of, followed
         self._reduction = reduction
 
+    #: Whether the batch was drawn, of whatever size.
+    is_drawn = False
+
     def kinds_of(self, func: Any, operands: Operands, others: Sequence[int]) -> tuple[str, ...]:
         self._noted.outside |= set(operands.roots)
         tensors = [operands.leaves[i] for i in others]
@@ -100,6 +103,7 @@ class Meetings(Expressions):
             return False
         key, _ = self.next_call(func, operands)
         found = spread_by(func, operands.leaves[0], result, self.copies.batch_size)
+        found = CONSTANT if self.is_drawn else found
         self._noted.note_meeting(key, (found,), {})
         return found != CONSTANT
 
@@ -130,7 +134,7 @@ class Meetings(Expressions):
             return False
         if input.dim() and len(input) in (1, self.copies.batch_size):
             return name in self._followed
-        return not made_for_batch(input, self.copies.batch_size)
+        return self.is_drawn or not made_for_batch(input, self.copies.batch_size)
 
 
 def made_for_batch(tensor: Tensor, batch_size: int) -> bool:
