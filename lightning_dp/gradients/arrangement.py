@@ -19,6 +19,16 @@ def fits(tensor: Tensor, arrangement: str, batch_size: int) -> bool:
     return tensor.dim() > 0 and len(tensor) > 0 and len(tensor) % batch_size == 0
 
 
+def both(one: str, other: str) -> str | None:
+    """The arrangement by which tensors of either can be read, if they have as many dimensions; ``None``: by none.
+
+    With one entry of every example, `FLAT` and `FLAT_SECOND` are `ROWS`. Others cannot be told apart by their sizes.
+    """
+    if one == other:
+        return one
+    return {frozenset((ROWS, FLAT)): FLAT, frozenset((ROWS, FLAT_SECOND)): FLAT_SECOND}.get(frozenset((one, other)))
+
+
 def by_example(tensor: Tensor, arrangement: str, batch_size: int) -> Tensor:
     """``(B, k, …)``, or ``(B, …)`` as it is for `ROWS`."""
     if arrangement == FLAT:

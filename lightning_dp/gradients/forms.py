@@ -60,7 +60,7 @@ class LayerForm:
     Attributes:
         is_shared: Per call of the pass that was examined: whether its input is the same for all examples (position
             numbers, with a leading dimension of 1) rather than one entry per example.
-        arrangements: Per call: where its input has the entries of every example
+        arrangements: Where its input has the entries of every example, by the input's number of dimensions
             (`lightning_dp.gradients.arrangement`).
         constants: The inputs that all examples share, by the number of the call.
         per_example: Of layers that are recomputed (`rules.recompute`): which arguments have one entry per example.
@@ -69,10 +69,45 @@ class LayerForm:
     """
 
     is_shared: list[bool] = field(default_factory=list)
-    arrangements: list[str] = field(default_factory=list)
+    arrangements: dict[int, str] = field(default_factory=dict)
     constants: dict[int, Tensor] = field(default_factory=dict)
     per_example: tuple[bool, ...] | None = None
     without_records: list[bool] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Beside:
+    """What is used beside parameters, in one place of a function's arguments.
+
+    Told apart by what it is, never by the number of the call: how often code runs may change.
+
+    Attributes:
+        arrangements: Where tensors have the entries of every example, by their number of dimensions.
+        constants: Tensors that are the same for all examples, in every step.
+        is_total: Whether the loss of the batch was there.
+    """
+
+    arrangements: dict[int, str] = field(default_factory=dict)
+    constants: list[Tensor] = field(default_factory=list)
+    is_total: bool = False
+
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether a tensor is one of the constants, as far as both are long."""
+        return not tensor.requires_grad and any(_is_same(known, tensor) for known in self.constants)
+
+    def note_constant(self, tensor: Tensor) -> None:
+        """Takes note of a constant, unless one that is as long is known."""
+        longer = [k for k in self.constants if k.dim() == tensor.dim()]
+        longer = [k for k in longer if all(a >= b for a, b in zip(k.shape, tensor.shape, strict=True))]
+        if not any(_is_same(known, tensor) for known in longer):
+            self.constants.append(tensor.detach().clone())
+
+
+def _is_same(known: Tensor, tensor: Tensor) -> bool:
+    if known.dim() != tensor.dim():
+        return False
+    common = tuple(slice(0, min(a, b)) for a, b in zip(known.shape, tensor.shape, strict=True))
+    return torch.equal(known.to(tensor.device)[common], tensor.detach()[common])
 
 
 class CallForms:
@@ -82,14 +117,13 @@ class CallForms:
         self.layers: dict[str, LayerForm] = {}
         #: Names of parameters that are used outside their layer's forward.
         self.outside: set[str] = set()
-        #: Of functions that parameters are used in, by parameters and function: per call, what each of the other
-        #: tensors is; see `lightning_dp.gradients.expressions`.
-        self.meetings: dict[Key, list[tuple[str, ...]]] = {}
+        #: What parameters are used beside, by parameters, function, number of other tensors, and place among them.
+        self.beside: dict[Key, Beside] = {}
+        #: How functions of parameters alone spread what these give over the batch, by parameters and function.
+        self.spreads: dict[Key, set[str]] = {}
         #: Of functions that add a penalty on parameters to the loss: each example's share, by parameters, function and
         #: number of the call.
         self.shares: dict[Key, Share] = {}
-        #: All other tensors there, by parameters, function, place and number of the call.
-        self._same: dict[Key, Tensor] = {}
         #: Whether the loss depends on a gradient (``create_graph=True``).
         self.holds_gradients = False
         #: Flags on an accelerator, by message: whether a shared input differed; read once per forward pass.
@@ -100,58 +134,41 @@ class CallForms:
         self.holds_gradients |= other.holds_gradients
         self.outside |= other.outside
         _take_over(self.layers, other.layers, only_new)
-        _take_over(self.meetings, other.meetings, only_new=True)
+        _take_over(self.beside, other.beside, only_new)
+        _take_over(self.spreads, other.spreads, only_new)
         _take_over(self.shares, other.shares, only_new)
-        _take_over(self._same, other._same, only_new=True)
 
-    def check_counts(self, meetings: Mapping[Key, int], calls: Mapping[str, int]) -> None:
-        """Calls of several forms are told apart by their number: there must be as many as were examined.
+    def check_counts(self, calls: Mapping[str, int]) -> None:
+        """Calls of a layer with constants and with records are told apart by their number: as many as were examined.
+
+        Args:
+            calls: How often layers were called.
 
         Raises:
-            FormChanged: There are others.
+            FormChanged: More often, or less.
         """
-        kinds = {key: (self.meetings.get(key, []), count) for key, count in meetings.items()}
-        kinds |= {(n,): (self.layers[n].arrangements, count) for n, count in calls.items() if n in self.layers}
-        for key, (known, count) in kinds.items():
-            if any(kind != known[0] for kind in known) and count != len(known):
-                raise FormChanged(f"{key[0]} is used {count} times, in several forms, and was used {len(known)} times.")
+        for name, count in calls.items():
+            known = self.layers[name].without_records if name in self.layers else []
+            if any(known) and not all(known) and count != len(known):
+                raise FormChanged(
+                    f"Layer '{name}' is called {count} times, with constants and with records, and was called "
+                    f"{len(known)} times when the model was examined."
+                )
 
     def beyond_rules(self) -> list[str]:
         """What a rule that sees one layer's input with one entry per example does not cover: parameters, layers."""
-        layers = [n for n, f in self.layers.items() if any(f.without_records) or {*f.arrangements} - {ROWS}]
+        layers = [n for n, f in self.layers.items() if any(f.without_records) or {*f.arrangements.values()} - {ROWS}]
         return [*sorted(self.outside), *layers]
 
-    def arrangement(self, name: str, index: int) -> str:
-        """Where a call's input has the entries of every example."""
+    def arrangement(self, name: str, input: Tensor) -> str:
+        """Where a layer's input has the entries of every example."""
         form = self.layers.get(name)
-        return (_nth(form.arrangements, index) or ROWS) if form is not None else ROWS
+        return ROWS if form is None else form.arrangements.get(input.dim(), ROWS)
 
     def is_without_records(self, name: str, index: int) -> bool:
         """Whether a layer's call of this number is one of constants alone."""
         form = self.layers.get(name)
         return form is not None and bool(_nth(form.without_records, index))
-
-    def note_meeting(self, key: Key, kinds: tuple[str, ...], constants: Mapping[int, Tensor]) -> None:
-        """Takes note of a function of parameters and other tensors: what these are, and the constants among them by
-        their place."""
-        calls = self.meetings.setdefault(key, [])
-        for place, constant in constants.items():
-            self._same[(*key, place, len(calls))] = constant.detach().clone()
-        calls.append(kinds)
-
-    def meeting(self, key: Key, index: int) -> tuple[str, ...] | None:
-        """What the other tensors of a function of parameters are; ``None``: it was not called so often."""
-        found: tuple[str, ...] | None = _nth(self.meetings.get(key, []), index)
-        return found
-
-    def is_same(self, key: Key, index: int, constant: Tensor) -> bool:
-        """Whether a tensor beside parameters is what it was, as far as both are long."""
-        calls = len(self.meetings[key[:-1]])
-        known = self._same.get((*key, min(index, calls - 1)))
-        if known is None or known.dim() != constant.dim() or constant.requires_grad:
-            return False
-        common = tuple(slice(0, min(a, b)) for a, b in zip(known.shape, constant.shape, strict=True))
-        return torch.equal(known.to(constant.device)[common], constant[common])
 
     def is_shared(self, name: str, module: nn.Module, index: int, input: Tensor, batch_size: int) -> bool:
         """Whether a call's input is shared by all examples, if it has the form that was found.

@@ -114,8 +114,7 @@ class Recorder:
                 vars(module).pop("forward", None)
         if self.forms is not None:
             self.forms.check_constants()
-            made = {name: len(calls) for name, calls in self._calls.items()}
-            self.forms.check_counts(self.expressions.counts(), made)
+            self.forms.check_counts(self.expressions.stand_ins.calls)
 
     @contextmanager
     def backward(self) -> Iterator[None]:
@@ -242,7 +241,7 @@ class Recorder:
             input = args[0] if args else next(iter(kwargs.values()), None)
             if not isinstance(input, Tensor) or not isinstance(output, Tensor):
                 raise _without_tensors(name, module)
-            arrangement = ROWS if self.forms is None else self.forms.arrangement(name, self.count(name))
+            arrangement = ROWS if self.forms is None else self.forms.arrangement(name, input)
             if arrangement != ROWS:
                 return self._record_arranged(name, module, input, output, rest, anchor, arrangement, batch_size)
             input = with_batch(input, batch_size, name, module, self.forms, self.count(name))

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.parametrize
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
+from torch.utils.data import DataLoader
 
 from lightning_dp import BackpropClipping, FlatClipping, GaussianNoise, PrivateStrategy, UnsupportedModelError
 from lightning_dp.gradients.engines import BookKeeping
@@ -211,6 +213,87 @@ class OnConstants(nn.Module):
         return self.b(self.a(x)) * self.scale / weight.norm(dim=1)
 
 
+class LookedUp(nn.Module):
+    """A table of one's own, with a row for padding, and the same table as an output."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.table, self.mix, self.out = nn.Parameter(torch.randn(5, H)), nn.Parameter(torch.eye(H)), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        words = (x.abs() * 2).long().clamp(max=4)
+        words = words.T if self.kind == "time first" else words
+        table = self.table @ self.mix if self.kind == "computed" else self.table
+        found = F.embedding(words.reshape(-1) if self.kind == "flat" else words, table, padding_idx=0)
+        found = found.view(*words.shape, H) if self.kind == "flat" else found
+        return self.out(F.linear(torch.tanh(found), self.table).mean(0 if self.kind == "time first" else 1))
+
+
+class MaskToken(nn.Module):
+    """A token that is written where a mask of each example says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.inside, self.out = nn.Parameter(torch.randn(H)), nn.Linear(2, H), nn.Linear(H, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.inside(tokens(x))
+        hidden[tokens(x)[..., 0] > 0.3] = self.token
+        return self.out(torch.tanh(hidden).mean(1))
+
+
+class FirstState(nn.Module):
+    """A first state that is learned, one for all examples, as recurrent layers take it."""
+
+    def __init__(self, spread: str) -> None:
+        super().__init__()
+        self.spread = spread
+        self.state = nn.Parameter(torch.randn(H) if spread == "of one" else torch.randn(2, 1, H))
+        self.gru, self.out = nn.GRU(2, H, num_layers=2, batch_first=True), nn.Linear(H, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = len(x)
+        state = {
+            "expand": lambda: self.state.expand(-1, size, -1).contiguous(),
+            "repeat": lambda: self.state.repeat(1, size, 1),
+            "of one": lambda: self.state.expand(2, size, H).contiguous(),
+        }[self.spread]()
+        return self.out(self.gru(tokens(x), state)[0][:, -1])
+
+
+class Slices(nn.Module):
+    """Some of a list's parameters, and what a parameter says of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList([torch.rand(D) for _ in range(3)])
+        self.out = nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.scales[0].grad_fn is None
+        return self.out(x * sum(self.scales[:2]))
+
+
+class Steps(nn.Module):
+    """A recurrence over lengths that differ, and its states together, time first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again, self.out = (
+            nn.Parameter(torch.randn(2, H)),
+            nn.Parameter(torch.randn(H, H)),
+            nn.Linear(H, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, states = torch.zeros(len(x), H), []
+        for t in range(T):
+            state = torch.tanh(tokens(x)[:, t] @ self.first + state @ self.again)
+            states.append(state)
+        return self.out((torch.stack(states) @ self.again).mean(0))
+
+
 def convolution() -> nn.Module:
     return nn.Sequential(
         nn.Unflatten(1, (1, D)), weight_norm(nn.Conv1d(1, 2, 3)), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)
@@ -230,6 +313,11 @@ MODELS = {
     "custom function": Custom,
     "a weight used elsewhere": Elsewhere,
     "called with a constant": OnConstants,
+    **{f"looked up, {k}": lambda k=k: LookedUp(k) for k in ("rows", "flat", "time first", "computed")},
+    "mask token": MaskToken,
+    **{f"first state, {kind}": lambda kind=kind: FirstState(kind) for kind in ("expand", "repeat", "of one")},
+    "slices of a list": Slices,
+    "recurrence and its states": Steps,
     "weight_norm": convolution,
     "weight_norm of old": lambda: nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(D, 3))),
 }  # fmt: skip
@@ -320,6 +408,7 @@ def test_a_state_that_every_call_changes_is_followed() -> None:
         for (name, _), gradient in zip(model.named_parameters(), alone, strict=True):
             torch.testing.assert_close(found[name][row].view_as(gradient), gradient)
     trained(Net(nn.Sequential(spectral_norm(nn.Linear(D, 3)))), "bookkeeping")
+    trained(Net(nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(D, 3)))), "bookkeeping")
 
 
 @pytest.mark.parametrize("name", ["positions, expand", "time first, flat", "table of positions", "merged", "frames"])
@@ -336,7 +425,7 @@ def test_the_gradient_of_an_example_is_its_own(name: str) -> None:
         other = copy.deepcopy(module)
         other.configure_optimizers = lambda: torch.optim.SGD(other.parameters(), lr=1.0)  # type: ignore[method-assign]
         data = [(10 * x[i], labels[i]) for i in rows]
-        fit(trainer(strategy=strategy, max_steps=1), other, torch.utils.data.DataLoader(data, batch_size=len(data)))
+        fit(trainer(strategy=strategy, max_steps=1), other, DataLoader(data, batch_size=len(data)))
         return torch.cat([(b - a).flatten() for a, b in zip(module.parameters(), other.parameters(), strict=True)])
 
     whole, without = weighted([0, 1, 2, 3, 4]), weighted([0, 1, 2, 3])
@@ -457,3 +546,108 @@ def test_sizes_that_batches_have_as_well_are_not_taken_for_examples(kind: Any, s
     slow = copy.deepcopy(fast)
     for one, two in zip(trained(fast, "bookkeeping"), trained(slow, "per_example"), strict=True):
         torch.testing.assert_close(one, two, rtol=2e-4, atol=2e-6)
+
+
+class Layouts(Net):
+    """A weight that is applied to flat rows, once more often in the first epoch; then to rows in another order."""
+
+    def __init__(self, more: tuple[int, int], layer: bool) -> None:
+        super().__init__()
+        self.more, self.layer = more, layer
+        self.net = nn.Linear(4, 4, bias=False)
+        self.register_buffer("out", torch.randn(4, 3))
+
+    def apply_weight(self, flat: Tensor) -> Tensor:
+        return self.net(flat) if self.layer else F.linear(flat, self.net.weight)  # type: ignore[arg-type]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, labels = batch
+        flat = x.reshape(-1, 4)
+        for _ in range(self.more[min(self.current_epoch, 1)]):
+            flat = torch.tanh(self.apply_weight(flat))
+        flat = flat.view(len(x), -1, 4).transpose(0, 1).reshape(-1, 4)
+        return F.cross_entropy(self.apply_weight(flat).view(-1, len(x), 4).mean(0) @ self.out, labels)
+
+
+@pytest.mark.parametrize("layer", [False, True])
+@pytest.mark.parametrize("more", [(2, 1), (1, 2), (1, 1)])
+def test_flat_rows_in_two_orders_are_refused(more: tuple[int, int], layer: bool) -> None:
+    """Sizes cannot tell them apart, and the number of a call changes: one record moved the sum by 13 bounds."""
+    data = [(torch.randn(48), torch.tensor(i % 3)) for i in range(24)]
+    strategy = PrivateStrategy(FlatClipping(1e-3), GaussianNoise(0.0), seed=1)
+    with pytest.raises(UnsupportedModelError, match="in several places"):
+        fit(
+            trainer(strategy=strategy, max_epochs=2),
+            Layouts(more, layer),
+            DataLoader(data, batch_size=24),
+        )  # type: ignore[arg-type]
+
+
+class Begins(Net):
+    """A term that begins in the second epoch, whose step is therefore examined on the batch that is drawn; the first
+    step is of size 0."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self.net(batch[0])
+        loss = F.cross_entropy(logits, batch[1])
+        return loss + 0.01 * logits.square().mean() if self.current_epoch >= 1 else loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step > 0))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Basis(nn.Module):
+    """Random features of learned length scales."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.register_buffer("frequencies", torch.randn(count, D))
+        self.scale, self.out = nn.Parameter(torch.ones(1, D)), nn.Linear(2 * count, 3).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        phase = x @ (self.scale.expand(self.count, -1) * self.frequencies).T
+        return self.out(torch.cat([phase.sin(), phase.cos()], 1))
+
+
+@pytest.mark.parametrize("size", [20, 24])
+@pytest.mark.parametrize("kind", [Basis, Rotation])
+def test_a_size_that_a_drawn_batch_has_as_well_is_not_taken_for_examples(kind: Any, size: int) -> None:
+    """Of 24 records, all of which are drawn: one record moved the sum by 4 times the bound at a size of 24."""
+    torch.manual_seed(3)
+    model, data = kind(size), [(torch.randn(D), torch.tensor(i % 3)) for i in range(24)]
+    start = [p.detach().clone() for p in model.parameters()]
+
+    def moved(records: list[Any]) -> Tensor:
+        module = Begins(copy.deepcopy(model))
+        strategy = PrivateStrategy(FlatClipping(1e-3), GaussianNoise(0.0), seed=1)
+        run = trainer(strategy=strategy, max_epochs=2)
+        fit(run, module, DataLoader(records, batch_size=len(records)))  # type: ignore[arg-type]
+        pairs = zip(start, module.net.parameters(), strict=True)
+        return len(records) * torch.cat([(a - b).flatten() for a, b in pairs])
+
+    whole = moved(data)
+    for left_out in (0, 5):
+        assert (whole - moved(data[:left_out] + data[left_out + 1 :])).norm() <= 1e-3 * (1 + 1e-2)
+    assert whole.norm() > 0
+
+
+@pytest.mark.parametrize("module", [nn.GRU(2, H, batch_first=True), nn.MultiheadAttention(2, 1, batch_first=True)])
+def test_a_parametrization_that_a_kernel_hides_is_refused_with_a_way_out(module: nn.Module) -> None:
+    name = "weight_hh_l0" if isinstance(module, nn.GRU) else "in_proj_weight"
+
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.out = copy.deepcopy(module), nn.Linear(2 if name.startswith("in") else H, 3)
+            torch.nn.utils.parametrize.register_parametrization(self.inside, name, nn.Tanh())
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = tokens(x)
+            return self.out((self.inside(x) if name.startswith("w") else self.inside(x, x, x))[0][:, -1])
+
+    with pytest.raises(UnsupportedModelError, match="parametrization.*per_example"):
+        trained(Net(Inside()), "bookkeeping")
+    trained(Net(Inside()), "per_example")

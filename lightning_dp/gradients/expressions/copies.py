@@ -108,9 +108,19 @@ def _carried_back(
         return torch.autograd.grad(
             value, sources, gradients, is_grads_batched=True, retain_graph=True, allow_unused=True
         )
-    found = []
-    for start in range(0, len(gradients), rows):
-        alone = torch.zeros_like(gradients)
-        alone[start : start + rows] = gradients[start : start + rows]
-        found.append(torch.autograd.grad(value, sources, alone, retain_graph=True, allow_unused=True))
-    return [None if parts[0] is None else torch.stack(parts) for parts in zip(*found, strict=True)]
+    examples = len(gradients) // rows
+    parts: list[Sequence[Tensor | None]] = []
+    at_once = max(1, _AT_ONCE // max(1, gradients.numel()))
+    for start in range(0, examples, at_once):
+        some = range(start, min(start + at_once, examples))
+        alone = gradients.new_zeros(len(some), *gradients.shape)
+        for place, example in enumerate(some):
+            alone[place, example * rows : (example + 1) * rows] = gradients[example * rows : (example + 1) * rows]
+        parts.append(
+            torch.autograd.grad(value, sources, alone, is_grads_batched=True, retain_graph=True, allow_unused=True)
+        )
+    return [None if found[0] is None else torch.cat(found) for found in zip(*parts, strict=True)]
+
+
+#: Numbers in gradients of single examples that are carried back at once.
+_AT_ONCE = 2**22

@@ -20,16 +20,17 @@ from lightning_dp.gradients.expressions.functions import (
     SPREADING,
     TOTAL,
     TRANSPOSING,
+    can_spread,
     is_of_parameter,
     name_of,
     sets_data,
-    spread_by,
     writes,
 )
 from lightning_dp.gradients.expressions.meeting import meet
 from lightning_dp.gradients.expressions.penalty import add_penalty
 from lightning_dp.gradients.expressions.stand_ins import StandIns
-from lightning_dp.gradients.forms import CallForms, Key
+from lightning_dp.gradients.forms import Beside, CallForms, Key
+from lightning_dp.gradients.source import here
 from lightning_dp.torch_api import (
     custom_functions_passed_to,
     functions_unwatched,
@@ -103,10 +104,6 @@ class Expressions:
         """Whether a call of a layer that has a rule is one of constants alone."""
         return self.forms is not None and self.forms.is_without_records(name, index)
 
-    def counts(self) -> dict[Key, int]:
-        """How often each function was used with parameters in the last forward pass."""
-        return {key: index + 1 for key, index in self._calls.items()}
-
     def missed(self) -> list[str]:
         """Names of the parameters to which a gradient came past all meetings, in this backward pass."""
         if self.copies.is_connected:
@@ -171,19 +168,15 @@ class Expressions:
         leaves, size = operands.leaves, self.copies.batch_size
         if self.forms is None:
             return tuple(self._kind_by_shape(func, operands, leaves[i]) for i in others)
-        key, index = self.next_call(func, operands)
-        kinds = self.forms.meeting(key, index)
-        if kinds is None or len(kinds) != len(others):
-            raise FormChanged(_changed(func, operands))
-        for place, (i, kind) in enumerate(zip(others, kinds, strict=True)):
-            tensor = leaves[i]
-            if kind == CONSTANT:
-                is_known = isinstance(tensor, nn.Parameter) or self.forms.is_same((*key, place), index, tensor)
-            else:
-                is_known = not tensor.dim() if kind == TOTAL else fits(tensor, kind, size)
-            if not is_known:
+        self.next_call(func, operands)
+        kinds = []
+        for place, i in enumerate(others):
+            known = self.forms.beside.get(beside_key(func, operands, len(others), place))
+            kind = None if known is None else _kind_of(known, leaves[i], size)
+            if kind is None:
                 raise FormChanged(_changed(func, operands))
-        return kinds
+            kinds.append(kind)
+        return tuple(kinds)
 
     def _kind_by_shape(self, func: Any, operands: Operands, tensor: Tensor) -> str:
         if fits(tensor, ROWS, self.copies.batch_size) and not isinstance(tensor, nn.Parameter):
@@ -193,7 +186,7 @@ class Expressions:
         return CONSTANT
 
     def next_call(self, func: Any, operands: Operands) -> tuple[Key, int]:
-        """What a call is known by, and its number among those that are known by the same."""
+        """What a penalty's share is known by, and the number of the call among those that are known by the same."""
         key = (operands.roots, name_of(func))
         self._calls[key] = self._calls.get(key, -1) + 1
         return key, self._calls[key]
@@ -205,8 +198,10 @@ class Expressions:
     def add_penalty(self, func: Any, operands: Operands) -> Tensor:
         """What a function returns that adds expressions to the loss."""
         key = (operands.roots, name_of(func))
-        assert self.forms is not None
-        return add_penalty(func, operands, self.copies, self.forms.shares[(*key, self._calls[key])])
+        share = None if self.forms is None else self.forms.shares.get((*key, self._calls[key]))
+        if share is None:
+            raise FormChanged(_changed(func, operands))
+        return add_penalty(func, operands, self.copies, share)
 
     # -- what comes of parameters alone ----------------------------------------------------------------------------
 
@@ -214,27 +209,29 @@ class Expressions:
         """Whether a function of parameters alone spreads what they give over the batch."""
         if name_of(func) not in SPREADING:
             return False
-        spread = spread_by(func, operands.leaves[0], result, self.copies.batch_size)
+        return self._spread_of(func, operands.leaves[0], operands.roots, result) != CONSTANT
+
+    def _spread_of(self, func: Any, first: Any, roots: tuple[str, ...], result: Any) -> str:
+        size = self.copies.batch_size
         if self.forms is None:
-            return spread == ROWS
-        key, index = self.next_call(func, operands)
-        known = self.forms.meeting(key, index)
-        if known is None or (known[0] != CONSTANT and known[0] != spread):
-            raise FormChanged(_changed(func, operands))
-        return known[0] != CONSTANT
+            return ROWS if can_spread(func, ROWS, first, result, size) else CONSTANT
+        known = self.forms.spreads.get((roots, name_of(func)), set())
+        if len(known) != 1:  # what is constant is followed on, with all its rows
+            return CONSTANT
+        [kind] = known
+        if kind != CONSTANT and not can_spread(func, kind, first, result, size):
+            raise FormChanged(f"Parameter {roots[0]!r} is used in {name_of(func)} at {here()} {ANOTHER_WAY}")
+        return kind
 
     def spread(self, func: Any, first: Expression, result: Tensor) -> Tensor:
         """Every example's own copy, in the place of one that a function has spread over the batch."""
-        arrangement = spread_by(func, first, result, self.copies.batch_size)
-        if arrangement == FLAT:
+        kind = self._spread_of(func, first, first.roots, result)
+        if kind == FLAT:
             return self.copies.of(first).flatten(0, 1)
-        if arrangement == SECOND:
-            return self.copies.of(first).squeeze(2).transpose(0, 1)
-        whole = first if first.dim() == result.dim() else expression_of(first[None], self, first.roots)
-        copies = self.copies.of(whole).squeeze(1)
-        if name_of(func) != "repeat":
-            return copies.expand(result.shape)
-        return copies.repeat(1, *(n // c for n, c in zip(result.shape[1:], copies.shape[1:], strict=True)))
+        place = 1 if kind == SECOND else 0
+        one = expression_of(result.narrow(place, 0, 1), self, first.roots)
+        copies = self.copies.of(one).squeeze(place + 1)
+        return copies.transpose(0, 1) if kind == SECOND else copies
 
     def _kept(self, func: Any, operands: Operands, result: Any) -> Any:
         """What a function returns of parameters and constants alone, as expressions."""
@@ -260,5 +257,23 @@ class Expressions:
         describe(tensor, self, operands.roots)
 
 
+def beside_key(func: Any, operands: Operands, others: int, place: int) -> Key:
+    """What is known of tensors beside parameters is known by this: parameters, function, and the place among others."""
+    return operands.roots, name_of(func), others, place
+
+
+def _kind_of(known: Beside, tensor: Tensor, batch_size: int) -> str | None:
+    """What a tensor is: told by what it is, and not by the number of the call; ``None``: it was not there before."""
+    if isinstance(tensor, nn.Parameter) or known.is_constant(tensor):
+        return CONSTANT
+    if not tensor.dim():
+        return TOTAL if known.is_total else None
+    arrangement = known.arrangements.get(tensor.dim())
+    return arrangement if arrangement is not None and fits(tensor, arrangement, batch_size) else None
+
+
 def _changed(func: Any, operands: Operands) -> str:
-    return f"{operands.used_in(func)} in another way than when the model was examined."
+    return f"{operands.used_in(func)} {ANOTHER_WAY}"
+
+
+ANOTHER_WAY = f"in another way than when the model was examined. Use it in one way, {WAY_OUT}."

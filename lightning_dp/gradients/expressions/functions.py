@@ -26,7 +26,7 @@ BROADCASTING = frozenset(
 )  # fmt: skip
 #: Attributes and methods of a parameter that are not about its numbers.
 _OF_PARAMETER = frozenset(
-    ("grad", "data", "requires_grad", "requires_grad_", "is_leaf", "register_hook",
+    ("grad", "grad_fn", "data", "requires_grad", "requires_grad_", "is_leaf", "register_hook",
      "register_post_accumulate_grad_hook")
 )  # fmt: skip
 
@@ -61,21 +61,24 @@ def sets_data(func: Any) -> bool:
     return getattr(func, "__name__", "") == "__set__" and getattr(func.__self__, "__name__", "") == "data"
 
 
-def spread_by(func: Any, first: Any, result: Any, batch_size: int) -> str:
-    """How the examples can lie in a result that holds copies of an expression, one per example; or `CONSTANT`.
+def can_spread(func: Any, arrangement: str, first: Any, result: Any, batch_size: int) -> bool:
+    """Whether a result can be copies of an expression, one per example, that lie so.
 
-    `ROWS`: its leading dimension is new, or was 1; `SECOND`: its second was 1; `FLAT`: all of it is repeated, as often
-    as there are examples.
+    `ROWS`: the leading dimension is new, or was 1; `SECOND`: the second; `FLAT`: all is repeated, as often as there are
+    examples.
     """
     if not (isinstance(first, Tensor) and isinstance(result, Tensor) and result.dim() and result.requires_grad):
-        return CONSTANT
-    is_one = first.dim() + 1 == result.dim() or (first.dim() == result.dim() and len(first) == 1)
-    if is_one and len(result) == batch_size:
-        return ROWS
-    if first.dim() != result.dim() or first.dim() < 2:
-        return CONSTANT
-    if first.shape[1] == 1 and result.shape[1] == batch_size > 1:
-        is_rest_unchanged = first.shape[0] == result.shape[0] and first.shape[2:] == result.shape[2:]
-        return SECOND if is_rest_unchanged else CONSTANT
-    is_whole = first.shape[1:] == result.shape[1:] and len(result) == batch_size * len(first)
-    return FLAT if name_of(func) == "repeat" and is_whole else CONSTANT
+        return False
+    if arrangement == FLAT:
+        is_whole = first.dim() == result.dim() > 1 and first.shape[1:] == result.shape[1:]
+        return name_of(func) == "repeat" and is_whole and len(result) == batch_size * len(first)
+    place = {ROWS: 0, SECOND: 1}.get(arrangement, result.dim())
+    if place >= result.dim() or result.shape[place] != batch_size:
+        return False
+    own = place - (result.dim() - first.dim())  # the dimension of the expression that stands there
+    return own < 0 or first.shape[own] == 1
+
+
+def spread_by(func: Any, first: Any, result: Any, batch_size: int) -> str:
+    """How a result holds copies of an expression, one per example; `CONSTANT`: it does not."""
+    return next((a for a in (ROWS, SECOND, FLAT) if can_spread(func, a, first, result, batch_size)), CONSTANT)

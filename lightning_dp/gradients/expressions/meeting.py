@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_dp.errors import UnsupportedModelError
-from lightning_dp.gradients.arrangement import FLAT, ROWS, by_example, put_together, spread_copies, take_apart
+from lightning_dp.gradients.arrangement import (
+    FLAT,
+    FLAT_SECOND,
+    ROWS,
+    by_example,
+    put_together,
+    spread_copies,
+    take_apart,
+)
 from lightning_dp.gradients.base import Dense
 from lightning_dp.gradients.expressions.copies import Copies
 from lightning_dp.gradients.expressions.expression import WAY_OUT, Expression, Operands
 from lightning_dp.gradients.expressions.functions import BROADCASTING, PRODUCTS, name_of, operator_of, writes
-from lightning_dp.gradients.linear import OuterProducts
+from lightning_dp.gradients.linear import OuterProducts, Rows
 from lightning_dp.gradients.rules.layers import sum_positions
 from lightning_dp.torch_api import base_of, functions_unwatched, tree_map, version_of
 
@@ -27,8 +35,11 @@ def meet(func: Any, operands: Operands, copies: Copies) -> Any:
         UnsupportedModelError: It cannot be applied to one example at a time.
     """
     with functions_unwatched():
-        as_linear = _linear(func, operands, copies)
-        return _with_copies(func, operands, copies) if as_linear is None else as_linear
+        for special in (_looked_up, _linear, _written_where):
+            result = special(func, operands, copies)
+            if result is not None:
+                return result
+        return _with_copies(func, operands, copies)
 
 
 def _with_copies(func: Any, operands: Operands, copies: Copies) -> Any:
@@ -85,7 +96,7 @@ def _one_by_one(func: Any, operands: Operands, copies: Copies, by_row: Sequence[
 
     try:
         result = torch.vmap(of_one, dims, dims[0])(*tensors)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:  # an index that is out of range is the user's error
         raise operands.not_by_example(func, str(error).splitlines()[0].removeprefix("vmap: ")[:200]) from None
     if writes(func):
         return None if name_of(func) == "__setitem__" else leaves[0]
@@ -117,11 +128,33 @@ def _linear(func: Any, operands: Operands, copies: Copies) -> Tensor | None:
     if not copies.is_connected:
         plain = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in plain]
     output: Tensor = operands.call(func, [input, *plain])
-    output = output if output.requires_grad else copies.in_graph(output)
-    copies.expect(operands.roots)
-    root, arrangement, seen, version = weight.root, operands.arrangement, input.detach(), version_of(input)
+    root, arrangement, seen = weight.root, operands.arrangement, input.detach()
     outputs_first = is_linear != weight.is_transposed
-    used = twice = False
+
+    def hand_over(gradient: Tensor) -> None:
+        left, right = (_positions(by_example(t, arrangement, copies.batch_size)) for t in (gradient, seen))
+        copies.hand_over(root, OuterProducts(left, right) if outputs_first else OuterProducts(right, left))
+        if of_bias is not None:
+            copies.hand_over(of_bias, Dense(sum_positions(left)))
+
+    return _recorded(output, operands.roots, seen, copies, hand_over)
+
+
+def _recorded(
+    output: Tensor, roots: Sequence[str], seen: Tensor, copies: Copies, hand_over: Callable[[Tensor], None]
+) -> Tensor:
+    """An output whose gradient, and what was seen, give the gradients of the parameters.
+
+    Args:
+        output: What a function returned.
+        roots: Names of the parameters.
+        seen: What the function was applied to; it must stay as it is.
+        copies: Of this forward pass.
+        hand_over: Called with the gradient at the output.
+    """
+    output = output if output.requires_grad else copies.in_graph(output)
+    copies.expect(roots)
+    version, used, twice = version_of(seen), False, False
 
     def come_back(gradient: Tensor) -> None:
         nonlocal used, twice
@@ -130,22 +163,81 @@ def _linear(func: Any, operands: Operands, copies: Copies) -> Tensor | None:
             return
         if used or twice:
             raise UnsupportedModelError(
-                f"Parameter {root!r}: more than one backward pass through one forward, {WAY_OUT}."
+                f"Parameter {roots[0]!r}: more than one backward pass through one forward, {WAY_OUT}."
             )
         if version_of(seen) != version:
             raise UnsupportedModelError(
-                f"Parameter {root!r}: what it was applied to was modified in place afterwards. Use an ordinary "
+                f"Parameter {roots[0]!r}: what it was applied to was modified in place afterwards. Use an ordinary "
                 "operation there."
             )
         used = True
-        left, right = (_positions(by_example(t, arrangement, copies.batch_size)) for t in (gradient.detach(), seen))
-        copies.hand_over(root, OuterProducts(left, right) if outputs_first else OuterProducts(right, left))
-        if of_bias is not None:
-            copies.hand_over(of_bias, Dense(sum_positions(left)))
+        hand_over(gradient.detach())
 
     output = output.clone() if base_of(output) is not None else output  # in-place work would cut a view's hook off
     output.register_hook(come_back)
     return output
+
+
+def _looked_up(func: Any, operands: Operands, copies: Copies) -> Tensor | None:
+    """A table of parameters, looked up by whole numbers that are each example's (`torch.nn.functional.embedding`).
+
+    `torch.vmap` leaves the padding row out for one example only, so every example's part of the table is taken here.
+    """
+    if func is not F.embedding:
+        return None
+    given = list(operands.leaves)
+    index, table, padding, norm, _, by_frequency, sparse = given + list(_EMBEDDING[len(given) :])
+    if operands.rows != [0] or not isinstance(table, Expression) or norm is not None or by_frequency or sparse:
+        raise operands.not_by_example(func, "it renormalises, counts, or looks up in a table of each example's own")
+    size, rows = copies.batch_size, len(table)
+    own = by_example(index, operands.arrangement, size)
+    is_padding = None if padding is None else own == padding % rows
+    if table.root is not None and not table.is_transposed and not copies.is_followed_twice:
+        plain = table.as_subclass(Tensor)
+        output: Tensor = operands.call(func, [index, plain if copies.is_connected else plain.detach(), *given[2:]])
+        root, arrangement = table.root, operands.arrangement
+
+        def hand_over(gradient: Tensor) -> None:
+            values = by_example(gradient, arrangement, size)
+            values = values if is_padding is None else values.masked_fill(is_padding[..., None], 0)
+            copies.hand_over(root, Rows(own.reshape(size, -1), values.reshape(size, -1, values.shape[-1]), rows))
+
+        return _recorded(output, operands.roots, index, copies, hand_over)
+    place = torch.arange(size, device=index.device).view(-1, *[1] * (own.dim() - 1))
+    found = copies.of(table)[place, own]
+    if is_padding is not None:
+        found = torch.where(is_padding[..., None], found.detach(), found)
+    return _as_given(found, operands.arrangement)
+
+
+#: What `torch.nn.functional.embedding` takes, where it is not given.
+_EMBEDDING = (None, None, None, None, 2.0, False, False)
+
+
+def _as_given(by_example: Tensor, arrangement: str) -> Tensor:
+    """The reverse of `lightning_dp.gradients.arrangement.by_example`."""
+    if arrangement == FLAT:
+        return by_example.flatten(0, 1)
+    moved = by_example if arrangement == ROWS else by_example.transpose(0, 1)
+    return moved.flatten(0, 1) if arrangement == FLAT_SECOND else moved
+
+
+def _written_where(func: Any, operands: Operands, copies: Copies) -> Tensor | None:
+    """``hidden[mask] = token``: one token for all positions that an example's mask chooses."""
+    leaves = operands.leaves
+    if name_of(func) != "__setitem__" or len(leaves) != 3 or not isinstance(leaves[2], Expression):
+        return None
+    hidden, mask, token = leaves
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or operands.rows != [0, 1]:
+        return None
+    rest = hidden.dim() - mask.dim()
+    if hidden.shape[: mask.dim()] != mask.shape or token.dim() > rest:
+        return None
+    aligned = _aligned(token, operands, copies)
+    if aligned is None:
+        return None
+    hidden.copy_(torch.where(mask.view(*mask.shape, *[1] * rest), aligned, hidden.clone()))
+    return hidden
 
 
 def _positions(tensor: Tensor) -> Tensor:

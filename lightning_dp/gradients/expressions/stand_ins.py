@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from lightning_dp.gradients.expressions.expression import Expression
 from lightning_dp.gradients.model import OPAQUE
-from lightning_dp.torch_api import own_tensors, put_parameter
+from lightning_dp.torch_api import forward_pre_hooks, own_tensors, put_parameter
 
 #: A module that holds a parameter, the name of its attribute, and the parameter's.
 Holder = tuple[nn.Module, str, str]
@@ -41,8 +42,10 @@ class StandIns:
         #: Layers with rules that hold such parameters.
         self.layers = {name: layer for name, layer in layers.items() if layer in held}
         self._parametrizations = [m for m in module.modules() if isinstance(m, ParametrizationList)] if names else []
+        self._normalised = [m for m in module.modules() if _is_spectrally_normalised(m)] if names else []
         self._is_without_records = is_without_records
-        self._calls: dict[str, int] = {}
+        #: How often layers were called in this pass.
+        self.calls: dict[str, int] = {}
         #: Layers whose last call was one of constants alone.
         self.without_records: set[str] = set()
         #: How many parametrizations are being computed: functions of parameters, and of state that no record reaches.
@@ -51,7 +54,7 @@ class StandIns:
     @contextmanager
     def in_place(self, expressions: Mapping[str, Expression], within: Mapping[str, Tensor]) -> Iterator[None]:
         """Lets expressions stand for parameters inside; within calls of layers that have rules, other tensors do."""
-        self._calls = {}
+        self.calls = {}
         self.without_records.clear()
         handles: list[Any] = []
         try:
@@ -61,6 +64,9 @@ class StandIns:
             for parametrization in self._parametrizations:
                 handles.append(parametrization.register_forward_pre_hook(self._enter_parametrization))
                 handles.append(parametrization.register_forward_hook(self._leave_parametrization))
+            for layer in self._normalised:  # around its own hook, which sees no record
+                handles.append(layer.register_forward_pre_hook(self._enter_parametrization, prepend=True))
+                handles.append(layer.register_forward_pre_hook(self._leave_normalisation))
             yield
         finally:
             self.parametrizing = 0
@@ -77,7 +83,8 @@ class StandIns:
 
         def enter(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             input = args[0] if args else next(iter(kwargs.values()), None)
-            index = self._calls[name] = self._calls.get(name, -1) + 1
+            index = self.calls.get(name, 0)
+            self.calls[name] = index + 1
             self.without_records.discard(name)
             if isinstance(input, Expression) or self._is_without_records(name, index, input):
                 self.without_records.add(name)
@@ -96,8 +103,17 @@ class StandIns:
     def _enter_parametrization(self, module: nn.Module, args: Any) -> None:
         self.parametrizing += 1
 
+    def _leave_normalisation(self, module: nn.Module, args: Any) -> None:
+        self.parametrizing -= 1
+
     def _leave_parametrization(self, module: nn.Module, args: Any, output: Any) -> None:
         self.parametrizing -= 1
+
+
+def _is_spectrally_normalised(module: nn.Module) -> bool:
+    """Whether `torch.nn.utils.spectral_norm` is all that is called before a module's forward."""
+    hooks = forward_pre_hooks(module)
+    return bool(hooks) and all(isinstance(hook, SpectralNorm) for hook in hooks)
 
 
 def _put(tensors: Mapping[str, Tensor], holders: Sequence[Holder]) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Collection
 
 import lightning.pytorch as pl
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_dp.errors import UnsupportedModelError
-from lightning_dp.gradients.model import getattr_path, trainable, trained_layers
+from lightning_dp.gradients.model import OPAQUE, getattr_path, trainable, trained_layers
+from lightning_dp.gradients.rules.composite import calls_linear
 from lightning_dp.gradients.rules.registry import refusal_for
 from lightning_dp.torch_api import has_gradient_hooks
 
@@ -32,7 +34,7 @@ def check_model(module: pl.LightningModule, engine: str, among: Collection[int] 
             refused.setdefault((type(child).__name__, reason), []).append(name)
     problems = [_of_layers(names, kind, reason) for (kind, reason), names in refused.items()]
     if engine == "bookkeeping":
-        problems += _tied(module)
+        problems += _parametrized(module) + _tied(module)
     problems += _odd_parameters(module)
     hooked = [name for name, p in module.named_parameters() if p.requires_grad and has_gradient_hooks(p)]
     if hooked:
@@ -77,6 +79,21 @@ def _of_layers(names: list[str], kind: str, reason: str) -> str:
 
 #: The most layers that a line names.
 _NAMED = 4
+
+
+def _parametrized(module: nn.Module) -> list[str]:
+    """One line for recurrent and attention layers whose weights are parametrized: they hand them to kernels."""
+    names = [
+        name
+        for name, layer in trained_layers(module).items()
+        if is_parametrized(layer) and (calls_linear(layer) or isinstance(layer, OPAQUE))
+    ]
+    if not names:
+        return []
+    return [
+        f"layers {', '.join(map(repr, names[:_NAMED]))} are recurrent or attention layers with a parametrization "
+        f"(weight_norm, spectral_norm), which is not followed into them; remove it, {_WAY_OUT}"
+    ]
 
 
 def _tied(module: nn.Module) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from lightning_dp.gradients.arrangement import ARRANGEMENTS, FLAT_SECOND, ROWS, SECOND
+from lightning_dp.gradients.arrangement import ARRANGEMENTS, FLAT_SECOND, ROWS, SECOND, both
 from lightning_dp.gradients.covered import covered_layers
 from lightning_dp.gradients.forms import CallForms, LayerForm
 from lightning_dp.gradients.rules.composite import calls_linear
@@ -74,8 +74,12 @@ class LayerCalls:
             for handle in handles:
                 handle.remove()
 
-    def _note_meeting_problem(self, parameter: str, func: str, state: State, shape: Sequence[int]) -> None:
-        problem = self._form_problem(state, shape, ARRANGEMENTS)
+    def _note_meeting_problem(
+        self, parameter: str, func: str, state: State | None, shape: Sequence[int], is_ambiguous: bool
+    ) -> None:
+        problem = None if state is None else self._form_problem(state, shape, ARRANGEMENTS)
+        if problem is None and is_ambiguous:
+            problem = SEVERAL_WAYS
         if problem:
             self.problems.setdefault(problem, []).append(parameter)
             self.kinds[parameter] = f"used in {func}"
@@ -98,7 +102,6 @@ class LayerCalls:
             index = len(form.is_shared)
             if isinstance(input, PackedSequence):
                 form.is_shared.append(False)
-                form.arrangements.append(ROWS)
                 self._note_problem(name, layer, *self._padded(input), (SECOND,))
                 return
             if not isinstance(input, Tensor):
@@ -115,7 +118,11 @@ class LayerCalls:
                     found = self._arrangement_of(state, input.shape, allowed)
                 elif not shared and SECOND in allowed and len(input) != self._rows:
                     found = SECOND if not self.is_drawn and made_for_batch(input, self._rows) else None
-            form.arrangements.append(found or ROWS)
+            found = found or ROWS
+            together = both(found, form.arrangements.get(input.dim(), found))
+            form.arrangements[input.dim()] = together or found
+            if together is None:
+                self._add_problem(SEVERAL_WAYS, name, layer)
             if shared:
                 form.constants[index] = input.detach().clone()
             if rule_for(layer) is None:
@@ -150,9 +157,12 @@ class LayerCalls:
     ) -> None:
         problem = None if state is None else self._form_problem(state, shape, allowed)
         if problem:
-            self.problems.setdefault(problem, []).append(name)
-            self.kinds[name] = type(layer).__name__
-            self.lines.setdefault(problem, here())
+            self._add_problem(problem, name, layer)
+
+    def _add_problem(self, problem: str, name: str, layer: nn.Module) -> None:
+        self.problems.setdefault(problem, []).append(name)
+        self.kinds[name] = type(layer).__name__
+        self.lines.setdefault(problem, here())
 
     def _padded(self, packed: PackedSequence) -> tuple[State | None, Sequence[int]]:
         """Whose the entries of a packed sequence are once it is padded, ``(T, B, d)``, and that shape."""
@@ -206,7 +216,11 @@ class LayerCalls:
         if state.is_mixed:
             return f"what they see depends on several records: {state.why}"
         if bool((state.owner == owners.SUM).any()):
-            return f"what they see is a sum over records: {state.why}"
+            why = f": {state.why}" if state.why else ""
+            return (
+                f"what they see is a sum over records{why}. Use them on every record's own numbers, before their mean "
+                "is taken"
+            )
         if state.reordered:
             return (
                 "they see the records in an order that their lengths decide (a packed sequence sorts them): give the "
@@ -226,6 +240,14 @@ class LayerCalls:
             "they do not see the entries of each example where every batch has them: let the batch be the leading "
             "dimension (batch_first=True), or use engine='per_example', which is slow but takes any layer"
         )
+
+
+#: Flattened rows of (B, T) and of (T, B) cannot be told apart by their sizes.
+SEVERAL_WAYS = (
+    "they see the examples in several places, in tensors of as many dimensions, which sizes cannot tell apart. Let the "
+    "batch be in one place for all calls (the leading dimension, without flattening), or use engine='per_example', "
+    "which is slow but takes any layer"
+)
 
 
 def _is(owner: Tensor, expected: Tensor) -> bool:

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_dp.gradients.arrangement import ROWS, SECOND, fits
+from lightning_dp.gradients.arrangement import ROWS, SECOND, both, fits
 from lightning_dp.gradients.expressions import Expression, Expressions
 from lightning_dp.gradients.expressions.expression import Operands
+from lightning_dp.gradients.expressions.following import beside_key
 from lightning_dp.gradients.expressions.functions import (
     ADDING,
     CONSTANT,
@@ -20,9 +21,10 @@ from lightning_dp.gradients.expressions.functions import (
     spread_by,
 )
 from lightning_dp.gradients.expressions.penalty import is_penalty
-from lightning_dp.gradients.forms import CallForms, Share
+from lightning_dp.gradients.forms import Beside, CallForms, Share
 from lightning_dp.gradients.rules.composite import calls_linear
-from lightning_dp.torch_api import base_of, tree_leaves
+from lightning_dp.torch_api import tree_leaves
+from lightning_dp.training.independence import owners
 from lightning_dp.training.independence.owners import State
 from lightning_dp.training.independence.tracer import RowTracer
 
@@ -36,7 +38,7 @@ class Meetings(Expressions):
         tracer: Knows whose tensors are.
         forms: Where it is noted.
         problem: Called with a parameter's name, a function, whose the entries of another tensor are that it meets
-            there, and that tensor's shape.
+            there, that tensor's shape, and whether examples lie in several ways in tensors of as many dimensions.
         arrangement_of: How the examples lie in a tensor of such entries and shape; ``None``: in none that is known.
         followed: Names of layers whose calls with constants are followed, though their input has one entry.
         reduction: ``"mean"`` or ``"sum"``: how the loss depends on the number of examples.
@@ -48,7 +50,7 @@ class Meetings(Expressions):
         layers: Mapping[str, nn.Module],
         tracer: RowTracer,
         forms: CallForms,
-        problem: Callable[[str, str, State, Sequence[int]], None],
+        problem: Callable[[str, str, State | None, Sequence[int], bool], None],
         arrangement_of: Callable[[State, Sequence[int]], str | None],
         followed: Collection[str],
         reduction: str,
@@ -56,7 +58,6 @@ class Meetings(Expressions):
         trained = {name for name, p in module.named_parameters() if p.requires_grad}
         super().__init__(module, trained, layers, lambda name, gradient: None, lambda: False)
         self._tracer, self._noted, self._problem = tracer, forms, problem
-        self._own = [*module.buffers(), *(p for p in module.parameters() if not p.requires_grad)]
         self._arrangement_of, self._followed = arrangement_of, followed
         self._reduction = reduction
 
@@ -65,46 +66,48 @@ class Meetings(Expressions):
 
     def kinds_of(self, func: Any, operands: Operands, others: Sequence[int]) -> tuple[str, ...]:
         self._noted.outside |= set(operands.roots)
-        tensors = [operands.leaves[i] for i in others]
-        kinds = tuple(self._kind(func, operands, tensor) for tensor in tensors)
-        key, _ = self.next_call(func, operands)
-        constants = {
-            place: tensor
-            for place, (tensor, kind) in enumerate(zip(tensors, kinds, strict=True))
-            if kind == CONSTANT and not isinstance(tensor, nn.Parameter)
-        }
-        self._noted.note_meeting(key, kinds, constants)
-        for tensor, kind in zip(tensors, kinds, strict=True):
+        self.next_call(func, operands)
+        kinds = []
+        for place, i in enumerate(others):
+            tensor = operands.leaves[i]
             state = self._tracer.state(tensor)
-            if state is not None and not state.is_public and kind != TOTAL:
-                self._problem(operands.roots[0], name_of(func), state, tensor.shape)
-        return kinds
+            kind = self._kind(func, operands, tensor, state)
+            kinds.append(kind)
+            known = self._noted.beside.setdefault(beside_key(func, operands, len(others), place), Beside())
+            if kind == TOTAL:
+                known.is_total = True
+            elif kind != CONSTANT:
+                together = both(kind, known.arrangements.get(tensor.dim(), kind))
+                known.arrangements[tensor.dim()] = together or kind
+                self._problem(operands.roots[0], name_of(func), state, tensor.shape, together is None)
+            elif not isinstance(tensor, nn.Parameter):
+                known.note_constant(tensor)
+        return tuple(kinds)
 
-    def _kind(self, func: Any, operands: Operands, tensor: Tensor) -> str:
-        """What a tensor is that parameters are used beside."""
-        if isinstance(tensor, nn.Parameter) or any(t is own for t in (tensor, base_of(tensor)) for own in self._own):
+    def _kind(self, func: Any, operands: Operands, tensor: Tensor, state: State | None) -> str:
+        """What a tensor is that parameters are used beside.
+
+        What no record decides is a constant, whatever its size; but numbers that are drawn anew in every step are each
+        example's, if there are as many.
+        """
+        if isinstance(tensor, nn.Parameter) or state is None:
             return CONSTANT
-        state = self._tracer.state(tensor)
-        if state is not None and not state.is_public:
-            is_loss = state.is_sum and not state.is_mixed and not tensor.dim()
-            if is_loss and operator_of(func) in ADDING and is_penalty(operands, func):
-                return TOTAL
-            return self._arrangement_of(state, tensor.shape) or ROWS
-        return (
-            ROWS
-            if made_for_batch(tensor, self.copies.batch_size) and len(tensor) == self.copies.batch_size
-            else CONSTANT
-        )
+        if state.is_public:
+            drawn_anew = bool((state.owner == owners.RANDOM).any()) and not self.is_drawn
+            return ROWS if drawn_anew and fits(tensor, ROWS, self.copies.batch_size) else CONSTANT
+        is_loss = state.is_sum and not state.is_mixed and not tensor.dim()
+        if is_loss and operator_of(func) in ADDING and is_penalty(operands, func):
+            return TOTAL
+        return self._arrangement_of(state, tensor.shape) or ROWS
 
     def is_spread(self, func: Any, operands: Operands, result: Any) -> bool:
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(result)):
             self._noted.outside |= set(operands.roots)
         if name_of(func) not in SPREADING:
             return False
-        key, _ = self.next_call(func, operands)
         found = spread_by(func, operands.leaves[0], result, self.copies.batch_size)
-        found = CONSTANT if self.is_drawn else found
-        self._noted.note_meeting(key, (found,), {})
+        found = CONSTANT if self.is_drawn else found  # of one size alone, it could be chance
+        self._noted.spreads.setdefault((operands.roots, name_of(func)), set()).add(found)
         return found != CONSTANT
 
     def spread(self, func: Any, first: Expression, result: Tensor) -> Tensor:
@@ -132,9 +135,13 @@ class Meetings(Expressions):
         state = self._tracer.state(input)
         if not (state is None or state.is_public) or calls_linear(self.stand_ins.layers[name]):
             return False
-        if input.dim() and len(input) in (1, self.copies.batch_size):
+        if input.dim() and len(input) == 1:
             return name in self._followed
-        return self.is_drawn or not made_for_batch(input, self.copies.batch_size)
+        if self.is_drawn:  # of one size alone, it could be chance
+            return True
+        if input.dim() and len(input) == self.copies.batch_size:
+            return name in self._followed
+        return not made_for_batch(input, self.copies.batch_size)
 
 
 def made_for_batch(tensor: Tensor, batch_size: int) -> bool:

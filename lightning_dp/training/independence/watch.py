@@ -17,7 +17,7 @@ from lightning_dp.gradients.shared_outputs import follow, understood
 from lightning_dp.gradients.source import OWN, ZOO, here
 from lightning_dp.training.independence.losses import Forms, PerRecordMeans
 
-#: A function, the code and the line that call it, and its boolean arguments.
+#: A function, the code and the place in it that call it, and its boolean arguments. A line may hold several.
 Place = tuple[Any, CodeType, int, tuple[bool, ...]]
 
 
@@ -92,7 +92,7 @@ class Watch(PerRecordMeans):
         switches = [a for a in args if a is True or a is False]
         if kwargs:
             switches += [a for a in kwargs.values() if a is True or a is False]
-        place = (func, frame.f_code, frame.f_lineno, tuple(switches))
+        place = (func, frame.f_code, frame.f_lasti, tuple(switches))
         if place not in self._known:
             if not self._learn and not _is_logging(frame):
                 raise FormChanged(f"training_step runs code that it did not run when it was examined: {here()}.")
