@@ -27,8 +27,7 @@ from lightning_dp import (
 from lightning_dp.errors import FormChanged
 from lightning_dp.gradients.arrangement import ROWS
 from lightning_dp.gradients.engines import BookKeeping
-from lightning_dp.gradients.expressions.functions import CONSTANT
-from lightning_dp.gradients.forms import CallForms, LayerForm
+from lightning_dp.gradients.forms import Beside, CallForms, LayerForm
 from tests.conftest import Net, fit, loader, trainer
 
 RULES: list[Any] = [
@@ -255,8 +254,8 @@ def test_a_mask_as_long_as_the_batch_is_not_taken_apart() -> None:
     mask, inputs = torch.tril(torch.ones(4, 4)), torch.randn(4, 4, 3)
     engine = BookKeeping(module)
     engine.forms = CallForms()
-    engine.forms.note_meeting((("0.gain",), "matmul"), (CONSTANT,), {0: mask})
-    engine.forms.note_meeting((("0.gain",), "mul"), (ROWS,), {})
+    engine.forms.beside[("0.gain",), "matmul", 1, 0] = Beside(constants=[mask])
+    engine.forms.beside[("0.gain",), "mul", 1, 0] = Beside({3: ROWS})
     with engine.forward(4):
         loss = module[0](inputs, mask).pow(2).sum()
     with engine.backward():

@@ -67,11 +67,15 @@ class _Examination:
         self._records = self._rows // subject.copies
         self._tracer = RowTracer(self._records)
         self._owners = BatchOwners(subject, self._tracer, self._found, self._rows, batch is not None)
-        followed = subject.understanding.followed
         self._calls = LayerCalls(
-            self._tracer, self._found.forms, self._rows, self._records, followed, subject.loss_reduction
+            self._tracer,
+            self._found.forms,
+            self._rows,
+            self._records,
+            subject.understanding,
+            subject.loss_reduction,
+            is_drawn=batch is not None,
         )
-        self._calls.is_drawn = batch is not None
 
     def run(self) -> Findings:
         subject, tracer = self._subject, self._tracer

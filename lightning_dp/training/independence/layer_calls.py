@@ -21,6 +21,7 @@ from lightning_dp.torch_api import functions_unwatched, modes_disabled, tree_fla
 from lightning_dp.training.independence import owners
 from lightning_dp.training.independence.meetings import Meetings, made_for_batch
 from lightning_dp.training.independence.owners import State
+from lightning_dp.training.independence.subject import Understanding
 from lightning_dp.training.independence.tracer import RowTracer
 
 
@@ -31,14 +32,24 @@ class LayerCalls:
         tracer: Knows whose the layers' inputs are.
         forms: Where the forms of calls go.
         rows, records: How many the batch has.
-        followed: Names of layers whose calls with constants are followed to where their outputs meet records.
+        understanding: What is held in every step: layers whose calls with constants are followed, and what
+            numbers are used by that were made for the batch.
         reduction: ``"mean"`` or ``"sum"``: how the loss depends on the number of examples.
+        is_drawn: Whether the batch was drawn, of whatever size.
     """
 
     def __init__(
-        self, tracer: RowTracer, forms: CallForms, rows: int, records: int, followed: Collection[str], reduction: str
+        self,
+        tracer: RowTracer,
+        forms: CallForms,
+        rows: int,
+        records: int,
+        understanding: Understanding,
+        reduction: str,
+        is_drawn: bool,
     ) -> None:
-        self._followed, self._reduction = followed, reduction
+        self._followed, self._made = understanding.followed, understanding.made
+        self._reduction, self.is_drawn = reduction, is_drawn
         self._tracer, self._forms, self._rows, self._records = tracer, forms, rows, records
         #: By problem: the layers whose calls have it, and the line of the first such call.
         self.problems: dict[str, list[str]] = {}
@@ -47,7 +58,6 @@ class LayerCalls:
         #: Inputs of calls, and whose they were then.
         self._seen: list[tuple[str, nn.Module, Tensor, State | None, tuple[str, ...]]] = []
         self.lines: dict[str, str] = {}
-        self.is_drawn = False
         self._without_records: Collection[str] = ()
 
     @contextmanager
@@ -63,8 +73,9 @@ class LayerCalls:
             self._arrangement_of,
             self._followed,
             self._reduction,
+            self.is_drawn,
+            self._made,
         )
-        meetings.is_drawn = self.is_drawn
         self._without_records = meetings.stand_ins.without_records
         handles = [layer.register_forward_hook(self._noted(n), with_kwargs=True) for n, layer in layers.items()]
         try:

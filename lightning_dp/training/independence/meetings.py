@@ -42,6 +42,8 @@ class Meetings(Expressions):
         arrangement_of: How the examples lie in a tensor of such entries and shape; ``None``: in none that is known.
         followed: Names of layers whose calls with constants are followed, though their input has one entry.
         reduction: ``"mean"`` or ``"sum"``: how the loss depends on the number of examples.
+        is_drawn: Whether the batch was drawn, of whatever size.
+        made: What numbers are used by that were made for the batch, a row for every example; added to.
     """
 
     def __init__(
@@ -54,15 +56,14 @@ class Meetings(Expressions):
         arrangement_of: Callable[[State, Sequence[int]], str | None],
         followed: Collection[str],
         reduction: str,
+        is_drawn: bool,
+        made: set[Any],
     ) -> None:
         trained = {name for name, p in module.named_parameters() if p.requires_grad}
         super().__init__(module, trained, layers, lambda name, gradient: None, lambda: False)
         self._tracer, self._noted, self._problem = tracer, forms, problem
         self._arrangement_of, self._followed = arrangement_of, followed
-        self._reduction = reduction
-
-    #: Whether the batch was drawn, of whatever size.
-    is_drawn = False
+        self._reduction, self.is_drawn, self._made = reduction, is_drawn, made
 
     def kinds_of(self, func: Any, operands: Operands, others: Sequence[int]) -> tuple[str, ...]:
         self._noted.outside |= set(operands.roots)
@@ -93,12 +94,26 @@ class Meetings(Expressions):
         if isinstance(tensor, nn.Parameter) or state is None:
             return CONSTANT
         if state.is_public:
-            drawn_anew = bool((state.owner == owners.RANDOM).any()) and not self.is_drawn
-            return ROWS if drawn_anew and fits(tensor, ROWS, self.copies.batch_size) else CONSTANT
+            is_random = bool((state.owner == owners.RANDOM).any())
+            user = operands.roots, name_of(func)
+            return ROWS if is_random and self._is_made_for_batch(user, tensor) else CONSTANT
         is_loss = state.is_sum and not state.is_mixed and not tensor.dim()
         if is_loss and operator_of(func) in ADDING and is_penalty(operands, func):
             return TOTAL
         return self._arrangement_of(state, tensor.shape) or ROWS
+
+    def _is_made_for_batch(self, user: Any, tensor: Tensor) -> bool:
+        """Whether numbers that no record decides were made for the batch: codes, noise, with a row for every example.
+
+        Args:
+            user: The layer, or the parameters and the function, that they are used by. On a drawn batch, whose size may
+                be theirs by chance, only one of which that is known already.
+        """
+        if not fits(tensor, ROWS, self.copies.batch_size):
+            return False
+        if not self.is_drawn:
+            self._made.add(user)
+        return user in self._made
 
     def is_spread(self, func: Any, operands: Operands, result: Any) -> bool:
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(result)):
@@ -135,13 +150,9 @@ class Meetings(Expressions):
         state = self._tracer.state(input)
         if not (state is None or state.is_public) or calls_linear(self.stand_ins.layers[name]):
             return False
-        if input.dim() and len(input) == 1:
+        if (input.dim() and len(input) == 1) or self._is_made_for_batch(name, input):
             return name in self._followed
-        if self.is_drawn:  # of one size alone, it could be chance
-            return True
-        if input.dim() and len(input) == self.copies.batch_size:
-            return name in self._followed
-        return not made_for_batch(input, self.copies.batch_size)
+        return self.is_drawn or not made_for_batch(input, self.copies.batch_size)
 
 
 def made_for_batch(tensor: Tensor, batch_size: int) -> bool:

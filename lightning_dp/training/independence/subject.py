@@ -36,6 +36,8 @@ class Understanding:
     #: Layers that are functions of constants, and whose parameters are followed to where these meet records, since
     #: their outputs cannot have a copy for every example.
     followed: set[str] = field(default_factory=set)
+    #: Layers, and functions of parameters, that numbers are given to that were made for the batch (codes, noise).
+    made: set[Any] = field(default_factory=set)
     #: What the optimizers are stepped with, of a step that does so itself.
     manual: ManualPlan = field(default_factory=ManualPlan)
 
@@ -102,7 +104,7 @@ class Subject:
         known = self.understanding
         if tracer is None and not hold:  # a pass in eval mode, say: what it learns is thrown away
             losses = {line: list(found) for line, found in known.losses.items()}
-            known = Understanding(losses, set(known.places), known.followed, known.manual)
+            known = Understanding(losses, set(known.places), known.followed, known.made, known.manual)
         learn = not hold
         return Watch(rows, known.losses, known.places, learn, tracer=tracer, enabled=self.per_record_means)
 
