@@ -116,6 +116,18 @@ class InParts(Gan):
         opt.step()
 
 
+class ReadToLog(Gan):
+    """As most GANs do: numbers are read with item(), computed with, and logged."""
+
+    def step_discriminator(self, opt: Any, x: Tensor) -> None:
+        opt.zero_grad()
+        real, fake = self.real_loss(x), self.fake_loss(len(x))
+        self.manual_backward(real + fake)
+        opt.step()
+        read = (real.item() + fake.item()) / 2
+        self.log_dict({"loss": (real + fake).detach() / 2, "read": read, "rounded": round(read * 100.0, 2)})
+
+
 class Closures(Gan):
     def step_discriminator(self, opt: Any, x: Tensor) -> None:
         def closure() -> Tensor:
@@ -199,7 +211,7 @@ def loop(module: Gan, drawn: list[int], bound: float, batch_size: int) -> dict[s
     }
 
 
-@pytest.mark.parametrize("kind", [Gan, Toggled, InParts, Closures, Clipped, GeneratorFirst])
+@pytest.mark.parametrize("kind", [Gan, Toggled, InParts, Closures, Clipped, ReadToLog, GeneratorFirst])
 @pytest.mark.parametrize("batch_size", [1, 8, N])
 def test_a_step_is_that_of_the_loop_over_records(kind: type[Gan], batch_size: int, draws: list[list[int]]) -> None:
     module, before = kind(), kind()
@@ -216,7 +228,7 @@ def test_a_step_is_that_of_the_loop_over_records(kind: type[Gan], batch_size: in
         torch.testing.assert_close(parameter, expected[name], rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", [Gan, Toggled, InParts, Closures, Clipped])
+@pytest.mark.parametrize("kind", [Gan, Toggled, InParts, Closures, Clipped, ReadToLog])
 def test_an_optimizer_without_records_is_stepped_as_without_privacy(kind: type[Gan]) -> None:
     module, before = kind(), kind()
     fit(module, noise=0.0)
@@ -224,6 +236,14 @@ def test_an_optimizer_without_records_is_stepped_as_without_privacy(kind: type[G
     before.generator_loss(1).backward()
     for (name, found), expected in zip(module.generator.named_parameters(), before.generator.parameters(), strict=True):
         torch.testing.assert_close(found, expected - expected.grad, msg=name)
+
+
+def test_numbers_that_are_read_to_be_logged_are_logged() -> None:
+    strategy = fit(ReadToLog())
+    logged = strategy.trainer_in_fit().callback_metrics
+    assert logged["read"] == pytest.approx(float(logged["loss"])) and float(logged["loss"]) > 0.1
+    assert logged["rounded"] == pytest.approx(100 * float(logged["loss"]), abs=0.01)
+    assert {type(value) for value in logged.values()} == {Tensor}
 
 
 def test_no_noise_reaches_it_and_all_of_it_reaches_the_other() -> None:
@@ -394,6 +414,20 @@ class Read(Gan):
             opt.step()
 
 
+class Formatted(Gan):
+    def step_discriminator(self, opt: Any, x: Tensor) -> None:
+        super().step_discriminator(opt, x)
+        if f"{self.real_loss(x).item():.1f}" == "0.0":
+            opt.step()
+
+
+class Rounded(Gan):
+    def step_discriminator(self, opt: Any, x: Tensor) -> None:
+        super().step_discriminator(opt, x)
+        for _ in range(int(self.real_loss(x).item() + 0.5)):
+            opt.step()
+
+
 class Masked(Gan):
     def step_discriminator(self, opt: Any, x: Tensor) -> None:
         opt.zero_grad()
@@ -559,7 +593,9 @@ class Nothing(Gan):
     ("kind", "says"),
     [
         (NormalisedRecords, "discriminator.*BatchNorm|[Bb]atch.?[Nn]orm"),
-        (Read, "reads what records hold.*item"),
+        (Read, "reads what records hold.*if"),
+        (Formatted, "reads what records hold.*format string"),
+        (Rounded, "reads what records hold"),
         (Masked, "torch.where"),
         (PastLightning, "Call self.manual_backward"),
         (Raw, "without use_pl_optimizer=False"),
@@ -729,7 +765,7 @@ def test_what_is_computed_from_records_is_held() -> None:
             torch.zeros(3).index_fill(0, x.long(), 1),
         ]
         free = [torch.randn_like(x), torch.zeros(len(x)), x.new_ones(2), torch.ones(3) * 2]
-        for read in (x.sum().item, lambda: bool(x.any()), x.nonzero, lambda: x[x > 0], lambda: torch.equal(x, y)):
+        for read in (x.tolist, lambda: bool(x.any()), x.nonzero, lambda: x[x > 0], lambda: torch.equal(x, y)):
             with pytest.raises(UnsupportedModelError, match="reads what records hold"):
                 read()
         with pytest.raises(UnsupportedModelError, match="reads what records hold"):
@@ -737,6 +773,52 @@ def test_what_is_computed_from_records_is_held() -> None:
         float(free[0].sum())
         assert F.one_hot(x.long(), 2).shape == (3, 2)
     assert all(map(derived.holds, held)) and not any(map(derived.holds, free))
+
+
+def test_a_number_that_is_read_is_computed_with_and_logged_but_decides_nothing() -> None:
+    derived, x = DerivedFromRecords(), torch.tensor([1.0, 2.0])
+    derived.mark(x)
+    with derived, derived.functions():
+        number, public = x.sum().item(), torch.ones(2).sum().item()
+        assert type(public) is float
+        computed = [
+            sum([number, 2, number]) / 4,
+            -(1 - number),
+            abs(number) * 1.5 - 1,
+            round(number + 0.26, 1) ** 2 / 4,
+        ]
+        tensors = [
+            torch.ones(2) * number,
+            torch.full((2,), 1.0).mul_(number),
+            number * torch.ones(2),
+            torch.tensor(number),
+        ]
+        decisions: list[Callable[[], Any]] = [
+            lambda: number > 2,
+            lambda: number == 3.0,
+            lambda: 1 if number else 0,
+            lambda: float(number),
+            lambda: int(number),
+            lambda: range(number),
+            lambda: math.exp(number),
+            lambda: math.floor(number),
+            lambda: number // 1,
+            lambda: max(number, 1.0),
+            lambda: {number},
+            lambda: f"{number:.2f}",
+            lambda: str(number),
+            lambda: repr([number]),
+            lambda: copy.deepcopy(number),
+            lambda: np.array([number], dtype=float),
+            lambda: torch.zeros(number),
+            lambda: torch.full((2,), number),
+        ]
+        for decide in decisions:
+            with pytest.raises(UnsupportedModelError, match="reads what records hold at .*test_manual"):
+                decide()
+    for found, expected in zip(computed, [2.0, 2.0, 3.5, 3.3**2 / 4], strict=True):
+        assert derived.holds(found.tensor) and float(found.tensor) == pytest.approx(expected)
+    assert all(map(derived.holds, tensors)) and all(t.max() == 3 for t in tensors)
 
 
 def test_records_of_different_lengths_are_refused() -> None:

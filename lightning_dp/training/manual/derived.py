@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from lightning_dp.errors import UnsupportedModelError
-from lightning_dp.gradients.source import OWN, here, is_own_work
+from lightning_dp.gradients.source import OWN, is_own_work
 from lightning_dp.torch_api import SILENT_READS, TorchDispatchMode, operation_name, storage_id, tree_leaves, writes
+from lightning_dp.training.manual.read_number import ReadNumber, read_error
 
 #: Operations whose result depends on the shape of what they are given, and on none of its numbers.
 _OF_THE_SHAPE = frozenset(
@@ -91,7 +92,7 @@ class DerivedFromRecords(TorchDispatchMode):
             return func(*args, **kwargs)
         reads = name in _READS or (name == "index" and _has_mask(args))
         if reads and not self._checks_only and not _is_check():
-            raise _read_error()
+            raise read_error()
         try:
             result = func(*args, **kwargs)
         except Exception as error:
@@ -107,16 +108,8 @@ class DerivedFromRecords(TorchDispatchMode):
         return result
 
 
-def _read_error() -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"training_step reads what records hold at {here()} (item(), bool(), a mask as an index): with manual "
-        "optimization, it could decide whether a step is taken, which ε does not cover. Log the tensor itself "
-        "(self.log takes it), and use torch.where instead of a mask."
-    )
-
-
 class _Functions(TorchFunctionMode):
-    """Knows which functions read records only to check them."""
+    """Knows which functions read records only to check them, and what ``item()`` gives of them."""
 
     def __init__(self, derived: DerivedFromRecords) -> None:
         super().__init__()
@@ -126,7 +119,11 @@ class _Functions(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         silent = args[:1] if name in SILENT_READS else (args[1:], kwargs) if name == "tensor_split" else ()
         if any(map(self._derived.holds, tree_leaves(silent))) and not is_own_work():
-            raise _read_error()  # no operation shows it
+            raise read_error()  # no operation shows it
+        if name == "item" and self._derived.holds(args[0]) and args[0].numel() == 1 and not _is_check():
+            return ReadNumber(args[0])
+        if name == "tensor" and isinstance(args[0], ReadNumber):  # as self.log does
+            return args[0].tensor.clone()
         if name not in _CHECKED:
             return func(*args, **(kwargs or {}))
         before, self._derived._checks_only = self._derived._checks_only, True
