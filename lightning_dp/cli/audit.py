@@ -18,8 +18,8 @@ from lightning_dp.mechanism.noise import with_multiplier
 from lightning_dp.training.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_dp.training.callbacks.lookup import trainer_callbacks
 from lightning_dp.training.callbacks.monitor import PrivacyMonitor
-from lightning_dp.training.loader import records_and_batch_size
 from lightning_dp.training.single_device import PrivateStrategy
+from lightning_dp.training.users_loader import records_and_batch_size
 
 
 def audit_command(arguments: Sequence[str]) -> None:

@@ -32,6 +32,7 @@ class Mechanism:
         denoiser: What is done to the noisy gradient before the optimizer sees it; ``None``: nothing.
         augmentation_multiplicity: K, the number of augmentations of a record whose mean loss's gradient is bounded.
         secure_rng: Whether sampling and noise come from a cryptographic generator.
+        public_weights: Whether the weights of a ``WeightedRandomSampler`` may be used: they do not depend on the data.
 
     Raises:
         TypeError, ValueError: An argument is of another kind, or two do not go together.
@@ -48,6 +49,7 @@ class Mechanism:
     denoiser: Denoiser | None = None
     augmentation_multiplicity: int = 1
     secure_rng: bool = False
+    public_weights: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.clipping, Bounding):
@@ -61,6 +63,8 @@ class Mechanism:
             raise ValueError(f"augmentation_multiplicity must be a whole number, at least 1, got {multiplicity!r}.")
         if not isinstance(self.secure_rng, bool):
             raise TypeError(f"secure_rng must be True or False, got {self.secure_rng!r}.")
+        if not isinstance(self.public_weights, bool):
+            raise TypeError(f"public_weights must be True or False, got {self.public_weights!r}.")
         if self.secure_rng and not isinstance(self.noise, GaussianNoise):
             raise ValueError(
                 f"secure_rng=True hardens Gaussian noise, and nothing is known of {type(self.noise).__name__}. Use "

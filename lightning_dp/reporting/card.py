@@ -127,7 +127,10 @@ def privacy_card(
             "denoiser": configuration.get("denoiser"),
         },
         "sampling": {
-            "name": "Poisson: every record joins every batch independently with probability q",
+            "name": "Poisson: every record joins every batch independently with a probability of its own, at most q; ε "
+            "is that of the likeliest"
+            if configuration.get("weighted_sampling")
+            else "Poisson: every record joins every batch independently with probability q",
             "sampling_rate": configuration["sampling_rate"],
             "num_records": configuration["num_records"],
             "expected_batch_size": configuration["expected_batch_size"],
@@ -191,6 +194,15 @@ def _accounting(ledger: PrivacyLedger) -> str:
     )
 
 
+_WEIGHTS = (
+    {
+        "what": "weights of records",
+        "why": "The probabilities with which records join batches were declared to be public (public_weights=True). If "
+        "they were computed from these records, what they say is not covered.",
+    },
+)
+
+
 def _not_covered(
     configuration: Mapping[str, Any], training: Sequence[str], validation: Sequence[str]
 ) -> list[dict[str, Any]]:
@@ -234,6 +246,7 @@ def _not_covered(
             "metrics": list(training),
         },
         {"what": "seed", "why": seed},
+        *(_WEIGHTS if configuration.get("weighted_sampling") else ()),
         {
             "what": "preprocessing",
             "why": "Statistics, vocabularies, feature selection or pre-trained weights that come from the private "

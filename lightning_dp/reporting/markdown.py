@@ -62,7 +62,7 @@ def render_card(card: Mapping[str, Any]) -> str:
         f"| sampling | {sampling['name']} |",
         f"| q | {sampling['sampling_rate']:.6g} |",
         f"| N | {sampling['num_records']} |",
-        f"| q·N | {sampling['expected_batch_size']:.6g} |",
+        f"| expected batch | {sampling['expected_batch_size']:.6g} |",
         "",
         f"{steps['total']} private steps: {steps['in_model']} in the model, {lost} lost in crashes or taken by other "
         "trainings that share its ledger. All are charged:",

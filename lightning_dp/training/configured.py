@@ -92,13 +92,14 @@ class ConfiguredStrategy(OneProcess):
 
     @property
     def sampling_rate(self) -> float:
-        """q, the probability with which each record joins each logical batch. RuntimeError as for `num_records`."""
+        """q, the probability with which each record joins each logical batch; of records with weights, the largest.
+        RuntimeError as for `num_records`."""
         return self._poisson().sampling_rate
 
     @property
     def expected_batch_size(self) -> float:
-        """q·N, the public number that noisy sums are divided by."""
-        return self.sampling_rate * self.num_records
+        """The expected number of records of a batch, q·N without weights: what noisy sums are divided by."""
+        return self._poisson().expected_size
 
     @property
     def findings(self) -> Findings | None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.core import saving
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import Strategy
@@ -41,6 +42,13 @@ def batches_done(trainer: pl.Trainer) -> int:
 def logged_results(trainer: pl.Trainer) -> Any:
     """The collection that ``self.log`` writes to in the running loop; ``None``: no loop runs."""
     return trainer._results
+
+
+def wrapped_sampler(sampler: Any) -> Any:
+    """The user's sampler within the one that Lightning puts around it in several processes; else the sampler."""
+    if type(sampler) is DistributedSamplerWrapper:
+        return sampler.dataset._sampler  # type: ignore[attr-defined]
+    return sampler
 
 
 def weigh_logs_by(trainer: pl.Trainer, batch: Any) -> None:

@@ -82,6 +82,7 @@ def privacy_options(
     augmentation_multiplicity: int = 1,
     per_record_means: bool = True,
     repair: bool = False,
+    public_weights: bool = False,
 ) -> tuple[Mechanism, PrivacyOptions]:
     """Checks the arguments of private training, and parts them into what decides ε and what cannot change it.
 
@@ -116,6 +117,10 @@ def privacy_options(
             losses are refused: what they divide by depends on the other records.
         repair: Whether layers that mix the records of a batch are exchanged before training: GroupNorm for BatchNorm,
             see `lightning_dp.repair`.
+        public_weights: A declaration: the weights of the loader's ``WeightedRandomSampler`` say nothing about the
+            records, because they do not come from them (class counts of the train set do; those of a census do not).
+            Then record i joins each batch with a probability in proportion to its weight, and ε is that of the
+            likeliest record. Without the declaration, such a sampler is refused.
 
     Returns:
         The mechanism (clipping, noise, denoiser, multiplicity, generator), and the other options.
@@ -126,7 +131,12 @@ def privacy_options(
     if secure_rng and seed is not None:
         raise ValueError("secure_rng=True draws its own secret: leave seed out.")
     mechanism = Mechanism(
-        _made(FlatClipping, clipping), _made(GaussianNoise, noise), denoiser, augmentation_multiplicity, secure_rng
+        _made(FlatClipping, clipping),
+        _made(GaussianNoise, noise),
+        denoiser,
+        augmentation_multiplicity,
+        secure_rng,
+        public_weights,
     )
     options = PrivacyOptions(
         max_physical_batch_size, engine, loss_reduction, self_check, seed, journal, per_record_means, repair

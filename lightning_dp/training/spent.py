@@ -22,8 +22,9 @@ from torch import nn
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.statistics.base import PrivateStatistic
 from lightning_dp.training import lightning_api
-from lightning_dp.training.loader import record_bytes, sources
+from lightning_dp.training.record_bytes import record_bytes
 from lightning_dp.training.repair import loading_repaired
+from lightning_dp.training.users_loader import sources
 
 #: The key of the ledger in a Lightning checkpoint.
 CHECKPOINT_KEY = "lightning_dp"

@@ -35,6 +35,7 @@ def public_configuration(strategy: PrivateMixin) -> dict[str, Any]:
         "num_records": strategy.num_records,
         "sampling_rate": strategy.sampling_rate,
         "expected_batch_size": strategy.expected_batch_size,
+        "weighted_sampling": strategy.train_loader is not None and strategy.train_loader.poisson.keeps is not None,
         "engine": strategy.options.engine,
         "loss_reduction": strategy.options.loss_reduction,
         "max_physical_batch_size": strategy.options.max_physical_batch_size,

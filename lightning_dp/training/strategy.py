@@ -29,11 +29,12 @@ from lightning_dp.training.checks import configuration
 from lightning_dp.training.checks.fingerprint import fingerprint_of
 from lightning_dp.training.checks.model import check_model
 from lightning_dp.training.configured import ConfiguredStrategy
-from lightning_dp.training.loader import PoissonIterator, poisson_loader
+from lightning_dp.training.loader import PoissonIterator
 from lightning_dp.training.manual import requirements
 from lightning_dp.training.repair import repair_and_say, repaired
 from lightning_dp.training.run_directory import run_directory
 from lightning_dp.training.spent import CHECKPOINT_KEY
+from lightning_dp.training.users_loader import poisson_loader
 
 
 class PrivateMixin(ConfiguredStrategy):

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import math
 import tracemalloc
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 from torch.utils.data import (
     BatchSampler,
@@ -22,8 +25,16 @@ from torch.utils.data import (
 )
 
 from lightning_dp.mechanism.randomness import Randomness
-from lightning_dp.mechanism.sampling import Draw, PoissonBatchSampler, draw_poisson_sample
-from lightning_dp.training.loader import PoissonDataLoader, fingerprint, records_and_batch_size
+from lightning_dp.mechanism.sampling import (
+    Draw,
+    PoissonBatchSampler,
+    draw_poisson_sample,
+    inclusion_probabilities,
+    size_bound,
+)
+from lightning_dp.training.loader import PoissonDataLoader
+from lightning_dp.training.record_bytes import fingerprint
+from lightning_dp.training.users_loader import records_and_batch_size
 from lightning_dp.zoo.data import TensorTable
 
 
@@ -106,7 +117,7 @@ def test_an_epoch_has_as_many_steps_as_people_expect(num_records: int, batch_siz
 
 def poisson_loader(dataset: Any, rate: float, **kwargs: Any) -> PoissonDataLoader:
     sampler = PoissonBatchSampler(len(dataset), rate, Randomness(seed=2), lambda: 0)
-    return PoissonDataLoader.replacing(DataLoader(dataset, batch_size=4, **kwargs), sampler)
+    return PoissonDataLoader.replacing(DataLoader(dataset, batch_size=4, **kwargs), dataset, sampler)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -133,7 +144,7 @@ def test_an_empty_draw_has_the_form_of_a_batch() -> None:
 def test_the_users_collation_and_workers_are_kept() -> None:
     data = TensorDataset(torch.arange(8.0))
     original = DataLoader(data, batch_size=4, collate_fn=len, num_workers=1, persistent_workers=True, prefetch_factor=3)
-    loader = PoissonDataLoader.replacing(original, PoissonBatchSampler(8, 0.5, Randomness(), lambda: 0))
+    loader = PoissonDataLoader.replacing(original, data, PoissonBatchSampler(8, 0.5, Randomness(), lambda: 0))
     assert loader.num_workers == 1 and loader.persistent_workers and loader.prefetch_factor == 3
     assert loader.collate_fn([1, 2]) == 2
 
@@ -156,9 +167,9 @@ DATA = TensorDataset(torch.arange(10.0))
     [
         ([1, 2, 3], "needs a torch.utils.data.DataLoader"),
         (DataLoader(Stream()), "IterableDataset"),
-        (DataLoader(DATA, sampler=WeightedRandomSampler([1.0] * 10, 10)), "weight their losses"),
-        (DataLoader(DATA, sampler=SubsetRandomSampler([1, 2])), "utils.data.Subset"),
-        (DataLoader(DATA, sampler=RandomSampler(DATA, replacement=True)), "RandomSampler"),
+        (DataLoader(DATA, sampler=WeightedRandomSampler([1.0] * 10, 10)), "weight=class_weights.*public_weights=True"),
+        (DataLoader(DATA, sampler=type("Own", (RandomSampler,), {})(DATA)), "Own.*utils.data.Subset.*their losses"),
+        (DataLoader(DATA, sampler=SubsetRandomSampler([1, 1, 2])), "several times"),
         (DataLoader(DATA, batch_sampler=type("Mine", (BatchSampler,), {})(SequentialSampler(DATA), 2, False)), "Mine"),
         (Mine(DATA), "own __iter__"),
         (DataLoader(Subset(DATA, [1, 1, 2])), "several times"),
@@ -171,9 +182,67 @@ def test_loaders_that_cannot_be_poisson_sampled_are_refused(loader: Any, says: s
         records_and_batch_size(loader)
 
 
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_ordinary_loaders_are_accepted(shuffle: bool) -> None:
-    assert records_and_batch_size(DataLoader(DATA, batch_size=3, shuffle=shuffle)) == (10, 3)
+@pytest.mark.parametrize(
+    ("options", "num_records"),
+    [
+        ({"shuffle": True}, 10),
+        ({"shuffle": False}, 10),
+        ({"sampler": RandomSampler(DATA, replacement=True, num_samples=5)}, 10),
+        ({"sampler": SubsetRandomSampler([7, 2, 5, 0])}, 4),
+        ({"sampler": SequentialSampler(range(6))}, 6),
+    ],
+)
+def test_ordinary_loaders_are_accepted(options: Any, num_records: int) -> None:
+    assert records_and_batch_size(DataLoader(DATA, batch_size=3, **options)) == (num_records, 3)
+
+
+@pytest.mark.parametrize(("weights", "says"), [([1.0] * 9, "9 weights.*10 records"), ([1.0] * 11, "11 weights")])
+def test_weights_belong_to_records(weights: list[float], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        records_and_batch_size(DataLoader(DATA, sampler=WeightedRandomSampler(weights, 10)), public_weights=True)
+
+
+@pytest.mark.parametrize("weights", [[-1.0, 2.0], [math.inf, 1.0], [math.nan, 1.0], [0.0, 0.0]])
+def test_weights_that_are_none_are_refused(weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="finite and not negative"):
+        inclusion_probabilities(np.array(weights), 1.0)
+
+
+@given(st.lists(st.floats(1e-6, 1e6) | st.just(0.0), min_size=1, max_size=30).filter(any), st.floats(0.1, 40))
+def test_probabilities_follow_weights(weights: list[float], expected: float) -> None:
+    found = inclusion_probabilities(np.array(weights), expected)
+    positive = sum(w > 0 for w in weights)
+    assert (found >= 0).all() and (found <= 1).all() and found.sum() == pytest.approx(min(expected, positive))
+    assert all(p == 0 for w, p in zip(weights, found, strict=True) if w == 0)
+    ratios = [p / w for w, p in zip(weights, found, strict=True) if w > 0 and p < 1]
+    assert not ratios or max(ratios) <= min(ratios) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("wrong", [1.0, 2 / 3, 3 / 2])
+def test_each_record_joins_with_its_own_probability_independently(wrong: float) -> None:
+    probabilities = np.array([0.4, 0.05, 0.2, 0.2, 0.0, 0.35])
+    count = 20_000
+    sampler = PoissonBatchSampler(
+        6, 0.4, Randomness(seed=3), lambda: 0, steps=count, keeps=np.minimum(probabilities * wrong / 0.4, 1.0)
+    )
+    joined = np.zeros((count, 6))
+    for row, batch in zip(joined, sampler, strict=True):
+        row[batch] = 1
+    spread = np.sqrt(probabilities * (1 - probabilities) / count)
+    right = (np.abs(joined.mean(0) - probabilities) <= 5 * spread).all()
+    assert right if wrong == 1.0 else not right
+    if wrong == 1.0:
+        covariance = np.cov(joined.T)
+        assert np.abs(covariance - np.diag(np.diag(covariance))).max() < 5 / math.sqrt(count)
+        assert sampler.expected_size == pytest.approx(probabilities.sum())
+
+
+def test_a_public_size_holds_for_unequal_probabilities() -> None:
+    probabilities = np.array([1.0] * 5 + [0.02] * 95)
+    bound = size_bound(100, float(probabilities.mean()), 1e-3)
+    sampler = PoissonBatchSampler(100, 1.0, Randomness(seed=1), lambda: 0, steps=5000, keeps=probabilities)
+    sizes = [len(batch) for batch in sampler]
+    assert max(sizes) <= bound < 30 and min(sizes) >= 5
 
 
 def test_a_batch_of_none_is_refused() -> None:
