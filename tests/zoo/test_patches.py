@@ -88,8 +88,8 @@ def test_a_power_is_that_of_the_standard_deviation(power: float) -> None:
 
 def test_the_first_call_leaves_no_mark() -> None:
     images = dead_leaves(3, 16, 16)
-    expected = small()(images)
-    transform, patches = small(), PatchFeatures(6, cells=2)
+    expected = small(generated=60)(images)
+    transform, patches = small(generated=60), PatchFeatures(6, cells=2)
     with pytest.raises(ValueError, match=r"floating point numbers.*uint8"):
         patches(images.byte())
     with torch.autocast("cpu", torch.bfloat16):
@@ -132,7 +132,7 @@ def test_parts_count_alike() -> None:
 
 
 def test_a_centred_linear_layer_is_trained_privately() -> None:
-    private = DifferentialPrivacy(8.0, 1e-3, self_check=False)
+    private = DifferentialPrivacy(8.0, 1e-3, noise=3.0, self_check=False)
     training = trainer(callbacks=[private], max_epochs=1)
     fit(
         training,
