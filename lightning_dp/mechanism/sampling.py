@@ -96,6 +96,17 @@ class Draw:
         """The size of this rank's share."""
         return len(self.records)
 
+    def parts(self, most: int | None, num_shards: int) -> list[slice]:
+        """This rank's share in parts; of every rank the same number, so that some may be empty.
+
+        Args:
+            most: The most records of a part; ``None``: any number.
+            num_shards: Number of ranks.
+        """
+        largest = -(-self.total // num_shards)
+        count = -(-largest // (most or largest)) if largest else 0
+        return [slice(self.size * part // count, self.size * (part + 1) // count) for part in range(count)]
+
 
 class PoissonBatchSampler(Sampler[list[int]]):
     """Yields Poisson samples; of every one, each of ``num_shards`` ranks takes its own share.
@@ -118,6 +129,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
             probability ``q · keeps[i]``, independently. ``None``: all are kept.
         filled_to: The size of every batch, where it is to be public: samples are filled up by indices that are drawn
             already (or 0), and larger ones are cut. ``None``: batches are as large as their samples.
+        at_once: Asked when an epoch starts: the most records that are yielded at once; a sample of more comes in parts
+            (`Draw.parts`, without those that are empty). ``None``: samples are yielded whole.
 
     Raises:
         ValueError: The sampling rate is not in (0, 1].
@@ -135,6 +148,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         steps: int | None = None,
         filled_to: int | None = None,
         keeps: np.ndarray | None = None,
+        at_once: Callable[[], int | None] = lambda: None,
     ) -> None:
         if not 0 < sampling_rate <= 1:
             raise ValueError(f"sampling_rate must lie in (0, 1], got {sampling_rate}.")
@@ -147,7 +161,9 @@ class PoissonBatchSampler(Sampler[list[int]]):
         #: The draws that no batch was taken for yet, in order.
         self.draws: deque[Draw] = deque()
         self._randomness = randomness
-        self._first_step = first_step
+        self._first_step, self._at_once = first_step, at_once
+        #: What ``at_once`` said when the current epoch started.
+        self.most: int | None = None
 
     @property
     def expected_size(self) -> float:
@@ -160,14 +176,24 @@ class PoissonBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         draws = self.draws = deque()
         first = self._first_step()
+        most = self.most = self._at_once()
         for step in range(first, first + len(self)):
             generator = self._randomness.numpy("sampling", step)
             sample = draw_poisson_sample(self.num_records, self.sampling_rate, generator)
             if self.keeps is not None:
                 sample = sample[generator.random(len(sample)) < self.keeps[sample]]
             share = sample[self.shard :: self.num_shards].tolist()[: self.filled_to]
-            draws.append(Draw(share, len(sample)))
+            draw = Draw(share, len(sample))
+            draws.append(draw)
+            if most is not None:
+                for part in self.yielded(draw, most):
+                    yield [index for index in share[part] for _ in range(self.copies)]
+                continue
             if self.filled_to is not None:
                 fill = share or [0]
                 share = share + [fill[i % len(fill)] for i in range(self.filled_to - len(share))]
             yield share if self.copies == 1 else [index for index in share for _ in range(self.copies)]
+
+    def yielded(self, draw: Draw, most: int) -> list[slice]:
+        """The parts that a draw is yielded in: those that are not empty, or an empty one."""
+        return [part for part in draw.parts(most, self.num_shards) if part.start < part.stop] or [slice(0, 0)]

@@ -51,10 +51,10 @@ def wrapped_sampler(sampler: Any) -> Any:
     return sampler
 
 
-def weigh_logs_by(trainer: pl.Trainer, batch: Any) -> None:
-    """Makes Lightning weigh the means of what is logged from now on by the size of this batch."""
+def weigh_logs_by(trainer: pl.Trainer, batch: Any, size: int | None = None) -> None:
+    """Makes Lightning weigh the means of what is logged from now on by the size of this batch, or by this size."""
     if (results := logged_results(trainer)) is not None:
-        results.batch, results.batch_size = batch, None
+        results.batch, results.batch_size = batch, size
 
 
 def intercept_logs(results: Any, log: Callable[..., None]) -> None:

@@ -37,7 +37,8 @@ class _CollateOrEmpty:
 class PoissonIterator(Iterator[Any]):
     """Iterates over a loader's batches, each with the draw that it was loaded for.
 
-    The order of batches is the order of draws, so draws can be matched to batches however many workers prefetch.
+    The order of batches is the order of draws, so draws can be matched to batches however many workers prefetch. Of a
+    sample that is loaded in parts, the first is returned, and the others are asked for by `next_part`.
     """
 
     def __init__(self, batches: Iterator[Any], sampler: PoissonBatchSampler) -> None:
@@ -45,12 +46,28 @@ class PoissonIterator(Iterator[Any]):
         self._draws: deque[Draw] | None = None
         #: The draw of the batch that was returned last; ``None`` before the first.
         self.draw: Draw | None = None
+        self._parts_left = 0
 
     def __next__(self) -> Any:
-        batch = next(self._batches)
+        while self._parts_left:  # nobody asked for them
+            self.next_part()
+        batch = self._load()
         if self._draws is None:  # the sampler has begun drawing for this iterator
             self._draws = self._sampler.draws
         self.draw = self._draws.popleft()
+        most = self._sampler.most
+        self._parts_left = 0 if most is None else len(self._sampler.yielded(self.draw, most)) - 1
+        return batch
+
+    def next_part(self) -> Any:
+        """The next part of the sample, collated; ``None``: there is none left."""
+        if not self._parts_left:
+            return None
+        self._parts_left -= 1
+        return self._load()
+
+    def _load(self) -> Any:
+        batch = next(self._batches)
         if batch is None:
             raise TypeError(
                 "The collate function returned None. Whether a step happens must not depend on the data: return a "

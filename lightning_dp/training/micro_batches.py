@@ -15,6 +15,7 @@ from lightning_dp.training import lightning_api
 from lightning_dp.training.independence.losses import PerRecordMeans
 from lightning_dp.training.independence.subject import loss_of, reduced
 from lightning_dp.training.independence.watch import Watch
+from lightning_dp.training.loader import PoissonIterator
 
 if TYPE_CHECKING:
     from lightning_dp.training.strategy import PrivateMixin
@@ -38,6 +39,10 @@ class MicroBatches:
         self.most_at_once: int | None = None
         #: Examples of the last micro-batch, whose backward pass Lightning runs; 0 if there is none.
         self.left_to_backward = 0
+        #: Records of the current sample whose parts the loader has given.
+        self._loaded = 0
+        #: What ``training_step`` runs on: a batch, and the draw of its records.
+        self._running: tuple[Any, Draw] = (None, Draw([], 0))
 
     @property
     def records_at_once(self) -> int | None:
@@ -47,6 +52,14 @@ class MicroBatches:
             self._strategy.mechanism.augmentation_multiplicity,
         )
         return max(1, rows // copies) if rows else self.most_at_once
+
+    def loaded_at_once(self) -> int | None:
+        """The most records that are loaded at once: those of a micro-batch; ``None``: a whole logical batch, which is
+        taken apart where only the engine needs that."""
+        step, most = self._strategy.private_step, self.records_at_once
+        if most is None or not self._strategy.module_in_fit().automatic_optimization:
+            return None
+        return min(most, (step and step.engine.max_examples) or most)
 
     def run(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Runs the user's ``training_step`` on every micro-batch of the logical batch, and all backward passes but the
@@ -58,7 +71,7 @@ class MicroBatches:
                 "The optimizer evaluated the loss more than once on one batch; each evaluation would be a further "
                 "release. Use an optimizer that takes one gradient per step."
             )
-        self.drawn = None
+        self.drawn, self._loaded = None, 0
         assert self._strategy.logs is not None
         self._strategy.logs.begin()
         for seed in range(_ATTEMPTS):
@@ -69,7 +82,7 @@ class MicroBatches:
                 if reason is None:
                     raise
                 # Nothing was charged, and nothing of this batch was released.
-                self._strategy.examiner.examine_drawn(batch, draw, args, reason, seed)
+                self._strategy.examiner.examine_drawn(*self._running, args, reason, seed)
                 self._strategy.logs.again()
         return self._logical_batch(step, batch, draw, args, kwargs)
 
@@ -88,18 +101,26 @@ class MicroBatches:
         self._strategy.examiner.run_once(args)
         trainer = self._strategy.trainer_in_fit()
         # The same number of micro-batches in every process, so that collectives in training_step match.
-        count, largest = draw.size, -(-draw.total // trainer.world_size)
-        copies = step.engine.copies
-        most = min(self.records_at_once or largest, step.engine.max_examples or largest)
-        parts = -(-largest // most) if largest else 0
+        count, copies = draw.size, step.engine.copies
+        assert self._strategy.train_loader is not None
+        loaded = self._strategy.train_loader.poisson.most
+        parts = draw.parts(loaded or step.engine.max_examples, trainer.world_size)
         weighted_loss: Any = 0.0
-        for part in range(parts):
-            start, stop = count * part // parts, count * (part + 1) // parts
+        for part in parts:
+            start, stop = part.start, part.stop
             if start == stop:
                 self._join_collectives(args, kwargs)
                 continue
+            self._running = batch, draw
             rows = slice(start * copies, stop * copies)
-            micro_batch = batch if stop - start == count else self._strategy.take_examples(batch, count * copies, rows)
+            if stop - start == count or (loaded is not None and start == 0):
+                micro_batch = batch
+            elif loaded is None:
+                micro_batch = self._strategy.take_examples(batch, count * copies, rows)
+            else:
+                micro_batch = self._load_part(draw, part)
+            if loaded is not None:
+                self._running = micro_batch, Draw(draw.records[part], stop - start)
             lightning_api.weigh_logs_by(trainer, micro_batch)
             size = (stop - start) * copies
             with step.engine.forward(size), self.watch(size):
@@ -113,10 +134,20 @@ class MicroBatches:
                     self._strategy.precision_plugin.backward(loss, self._strategy.module_in_fit(), None)
         if count == 0:  # this process adds nothing to the sums: there is no loss, and no backward pass
             return torch.zeros((), device=self._strategy.root_device, requires_grad=True)
-        lightning_api.weigh_logs_by(trainer, batch)
+        lightning_api.weigh_logs_by(trainer, batch, count * copies if loaded is not None else None)
         self.left_to_backward = stop - start
-        shown = loss + (weighted_loss - loss.detach()) if parts > 1 else loss
+        shown = loss + (weighted_loss - loss.detach()) if len(parts) > 1 else loss
         return {**output, "loss": shown} if isinstance(output, dict) else shown
+
+    def _load_part(self, draw: Draw, part: slice) -> Any:
+        """A part of a sample that is loaded in parts: the loader's next, or, if it was had before, loaded again."""
+        if part.start >= self._loaded:
+            self._loaded = part.stop
+            iterator: PoissonIterator = lightning_api.train_iterator(self._strategy.trainer_in_fit())
+            collated = iterator.next_part()
+            return self.transfer(self._strategy.precision_plugin.convert_input(collated))
+        copies = self._strategy.mechanism.augmentation_multiplicity
+        return self.load([record for record in draw.records[part] for _ in range(copies)])
 
     def watch(self, rows: int) -> AbstractContextManager[Any]:
         """The context of a ``training_step`` of so many rows: raises when it runs code that was not examined."""

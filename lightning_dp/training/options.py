@@ -91,9 +91,10 @@ def privacy_options(
         noise: The noise. Without a multiplier, `PrivacyBudget` chooses one. A number is the multiplier of a
             `GaussianNoise`.
         denoiser: What is done to the noisy gradient before the optimizer sees it; ``None``: nothing.
-        max_physical_batch_size: The most examples that pass through the model at once, every augmentation counted; the
-            result does not depend on it. ``None``: the whole logical batch; with ``accumulate_grad_batches``, the
-            loader's batch size.
+        max_physical_batch_size: The most examples that are loaded and pass through the model at once, every
+            augmentation counted; the result does not depend on it. A larger sample comes in parts, each collated and
+            transferred by itself; ``on_train_batch_start`` and ``on_train_batch_end`` see the first. ``None``: the
+            whole logical batch; with ``accumulate_grad_batches``, the loader's batch size.
         engine: ``"bookkeeping"``, fast, for layers that have a rule; ``"per_example"``, slow, for any.
         loss_reduction: Whether the loss that ``training_step`` returns is a ``"mean"`` or a ``"sum"`` over examples.
         self_check: Whether the training step is examined before the first private step: whether examples influence one

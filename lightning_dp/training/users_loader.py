@@ -244,6 +244,7 @@ def poisson_loader(strategy: PrivateMixin, dataloader: Any) -> PoissonDataLoader
         copies=strategy.mechanism.augmentation_multiplicity,
         steps=steps_per_epoch(dataloader, num_records, expected // accumulated, accumulated),
         keeps=keeps,
+        at_once=strategy.micro_batches.loaded_at_once,
     )
     if not strategy.module_in_fit().automatic_optimization:
         sampler.filled_to = size_bound(num_records, sampler.expected_size / num_records)
