@@ -24,6 +24,7 @@ from lightning_dp.training.books import Books
 from lightning_dp.training.checks.model import check_model
 from lightning_dp.training.checks.self_check import Examiner
 from lightning_dp.training.compiled import Originals
+from lightning_dp.training.half_precision import HalfPrecision
 from lightning_dp.training.independence.findings import Findings
 from lightning_dp.training.loader import PoissonDataLoader
 from lightning_dp.training.manual.steps import ManualSteps
@@ -72,7 +73,7 @@ class ConfiguredStrategy(OneProcess):
             Examiner(cast("PrivateMixin", self)),
         )
         self.manual = ManualSteps(cast("PrivateMixin", self), self._check_layers)
-        self.accumulation, self.originals = Accumulation(), Originals()
+        self.accumulation, self.originals, self.half_precision = Accumulation(), Originals(), HalfPrecision()
         self.logs: steering.Logs | None = None
         self.train_loader: PoissonDataLoader | None = None
         self._clipping_state: State = {}

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from lightning_dp.errors import FormChanged, PrivacyConfigurationError
 from lightning_dp.gradients.forms import form_changed_in
@@ -129,13 +130,12 @@ class MicroBatches:
             weighted_loss += loss.detach() * (
                 (stop - start) / count if self._strategy.options.loss_reduction == "mean" else 1
             )
+            self.left_to_backward = stop - start
             if stop < count:
-                with step.backward(self.loss_scale(stop - start)):
-                    self._strategy.precision_plugin.backward(loss, self._strategy.module_in_fit(), None)
+                self.backward(loss, None)
         if count == 0:  # this process adds nothing to the sums: there is no loss, and no backward pass
             return torch.zeros((), device=self._strategy.root_device, requires_grad=True)
         lightning_api.weigh_logs_by(trainer, batch, count * copies if loaded is not None else None)
-        self.left_to_backward = stop - start
         shown = loss + (weighted_loss - loss.detach()) if len(parts) > 1 else loss
         return {**output, "loss": shown} if isinstance(output, dict) else shown
 
@@ -181,6 +181,21 @@ class MicroBatches:
         """Brings a collated batch to the device, through the transfer hooks."""
         batch = lightning_api.before_transfer(self._strategy.module_in_fit(), batch)
         return self._strategy.batch_to_device(batch, dataloader_idx=0)
+
+    def backward(self, loss: Tensor, optimizer: Any, *args: Any, last: bool = False, **kwargs: Any) -> None:
+        """The backward pass of a micro-batch, whose contributions are bounded.
+
+        Args:
+            loss: Of the micro-batch that ran last.
+            optimizer: As `Precision.backward` takes it, and what it takes beyond.
+            last: Whether it is the last one of the logical batch.
+        """
+        strategy, examples = self._strategy, self.left_to_backward
+        assert strategy.private_step is not None
+        factor = strategy.half_precision.factor(examples if strategy.options.loss_reduction == "mean" else 1)
+        scaled = loss if factor == 1 else loss * factor
+        with strategy.private_step.backward(self.loss_scale(examples) / factor, last=last):
+            strategy.precision_plugin.backward(scaled, strategy.module_in_fit(), optimizer, *args, **kwargs)
 
     def loss_scale(self, examples: int) -> float:
         """The factor that makes an example's gradient, summed over its copies, that of the mean loss over the copies.

@@ -65,6 +65,7 @@ class PrivateMixin(ConfiguredStrategy):
             self.accumulation.take_over(trainer)
             assert self.lightning_module is not None
             self.originals.use(self.lightning_module)
+            self.half_precision.use(trainer.precision_plugin)
             configuration.check_trainer(trainer)
             configuration.check_precision(trainer, self.mechanism.clipping)
             self._check_model()
@@ -175,6 +176,7 @@ class PrivateMixin(ConfiguredStrategy):
         self.logs = None
         self._is_set_up = False
         self.accumulation.restore()
+        self.half_precision.restore()
         self.manual.reset()
         self.originals.restore()
         super().teardown()
@@ -246,8 +248,7 @@ class PrivateMixin(ConfiguredStrategy):
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
         if self.micro_batches.left_to_backward:
-            with step.backward(self.micro_batches.loss_scale(self.micro_batches.left_to_backward), last=True):
-                self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
+            self.micro_batches.backward(closure_loss, optimizer, *args, last=True, **kwargs)
         step.release(others=[*module.parameters(), *self._optimized_parameters()])
         self.warn_of_nonfinite(step)
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)

@@ -42,7 +42,7 @@ from lightning_dp.mechanism.noise import Noise
 from lightning_dp.mechanism.randomness import Randomness
 from lightning_dp.mechanism.sampling import Draw, PoissonBatchSampler
 from lightning_dp.mechanism.step import PrivateStep
-from lightning_dp.training import loader as loader_module
+from lightning_dp.training import users_loader as loader_module
 from tests.conftest import Net, fit, loader, trainer
 from tests.mechanism.test_sampling import fits_binomial
 

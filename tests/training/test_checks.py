@@ -457,12 +457,12 @@ def test_trainer_options_that_break_the_accounting_are_refused(options: dict[str
     refused(Net(), says, **options)
 
 
-def test_a_gradient_scaler_is_refused() -> None:
-    from lightning.pytorch.plugins import MixedPrecision
+def test_a_gradient_scaler_of_another_plugin_is_refused() -> None:
+    from lightning.pytorch.plugins import Precision
 
-    plugin = MixedPrecision("bf16-mixed", "cpu")
-    plugin.scaler = torch.amp.GradScaler("cpu")
-    refused(Net(), "16-mixed.*bf16-mixed", plugins=[plugin])
+    plugin = Precision()
+    plugin.scaler = torch.amp.GradScaler("cpu")  # type: ignore[attr-defined]
+    refused(Net(), "scales the loss and skips steps.*16-mixed", plugins=[plugin])
 
 
 class TwoOptimizers(Net):

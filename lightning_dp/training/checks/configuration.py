@@ -28,15 +28,20 @@ def check_trainer(trainer: Any) -> None:
             "overfit_batches repeats the same batches, which are not Poisson samples. To train on few records, pass a "
             "torch.utils.data.Subset of them; for a quick trial, use fast_dev_run or limit_train_batches."
         )
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    if scaler is not None:
+    if getattr(trainer.precision_plugin, "scaler", None) is not None:
         raise PrivacyConfigurationError(
-            "precision='16-mixed' scales the loss and skips steps depending on the data, which the accountant cannot "
-            "see. Use precision='bf16-mixed', 'bf16-true' or '32-true'."
+            f"The precision plugin {type(trainer.precision_plugin).__name__} scales the loss and skips steps depending "
+            "on the data, which the accountant cannot see. Use precision='16-mixed', where a constant scales it, "
+            "'bf16-mixed' or '32-true'."
+        )
+    if trainer.precision == "16-mixed" and not module.automatic_optimization:
+        raise PrivacyConfigurationError(
+            "precision='16-mixed' with manual optimization: losses that no record reaches would have no scale. Use "
+            "'bf16-mixed' or '32-true'."
         )
     if trainer.precision == "16-true":
         raise PrivacyConfigurationError(
-            "precision='16-true' overflows in per-example norms and noise. Use 'bf16-mixed', 'bf16-true' or '32-true'."
+            "precision='16-true' overflows in per-example norms and noise. Use '16-mixed', 'bf16-mixed' or '32-true'."
         )
 
 
