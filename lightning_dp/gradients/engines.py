@@ -23,7 +23,7 @@ from lightning_dp.gradients.recorder import Recorder
 from lightning_dp.gradients.rules.composite import calls_linear, of_linear_map
 from lightning_dp.gradients.rules.recompute import recompute
 from lightning_dp.gradients.rules.registry import rule_for, takes_arguments
-from lightning_dp.gradients.rules.second_order import second_order_rule
+from lightning_dp.gradients.rules.second_order import balanced, second_order_rule
 from lightning_dp.gradients.tied import add
 from lightning_dp.torch_api import functions_unwatched
 
@@ -163,7 +163,7 @@ def gradients_of(
     if call.backward_at is not None:
         second_order = second_order_rule(module)
         assert second_order is not None
-        return second_order(module, call.backward_at, call.grad_output, input)
+        return second_order(module, call.backward_at, *balanced(call.backward_at, call.grad_output, input))
     if call.linear is not None:
         return of_linear_map(module, call.linear, input, call.grad_output)
     if rule is not None and takes_arguments(rule):

@@ -8,6 +8,7 @@ from lightning_dp.zoo.classifier import Classifier, FeedbackClassifier
 from lightning_dp.zoo.data import CIFAR10DataModule, DigitsDataModule, MNISTDataModule, Upright
 from lightning_dp.zoo.features.patches import EqualizedFeatures, PatchFeatures
 from lightning_dp.zoo.features.scattering import Scattering2D
+from lightning_dp.zoo.generative import ConditionalGAN, Diffusion, GenerativeModel
 from lightning_dp.zoo.models import MLP, CenteredLinear, FeatureClassifier, ProjectedMLP, TanhCNN
 from lightning_dp.zoo.tables import AdultDataModule
 from lightning_dp.zoo.text import BagOfWords, SST2DataModule, TextTransformer
@@ -20,10 +21,13 @@ __all__ = [
     "CIFAR10DataModule",
     "CenteredLinear",
     "Classifier",
+    "ConditionalGAN",
+    "Diffusion",
     "DigitsDataModule",
     "EqualizedFeatures",
     "FeatureClassifier",
     "FeedbackClassifier",
+    "GenerativeModel",
     "MNISTDataModule",
     "PatchFeatures",
     "ProjectedMLP",

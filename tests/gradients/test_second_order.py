@@ -118,6 +118,26 @@ def test_gradients_are_those_of_the_loop(name: str, loss: Callable[[nn.Module, T
         assert parameter in found or p.grad is None or not p.grad.any(), parameter
 
 
+@pytest.mark.parametrize("size", [5, 200])
+def test_norms_are_as_exact_in_a_large_batch(size: int) -> None:
+    """What a mean over the batch divides, and what it does not, are of different lengths by the size of the batch."""
+    torch.manual_seed(0)
+    critic = nn.Sequential(nn.Linear(6, 300), nn.LeakyReLU(0.2), nn.Linear(300, 8), nn.Tanh(), nn.Linear(8, 1))
+    x = torch.randn(size, 6)
+    engine = BookKeeping(critic)
+    with engine.forward(size):
+        loss = wgan_gp(critic, x)
+    with engine.backward(float(size)):
+        loss.backward()
+    found = {name: gradient.squared_norms().sqrt() * size for name, gradient in engine.gradients().items()}
+    for record in range(5):
+        alone = wgan_gp(critic, x[record : record + 1])
+        gradients = torch.autograd.grad(alone, list(critic.parameters()), allow_unused=True)
+        for (name, _), gradient in zip(critic.named_parameters(), gradients, strict=True):
+            if gradient is not None and gradient.norm() > 0:
+                assert float(found[name][record] / gradient.norm()) == pytest.approx(1.0, abs=1e-3), name
+
+
 def test_every_rule_is_tried() -> None:
     tried = {type(layer) for make, _ in CRITICS.values() for layer in make().modules()}
     same = {nn.Conv1d: nn.Conv2d, nn.ConvTranspose2d: nn.ConvTranspose1d, nn.ConvTranspose3d: nn.ConvTranspose1d,

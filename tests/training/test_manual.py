@@ -128,6 +128,22 @@ class ReadToLog(Gan):
         self.log_dict({"loss": (real + fake).detach() / 2, "read": read, "rounded": round(read * 100.0, 2)})
 
 
+class SeldomNormalised(Gan):
+    """The generator normalises its batch, and is stepped on some batches only: not on the first, which is examined."""
+
+    norm = staticmethod(lambda: nn.BatchNorm1d(4))
+
+    def codes(self, count: int) -> Tensor:
+        return torch.randn(count, Z)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x,) = batch
+        opt_g, opt_d = self.optimizers()
+        self.step_discriminator(opt_d, x)
+        if batch_idx % 2:
+            self.step_generator(opt_g, len(x))
+
+
 class Closures(Gan):
     def step_discriminator(self, opt: Any, x: Tensor) -> None:
         def closure() -> Tensor:
@@ -236,6 +252,12 @@ def test_an_optimizer_without_records_is_stepped_as_without_privacy(kind: type[G
     before.generator_loss(1).backward()
     for (name, found), expected in zip(module.generator.named_parameters(), before.generator.parameters(), strict=True):
         torch.testing.assert_close(found, expected - expected.grad, msg=name)
+
+
+def test_a_generator_that_is_stepped_later_is_found_public_then() -> None:
+    strategy = fit(SeldomNormalised(), steps=4)
+    plan = strategy.examiner.understanding.manual
+    assert (plan.private, plan.public) == ({1}, {0}) and strategy.ledger.steps == 3
 
 
 def test_numbers_that_are_read_to_be_logged_are_logged() -> None:

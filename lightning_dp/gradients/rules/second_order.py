@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_dp.gradients.base import PerExampleGradient
+from lightning_dp.gradients.base import PerExampleGradient, scaled_rows, squared_row_norms
+from lightning_dp.gradients.precision import wide
 from lightning_dp.gradients.rules.layers import affine
 from lightning_dp.gradients.rules.registry import rule_for
 
@@ -38,6 +39,21 @@ def _register(*types: type[nn.Module]) -> Callable[[SecondOrderRule], SecondOrde
 def second_order_rule(module: nn.Module) -> SecondOrderRule | None:
     """The rule of exactly this module's type; ``None``: there is none."""
     return _RULES.get(type(module))
+
+
+def balanced(at: Tensor, direction: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """``v`` times a number for each example that makes it as long as ``a``, and ``g`` over that number.
+
+    What a rule makes of the two is the same: it is linear in each. But the gradient of the layer's forward pass is made
+    of ``a`` and of a gradient that a mean over the batch has divided by its size, as it has divided ``v``, and not
+    ``g``. Were these added up as they are, the bound on rounding, a product of the lengths of both sides
+    (`lightning_dp.gradients.linear.inner_product_of_grams`), would grow with the square of the size of the batch, and
+    norms would be measured too long.
+    """
+    lengths = [squared_row_norms(tensor).sqrt() for tensor in (at, direction)]
+    usable = (lengths[0] > 0) & (lengths[1] > 0) & lengths[0].isfinite() & lengths[1].isfinite()
+    factor = torch.where(usable, lengths[0] / lengths[1], 1.0)
+    return scaled_rows(wide(direction), factor), scaled_rows(wide(upstream), 1 / factor)
 
 
 @_register(

@@ -194,15 +194,14 @@ class _Examination:
         return state is None or state.is_public
 
     def _trains(self, layer: str) -> bool:
-        """Whether a layer's parameters, or the parameter of this name, get gradients of records: none of an optimizer
-        that is stepped without."""
+        """Whether a layer's parameters, or the parameter of this name, are stepped with gradients of records."""
         plan = self._subject.understanding.manual
         if not plan.is_known:
             return True
-        public = {id(p) for number in plan.public for p in self._subject.optimized(number)}
+        private = {id(p) for number in plan.private for p in self._subject.optimized(number)}
         trained = {name: p for name, p in self._subject.module.named_parameters() if p.requires_grad}
         used = [trained[layer]] if layer in trained else self._subject.module.get_submodule(layer).parameters()
-        return any(id(p) not in public for p in used if p.requires_grad)
+        return any(id(p) in private for p in used if p.requires_grad)
 
     def _look_at_decisions(self) -> None:
         """With manual optimization, what is decided by records may be whether a step is taken. Reads by operations are

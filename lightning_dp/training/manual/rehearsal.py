@@ -40,7 +40,7 @@ class Rehearsal:
     Args:
         module: The copy.
         optimizers: Copies of its optimizers, of the copy's parameters, in order.
-        plan: What is known of the optimizers: parameters of public ones are not trained here.
+        plan: What is known of the optimizers: parameters of those that are not private are not trained here.
         classify: The step is being examined: which losses and optimizers are public is found, not known.
     """
 
@@ -64,8 +64,9 @@ class Rehearsal:
         #: Parameters that are trained in a step, and in no one's gradients here.
         self._public: list[nn.Parameter] = []
         if not classify:
-            for number in plan.public:
-                self._public += [p for p in parameters_of(self._optimizers[number]) if p.requires_grad]
+            for number, optimizer in enumerate(self._optimizers):
+                if number not in plan.private:  # it is stepped with what no record reaches, or not yet
+                    self._public += [p for p in parameters_of(optimizer) if p.requires_grad]
             for parameter in self._public:
                 parameter.requires_grad_(False)
             for layer in module.modules():
