@@ -35,6 +35,7 @@ from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.audit.bounds import Audit, gaussian_bound, gaussian_epsilon, one_run_bound, rates_bound
 from lightning_dp.audit.one_run import _label_of, _WithCanaries, audit_mechanism, audit_training
 from lightning_dp.audit.step import audit_module, audit_step
+from lightning_dp.cli import audit as audit_command_module
 from lightning_dp.cli.command import main
 from lightning_dp.mechanism.clipping import Bounding
 from lightning_dp.mechanism.mechanism import Mechanism
@@ -323,6 +324,20 @@ def test_the_command_audits_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (tmp_path / "audit.png").stat().st_size > 1000
     with pytest.raises(SystemExit):
         main(["audit", "--config", recipe, "--confidence", "1.5"])
+
+
+def test_the_command_runs_the_attacks_that_it_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = str(Path(__file__).parents[2] / "recipes" / "digits" / "dp_sgd.yaml")
+    monkeypatch.setattr(audit_command_module, "audit_training", lambda *args, **kwargs: pytest.fail("it trains"))
+    overridden = [f"--trainer.logger.init_args.save_dir={tmp_path}", "--trainer.enable_progress_bar=false"]
+    main(["audit", "--config", recipe, "--attacks", "step", "--trials", "50", "--out", str(tmp_path), *overridden])
+    assert "one step: ε ≥" in (output := capsys.readouterr().out) and "wrong labels" not in output
+    assert len(json.loads((tmp_path / "audit.json").read_text())) == 1
+    private = "--trainer.callbacks=[]"
+    with pytest.raises(SystemExit, match="states no δ"):
+        main(["audit", "--config", recipe, "--attacks", "step", private, *overridden])
 
 
 def test_records_get_other_labels() -> None:

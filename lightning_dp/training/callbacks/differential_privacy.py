@@ -73,8 +73,9 @@ class DifferentialPrivacy(Callback):
         self.card = PrivacyCard() if card else None
         if self.card is not None:
             self.card.follow(self.monitor)
-        self._clipping, self._repair = mechanism.clipping, checked.repair
-        self.engine = checked.engine
+        self._repair = checked.repair
+        #: What decides ε, and the engine.
+        self.mechanism, self.engine = mechanism, checked.engine
         self._arguments: dict[str, Any] = {
             "epsilon": epsilon, "delta": delta, "accountant": accountant, "card": card,
             "log_not_private": log_not_private,
@@ -95,7 +96,7 @@ class DifferentialPrivacy(Callback):
         if self._repair:
             repair_and_say(pl_module)
         if stage != "fit":
-            self._clipping.attach(pl_module)
+            self.mechanism.clipping.attach(pl_module)
             return
         if isinstance(trainer.strategy, PrivateMixin) and not trainer.strategy.made_private:
             raise PrivacyConfigurationError(

@@ -49,12 +49,30 @@ def check_collation(subject: Subject, seed: int = 0) -> list[str]:
                     return ["collation puts records into an order of its own: places were not compared"]
                 if unaligned:
                     return ["collation draws random numbers that depend on the whole batch: rows were not compared"]
+                if _counts_beginnings(whole, layout, rows):
+                    raise PrivacyConfigurationError(
+                        "collate_fn joins the records and counts where each begins (offsets of an EmbeddingBag): what "
+                        "belongs to a record depends on the lengths of others. Pad the records to (B, T) with "
+                        "pad_sequence(…, batch_first=True, padding_value=padding_idx), give padding_idx to the "
+                        "EmbeddingBag, and leave offsets out."
+                    )
                 raise PrivacyConfigurationError(
                     "Exchanging some records of a batch changed the rows of others: collate_fn or a transfer hook "
                     "(on_after_batch_transfer) mixes records (mixup, normalising by the batch) or sorts them anew. "
                     "Let it treat every record by itself; mix or normalise in the data set, by public numbers."
                 )
     return []
+
+
+def _counts_beginnings(batch: Any, layout: Layout, rows: int) -> bool:
+    """Whether a tensor of the batch counts up from 0, to below the length of another that joins the records."""
+    leaves = [(leaf, where) for leaf, where, _ in leaves_with_layout(batch, layout) if isinstance(leaf, Tensor)]
+    joined = [len(leaf) for leaf, where in leaves if isinstance(where, Concatenated)]
+    return any(
+        isinstance(where, Rows) and leaf.shape == (rows,) and not leaf.is_floating_point() and leaf[0] == 0
+        and bool((leaf.diff() >= 0).all()) and int(leaf[-1]) <= max(joined, default=-1)
+        for leaf, where in leaves
+    )  # fmt: skip
 
 
 def _check_count(batch: Any, rows: int) -> None:
