@@ -229,7 +229,8 @@ def test_the_monitor_logs_what_the_ledger_says(tmp_path: Path) -> None:
         assert float(row["privacy/delta"]) == pytest.approx(DELTA)
         assert float(row["privacy/noise_multiplier"]) == 2.0
     assert float(rows[-1]["privacy/epsilon"]) == pytest.approx(exact, rel=1e-6)
-    assert "privacy/epsilon" in run.progress_bar_metrics
+    assert run.progress_bar_metrics["ε"] == run.callback_metrics["privacy/epsilon"]
+    assert "privacy/epsilon" not in run.progress_bar_metrics
     assert not [key for key in run.callback_metrics if key.startswith("not_private")]
 
 

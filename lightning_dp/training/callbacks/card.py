@@ -15,7 +15,7 @@ from lightning_dp.reporting import dashboards
 from lightning_dp.reporting.card import privacy_card, write_card
 from lightning_dp.training.callbacks.budget import PrivacyBudget
 from lightning_dp.training.callbacks.lookup import Delta, trainer_callbacks
-from lightning_dp.training.callbacks.monitor import PrivacyMonitor
+from lightning_dp.training.callbacks.monitor import SHOWN, PrivacyMonitor
 from lightning_dp.training.strategy import PrivateMixin
 
 
@@ -127,7 +127,7 @@ class PrivacyCard(Callback):
 
     def _metrics(self) -> tuple[list[str], list[str]]:
         def named(metrics: set[str]) -> list[str]:
-            return sorted(name for name in metrics if not name.startswith("privacy/"))
+            return sorted(name for name in metrics if not name.startswith(("privacy/", SHOWN)))
 
         return named(self._training_metrics), named(self._validation_metrics)
 

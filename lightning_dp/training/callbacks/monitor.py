@@ -25,6 +25,9 @@ from lightning_dp.training.callbacks.lookup import (
 from lightning_dp.training.checks.configuration import warn_about_delta
 from lightning_dp.training.strategy import PrivateMixin
 
+#: The name of ε in the progress bar.
+SHOWN = "ε"
+
 
 class PrivacyMonitor(Callback):
     """Shows what has been spent: to every logger, to the progress bar, and to callbacks that monitor metrics.
@@ -140,7 +143,9 @@ class PrivacyMonitor(Callback):
             return
         metrics = self._metrics(trainer, strategy, exact=_is_last_step(trainer))
         for name, value in metrics.items():
-            pl_module.log(name, value, on_step=True, on_epoch=False, prog_bar=name == "privacy/epsilon", batch_size=1)
+            pl_module.log(name, value, on_step=True, on_epoch=False, batch_size=1)
+            if name == "privacy/epsilon":  # under a short name, so that the bar stays on one line
+                pl_module.log(SHOWN, value, prog_bar=True, logger=False, batch_size=1)
         if self.log_not_private:
             self._log_not_private(pl_module, strategy)
 
@@ -181,7 +186,7 @@ class PrivacyMonitor(Callback):
         if self._chart is None or trainer_setting(trainer, "sanity_checking") or trainer.state.fn != TrainerFn.FITTING:
             return
         epsilon = self._metrics(trainer, private_strategy(trainer, "PrivacyMonitor"), exact=False)["privacy/epsilon"]
-        names = [name for name in trainer.callback_metrics if not name.startswith(("privacy/", "not_private/"))]
+        names = [name for name in trainer.callback_metrics if not name.startswith(("privacy/", "not_private/", SHOWN))]
         metrics = {name: float(trainer.callback_metrics[name]) for name in names}
         self._chart.add(epsilon, metrics)
         dashboards.utility(trainer.loggers, max(trainer.global_step - 1, 0), epsilon, metrics)
