@@ -141,8 +141,13 @@ def put_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module is what `torch.compile` returned for another, its ``_orig_mod``."""
+    """Whether a module is what `torch.compile` returned for another, its original."""
     return isinstance(module, OptimizedModule)
+
+
+def original_of(module: nn.Module) -> nn.Module:
+    """The module that `torch.compile` returned this one for."""
+    return module._orig_mod  # type: ignore[return-value]
 
 
 def compiled_call(module: nn.Module) -> Any:

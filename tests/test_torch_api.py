@@ -227,7 +227,8 @@ def test_a_compiled_module_s_call_can_be_put_aside() -> None:
     torch_api.put_compiled_call(module, None)
     assert torch_api.compiled_call(module) is None
     assert not torch_api.is_compiled(module)
-    assert torch_api.is_compiled(torch.compile(module, backend="eager"))
+    compiled = torch.compile(module, backend="eager")
+    assert torch_api.is_compiled(compiled) and torch_api.original_of(compiled) is module
 
 
 def test_functions_of_subclasses_are_unwatched_and_modes_are_not() -> None:

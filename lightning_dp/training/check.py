@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_dp.accounting.calibration import calibrate_noise
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
+from lightning_dp.training import lightning_api
 from lightning_dp.training.callbacks.differential_privacy import DifferentialPrivacy
 from lightning_dp.training.report import Plan, Report, layer_groups
 from lightning_dp.training.spent import share_spending
@@ -114,11 +115,8 @@ class _Times(Callback):
 
 
 def _copy_of(module: pl.LightningModule) -> pl.LightningModule:
-    trainer, module._trainer = module._trainer, None
-    try:
+    with lightning_api.detached(module):
         return copy.deepcopy(module)
-    finally:
-        module._trainer = trainer
 
 
 def _data(data: Any) -> dict[str, Any]:

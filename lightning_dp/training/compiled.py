@@ -9,10 +9,8 @@ from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_dp.torch_api import compiled_call, is_compiled, put_compiled_call
-
-#: What `torch.compile` exchanges in a LightningModule, as Lightning does it.
-_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step", "_compiler_ctx")
+from lightning_dp.torch_api import compiled_call, is_compiled, original_of, put_compiled_call
+from lightning_dp.training import lightning_api
 
 
 class Originals:
@@ -25,14 +23,14 @@ class Originals:
     def use(self, module: pl.LightningModule) -> None:
         """Lets a module, and all in it, run uncompiled; says so where something was compiled."""
         names = []
-        if module._compiler_ctx is not None:
-            self._attributes.append((module, {name: vars(module)[name] for name in _STEPS}))
+        if (steps := lightning_api.compiled_steps(module)) is not None:
+            self._attributes.append((module, steps))
             to_uncompiled(module)
             names.append(type(module).__name__)
         for name, child in module.named_modules():
             if is_compiled(child):  # its parameters keep their names
                 self._attributes.append((child, {"forward": vars(child)["forward"]}))
-                child.forward = child._orig_mod.__call__
+                child.forward = original_of(child).__call__
                 names.append(name)
             elif compiled_call(child) is not None:
                 self._calls.append((child, compiled_call(child)))

@@ -44,6 +44,25 @@ def logged_results(trainer: pl.Trainer) -> Any:
     return trainer._results
 
 
+@contextmanager
+def detached(module: pl.LightningModule) -> Iterator[None]:
+    """Within, a module belongs to no Trainer."""
+    trainer, module._trainer = module._trainer, None
+    try:
+        yield
+    finally:
+        module._trainer = trainer
+
+
+#: What `torch.compile` exchanges in a LightningModule, as Lightning does it.
+_COMPILED = ("forward", "training_step", "validation_step", "test_step", "predict_step", "_compiler_ctx")
+
+
+def compiled_steps(module: pl.LightningModule) -> dict[str, Any] | None:
+    """What `torch.compile` has exchanged in a LightningModule, by name of the attribute; ``None``: nothing."""
+    return None if module._compiler_ctx is None else {name: vars(module)[name] for name in _COMPILED}
+
+
 def wrapped_sampler(sampler: Any) -> Any:
     """The user's sampler within the one that Lightning puts around it in several processes; else the sampler."""
     if type(sampler) is DistributedSamplerWrapper:

@@ -90,9 +90,17 @@ def _refuse_repeated_records(dataset: Any, num_records: int) -> None:
 _COMPARED, _COMPARED_MOST, _COMPARED_SECONDS, _SMALL_RECORD = 48, 2048, 0.1, 32
 
 
+def _sampler_of(loader: DataLoader[Any]) -> Any:
+    """The user's sampler: of the loader, or of a plain ``BatchSampler`` that was given to it."""
+    given: Any = loader.sampler
+    if loader.batch_size is None and type(loader.batch_sampler) is BatchSampler:
+        given = loader.batch_sampler.sampler
+    return lightning_api.wrapped_sampler(given)
+
+
 def dataset_of(loader: DataLoader[Any]) -> Any:
     """The data set of the records that a train loader draws from: a part of its own, with a ``SubsetRandomSampler``."""
-    sampler: Any = lightning_api.wrapped_sampler(loader.sampler)
+    sampler: Any = _sampler_of(loader)
     if type(sampler) is SubsetRandomSampler:
         return Subset(loader.dataset, list(map(int, sampler.indices)))
     return loader.dataset
@@ -100,7 +108,7 @@ def dataset_of(loader: DataLoader[Any]) -> Any:
 
 def weights_of(loader: DataLoader[Any]) -> np.ndarray | None:
     """The weights of a ``WeightedRandomSampler``, ``(N,)``; ``None``: all records are as likely."""
-    sampler: Any = lightning_api.wrapped_sampler(loader.sampler)
+    sampler: Any = _sampler_of(loader)
     return np.asarray(sampler.weights, dtype=np.float64) if type(sampler) is WeightedRandomSampler else None
 
 
@@ -130,20 +138,23 @@ def records_and_batch_size(loader: object, public_weights: bool = False) -> tupl
             "the privacy of any other order is not accounted for. Use a map-style data set (with __getitem__ and "
             "__len__)."
         )
-    _check_sampler(lightning_api.wrapped_sampler(loader.sampler), public_weights)
+    _check_sampler(_sampler_of(loader), public_weights)
     if loader.batch_sampler is not None and type(loader.batch_sampler) is not BatchSampler:
         raise TypeError(
             f"The train dataloader has a custom batch sampler ({type(loader.batch_sampler).__name__}), which would be "
             "ignored. Leave it out, and give batch_size to the DataLoader instead."
         )
-    if loader.batch_size is None:
+    batch_size = loader.batch_size
+    if batch_size is None and loader.batch_sampler is not None:
+        batch_size = loader.batch_sampler.batch_size
+    if batch_size is None:
         raise ValueError(
             "The train dataloader has batch_size=None; give the expected batch size to the DataLoader: "
-            "DataLoader(dataset, batch_size=…), without batch_sampler, which cannot be given beside it."
+            "DataLoader(dataset, batch_size=…)."
         )
     dataset = dataset_of(loader)
     num_records = len(dataset)
-    named = getattr(loader.sampler, "data_source", dataset)
+    named = getattr(_sampler_of(loader), "data_source", dataset)
     if named is not dataset and isinstance(named, Sized):
         if len(named) > num_records:
             raise ValueError(
@@ -159,7 +170,7 @@ def records_and_batch_size(loader: object, public_weights: bool = False) -> tupl
             "it one for each record, such as class_weights[labels]."
         )
     _refuse_repeated_records(dataset, num_records)
-    return num_records, loader.batch_size
+    return num_records, batch_size
 
 
 def _check_sampler(sampler: Any, public_weights: bool) -> None:
@@ -191,9 +202,10 @@ def steps_per_epoch(loader: Any, num_records: int, batch_size: int, accumulated:
         batch_size: Of all processes together.
         accumulated: Batches of a step; the last ones of an epoch may be fewer.
     """
-    sampler: Any = lightning_api.wrapped_sampler(loader.sampler)
+    sampler: Any = _sampler_of(loader)
     seen = len(sampler) if type(sampler) in (RandomSampler, WeightedRandomSampler) else num_records
-    batches = max(1, seen // batch_size if loader.drop_last else -(-seen // batch_size))
+    drops = loader.drop_last or (loader.batch_size is None and loader.batch_sampler.drop_last)
+    batches = max(1, seen // batch_size if drops else -(-seen // batch_size))
     return -(-batches // accumulated)
 
 

@@ -34,7 +34,7 @@ from lightning_dp.mechanism.sampling import (
 )
 from lightning_dp.training.loader import PoissonDataLoader
 from lightning_dp.training.record_bytes import fingerprint
-from lightning_dp.training.users_loader import records_and_batch_size
+from lightning_dp.training.users_loader import records_and_batch_size, steps_per_epoch
 from lightning_dp.zoo.data import TensorTable
 
 
@@ -194,6 +194,13 @@ def test_loaders_that_cannot_be_poisson_sampled_are_refused(loader: Any, says: s
 )
 def test_ordinary_loaders_are_accepted(options: Any, num_records: int) -> None:
     assert records_and_batch_size(DataLoader(DATA, batch_size=3, **options)) == (num_records, 3)
+
+
+@pytest.mark.parametrize(("drop_last", "steps"), [(True, 3), (False, 4)])
+def test_a_plain_batch_sampler_says_what_a_loader_says(drop_last: bool, steps: int) -> None:
+    loader = DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 3, drop_last))
+    assert records_and_batch_size(loader) == (10, 3)
+    assert steps_per_epoch(loader, 10, 3) == steps
 
 
 @pytest.mark.parametrize(("weights", "says"), [([1.0] * 9, "9 weights.*10 records"), ([1.0] * 11, "11 weights")])

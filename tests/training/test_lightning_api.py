@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core import saving
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.compile import from_compiled, to_uncompiled
+from torch.utils.data import WeightedRandomSampler
 
 from lightning_dp.training import lightning_api
 from tests.conftest import Net, fit, loader, trainer
@@ -107,3 +111,31 @@ def test_what_load_from_checkpoint_makes_modules_with_is_wrapped_once(monkeypatc
     lightning_api.wrap_load_state(wrapper)
     lightning_api.wrap_load_state(wrapper)
     assert saving._load_state() == "wrapped module"
+
+
+def test_a_module_is_detached_from_its_trainer_for_a_while() -> None:
+    module = Net()
+    run = trainer(max_steps=1)
+    fit(run, module, loader())
+    with lightning_api.detached(module):
+        assert copy.deepcopy(module) is not None
+        with pytest.raises(RuntimeError, match="not attached"):
+            module.trainer  # noqa: B018
+    assert module.trainer is run
+
+
+def test_what_is_compiled_in_a_module_is_known() -> None:
+    module = Net()
+    assert lightning_api.compiled_steps(module) is None
+    compiled = torch.compile(module, backend="eager")
+    made = from_compiled(compiled)
+    found = lightning_api.compiled_steps(made)
+    assert found is not None and found["training_step"] is not type(module).training_step
+    to_uncompiled(made)
+    assert lightning_api.compiled_steps(made) is None
+
+
+def test_the_users_sampler_is_found_within_lightnings() -> None:
+    sampler = WeightedRandomSampler([1.0, 2.0], 2)
+    wrapped = DistributedSamplerWrapper(sampler, num_replicas=2, rank=0)
+    assert lightning_api.wrapped_sampler(wrapped) is sampler is lightning_api.wrapped_sampler(sampler)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,14 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from lightning_dp import DifferentialPrivacy
 from lightning_dp.errors import PrivacyConfigurationError
@@ -44,7 +50,7 @@ def fit(sampler: Any, folder: Path, module: Any = None, epochs: int = 1, seen: A
 
 def test_public_weights_are_accounted_at_the_largest(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     probabilities = inclusion_probabilities(WEIGHTS.numpy(), 8)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
         run = fit(WeightedRandomSampler(WEIGHTS, 24), tmp_path, public_weights=True)
     strategy = run.strategy
     assert run.global_step == 3 and strategy.num_records == N
@@ -91,3 +97,14 @@ def test_a_part_of_the_records_is_trained_on(tmp_path: Path) -> None:
 def test_sampling_with_replacement_is_replaced_like_any_shuffling(tmp_path: Path) -> None:
     run = fit(RandomSampler(DATA, replacement=True, num_samples=16), tmp_path)
     assert run.global_step == 2 and run.strategy.sampling_rate == pytest.approx(0.2)
+
+
+def test_a_plain_batch_sampler_is_replaced_like_a_sampler(tmp_path: Path) -> None:
+    loader = DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 8, drop_last=True))
+    run = L.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=str(tmp_path),
+        callbacks=[DifferentialPrivacy(epsilon=5.0, delta=1e-3)],
+    )  # fmt: skip
+    run.fit(Net(), loader)
+    assert run.global_step == 5 and run.strategy.sampling_rate == pytest.approx(0.2)  # type: ignore[attr-defined]
