@@ -172,6 +172,14 @@ def test_a_training_that_ends_as_planned_reports_what_is_left(caplog: pytest.Log
     assert "training ended after 5 private steps, within the budget" in messages(caplog)[-1], "no step too many is left"
 
 
+@pytest.mark.parametrize("trial", [True, False])
+def test_a_trial_says_that_its_noise_is_not_that_of_the_training(trial: bool, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        fit(trainer(max_epochs=1, fast_dev_run=trial, callbacks=[DifferentialPrivacy(5.0, DELTA)]), Net(), loader())
+    said = [message for message in messages(caplog) if "noise of the trial alone" in message]
+    assert len(said) == trial and all("lightning_dp.check(" in message for message in said)
+
+
 @pytest.mark.parametrize("changed", [{"size": 20}, {"batch_size": 20}, {"size": 80}])
 def test_the_budget_holds_when_a_resumed_run_has_other_data(tmp_path: Path, changed: dict[str, int]) -> None:
     def run(epochs: int, resume: Path | None = None, **data: int) -> PrivateStrategy:

@@ -123,6 +123,11 @@ class PrivacyBudget(Callback):
             f"{multiplier:.4g}, sampling rate {strategy.sampling_rate:.4g}; "
             f"{within} of {planned} planned steps are within the budget."
         )
+        if getattr(trainer, "fast_dev_run", False) and strategy.mechanism.noise.multiplier is None:
+            rank_zero_info(
+                "PrivacyBudget: with fast_dev_run, that is the noise of the trial alone, since Lightning plans no more. "
+                "lightning_dp.check(module, data, epsilon=…, trainer=…) says what the training would have."
+            )
         self._stop_if_spent(trainer, strategy)
 
     def choose_noise(self, trainer: pl.Trainer, strategy: PrivateMixin) -> None:
