@@ -125,7 +125,7 @@ class PrivacyBudget(Callback):
         )
         if getattr(trainer, "fast_dev_run", False) and strategy.mechanism.noise.multiplier is None:
             rank_zero_info(
-                "PrivacyBudget: with fast_dev_run, that is the noise of the trial alone; Lightning plans no more steps. "
+                "PrivacyBudget: with fast_dev_run, that is the noise of the trial alone: no more is planned. "
                 "lightning_dp.check(module, data, epsilon=…, trainer=…) says what the training would have."
             )
         self._stop_if_spent(trainer, strategy)
