@@ -144,6 +144,27 @@ class SeldomNormalised(Gan):
             self.step_generator(opt_g, len(x))
 
 
+class InTurns(Gan):
+    """The generator is stepped on some batches, and the discriminator on the others."""
+
+    first = 0
+
+    def codes(self, count: int) -> Tensor:
+        return torch.randn(count, Z)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x,) = batch
+        opt_g, opt_d = self.optimizers()
+        if batch_idx % 3 == type(self).first:
+            self.step_generator(opt_g, len(x))
+        else:
+            self.step_discriminator(opt_d, x)
+
+
+class GeneratorLater(InTurns):
+    first = 1
+
+
 class Closures(Gan):
     def step_discriminator(self, opt: Any, x: Tensor) -> None:
         def closure() -> Tensor:
@@ -258,6 +279,24 @@ def test_a_generator_that_is_stepped_later_is_found_public_then() -> None:
     strategy = fit(SeldomNormalised(), steps=4)
     plan = strategy.examiner.understanding.manual
     assert (plan.private, plan.public) == ({1}, {0}) and strategy.ledger.steps == 3
+
+
+@pytest.mark.parametrize("kind", [InTurns, GeneratorLater])
+def test_optimizers_that_are_stepped_in_turns_are_told_apart(kind: type[Gan]) -> None:
+    module = kind()
+    strategy = fit(module, steps=6, batch_size=4, noise=1e4)
+    plan = strategy.examiner.understanding.manual
+    assert (plan.private, plan.public) == ({1}, {0}) and strategy.ledger.steps == 6
+    assert min(float(p.abs().max()) for p in module.discriminator.parameters()) > 100
+
+
+def test_a_step_that_never_meets_records_is_refused_at_the_start() -> None:
+    class Never(Gan):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            self.step_generator(self.optimizers()[0], len(batch[0]))
+
+    with pytest.raises(PrivacyConfigurationError, match="nothing to train privately"):
+        fit(Never(), steps=2)
 
 
 def test_numbers_that_are_read_to_be_logged_are_logged() -> None:

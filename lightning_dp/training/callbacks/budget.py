@@ -189,25 +189,10 @@ class PrivacyBudget(Callback):
             except ValueError:
                 return self._chosen.get("noise_multiplier", 0.0)  # all spent: no step will be taken
             self._chosen = {**plan, "noise_multiplier": multiplier}
-            self._say_what_weights_cost(strategy, remaining, multiplier)
+            _say_what_weights_cost(self, strategy, remaining, multiplier)
             if len(strategy.ledger) and not math.isinf(self.epsilon):
                 self._warn_if_spent_before(strategy, remaining, multiplier)
         return self._chosen["noise_multiplier"]
-
-    def _say_what_weights_cost(self, strategy: PrivateMixin, steps: int, multiplier: float) -> None:
-        rate = strategy.expected_batch_size / strategy.num_records
-        assert strategy.private_step is not None
-        if math.isclose(rate, strategy.sampling_rate) or math.isinf(self.epsilon):
-            return
-        equal = calibrate_noise(
-            epsilon=self.epsilon, delta=self.delta, sampling_rate=rate, steps=steps, accountant=self.accountant,
-            spent=strategy.ledger, mechanism=strategy.private_step.mechanism.unsampled_event,
-        )  # fmt: skip
-        rank_zero_info(
-            f"PrivacyBudget: the weights of the sampler cost {multiplier / equal:.3g} times the noise: with equal "
-            f"probabilities (shuffle=True) the noise multiplier would be {equal:.4g} instead of {multiplier:.4g}. "
-            "Weights in the losses (cross_entropy(…, weight=…)) cost no privacy."
-        )
 
     def _warn_if_spent_before(self, strategy: PrivateMixin, steps: int, multiplier: float) -> None:
         """Warns where what was charged before makes the noise much larger than the whole budget would need."""
@@ -281,3 +266,20 @@ class PrivacyBudget(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._chosen = dict(state_dict["chosen"])
+
+
+def _say_what_weights_cost(budget: PrivacyBudget, strategy: PrivateMixin, steps: int, multiplier: float) -> None:
+    """Where records are drawn with probabilities of their own: what noise equal ones would need."""
+    rate = strategy.expected_batch_size / strategy.num_records
+    assert strategy.private_step is not None
+    if math.isclose(rate, strategy.sampling_rate) or math.isinf(budget.epsilon):
+        return
+    equal = calibrate_noise(
+        epsilon=budget.epsilon, delta=budget.delta, sampling_rate=rate, steps=steps, accountant=budget.accountant,
+        spent=strategy.ledger, mechanism=strategy.private_step.mechanism.unsampled_event,
+    )  # fmt: skip
+    rank_zero_info(
+        f"PrivacyBudget: the weights of the sampler cost {multiplier / equal:.3g} times the noise: with equal "
+        f"probabilities (shuffle=True) the noise multiplier would be {equal:.4g} instead of {multiplier:.4g}. "
+        "Weights in the losses (cross_entropy(…, weight=…)) cost no privacy."
+    )

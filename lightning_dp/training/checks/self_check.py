@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ from lightning_dp.training.independence.findings import Findings
 from lightning_dp.training.independence.shadow import random_state_kept
 from lightning_dp.training.independence.shadow import seed_everything as seed_records
 from lightning_dp.training.independence.subject import Subject, Understanding, choose_records, fresh
+from lightning_dp.training.manual.rehearsal import NothingPrivate
 
 if TYPE_CHECKING:
     from lightning_dp.training.strategy import PrivateMixin
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 #: The most records for the row tracer (a number that is hardly a size of a model), the most for the exchange tests, and
 #: the most rows of the latter, where each record has several (``augmentation_multiplicity``).
 _TRACED, _EXCHANGED, _EXAMINED_ROWS = 11, 18, 36
+
+#: Batches that are looked at for a step with gradients of records, where ``training_step`` takes its steps itself.
+_LOOKED_AHEAD = 8
 
 
 class Examiner:
@@ -81,9 +86,9 @@ class Examiner:
             )
             return
         subject = self._subject = self._make_subject(args)
-        findings = self._examine(subject)
+        findings = _of_first_private(self._examine, subject, args)
         steering.check_monitors(self._strategy.trainer_in_fit(), findings.logged)
-        self._announce(findings)
+        _announce(findings)
 
     def _make_subject(self, args: tuple[Any, ...]) -> Subject:
         copies, loader = self._strategy.mechanism.augmentation_multiplicity, self._strategy.train_loader
@@ -239,14 +244,11 @@ class Examiner:
             self._examine(subject)
             self.findings.merge(found)
             steering.check_monitors(self._strategy.trainer_in_fit(), found.logged)
+        except NothingPrivate as error:  # of the other steps, what runs proves that no record reaches them
+            if not self.understanding.manual.is_known:
+                raise UnsupportedModelError(f"{reason} {error}"[:2000]) from None
         except (UnsupportedModelError, PrivacyConfigurationError) as error:
             raise UnsupportedModelError(f"{reason} {error}"[:2000]) from None
-
-    def _announce(self, findings: Findings) -> None:
-        for line, what in findings.understood.items():
-            rank_zero_info(f"lightning_dp: {line}: {what} (per_record_means=False leaves losses as they are).")
-        if findings.unseen:
-            rank_zero_warn(f"lightning_dp: not checked: {'; '.join(findings.unseen)}. The privacy card says so.")
 
     def _standing_in(self, shadow: Any) -> AbstractContextManager[None]:
         """Within, hooks that the Trainer calls reach a copy of the module (``shadow``), not the module."""
@@ -290,3 +292,28 @@ class Examiner:
             "losses": dict(self.findings.understood),
             "not_checked": list(self.findings.unseen),
         }
+
+
+def _of_first_private(examine: Callable[[Subject], Findings], subject: Subject, args: tuple[Any, ...]) -> Findings:
+    """What is found on the first batch, or, where no step with gradients of records is taken, on one of the next.
+
+    Args:
+        examine: Examines a subject.
+        subject: The subject; its arguments are set.
+        args: What ``training_step`` takes after the batch: the batch's number, perhaps.
+    """
+    numbered = bool(args) and isinstance(args[0], int)
+    for ahead in range(_LOOKED_AHEAD if numbered else 1):
+        subject.arguments = (args[0] + ahead, *args[1:]) if ahead else args
+        try:
+            return examine(subject)
+        except NothingPrivate as error:
+            last = error
+    raise last
+
+
+def _announce(findings: Findings) -> None:
+    for line, what in findings.understood.items():
+        rank_zero_info(f"lightning_dp: {line}: {what} (per_record_means=False leaves losses as they are).")
+    if findings.unseen:
+        rank_zero_warn(f"lightning_dp: not checked: {'; '.join(findings.unseen)}. The privacy card says so.")

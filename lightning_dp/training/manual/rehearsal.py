@@ -31,6 +31,10 @@ PAST_MANUAL_BACKWARD = (
 )
 
 
+class NothingPrivate(PrivacyConfigurationError):
+    """A run of a training step took no step with a gradient of records."""
+
+
 class Rehearsal:
     """Runs the ``training_step`` of a copy of a module; backward passes and steps are taken note of, and not taken.
 
@@ -95,7 +99,7 @@ class Rehearsal:
             The sum of all losses whose gradients private optimizers are stepped with.
 
         Raises:
-            PrivacyConfigurationError: There is none.
+            NothingPrivate: There is none.
             UnsupportedModelError: A parameter has a gradient that came by another way than ``manual_backward``.
         """
         self._placeholders = Placeholders()
@@ -119,10 +123,10 @@ class Rehearsal:
             if asked.times
         ]
         if not terms:
-            raise PrivacyConfigurationError(
+            raise NothingPrivate(
                 "training_step took no step of an optimizer with a gradient that depends on the batch: there is "
                 "nothing to train privately. With manual optimization, call self.manual_backward(loss) and then step "
-                "an optimizer from self.optimizers(), on every batch from the first on. (Gradients of several batches "
+                "an optimizer from self.optimizers(), on one of the first batches. (Gradients of several batches "
                 "cannot be added up: for a larger batch, give the loader a larger batch_size.)"
             )
         total = terms[0]
