@@ -35,6 +35,7 @@ from lightning_dp.training.independence.shadow import Shadow
 from lightning_dp.training.independence.subject import loss_of, reduced
 from lightning_dp.training.single_device import PrivateStrategy
 from lightning_dp.training.strategy import PrivateMixin
+from lightning_dp.training.users_loader import weights_of
 
 
 class _Slots(Dataset[int]):
@@ -230,8 +231,13 @@ def audit_training(
 
     Raises:
         ValueError: Records have no labels or all the same one, ``canaries`` is less than 2 or more than the records, or
-            (after training) the Trainer's strategy was not private.
+            (after training) the Trainer's strategy was not private; or the loader weights its records.
     """
+    if weights_of(loader) is not None:
+        raise ValueError(
+            "The train loader weights its records (WeightedRandomSampler), and copies of them have no weights. Attack "
+            "the mechanism and single steps instead (lightning-dp audit --attacks mechanism step)."
+        )
     random = np.random.default_rng(secrets.randbits(128) if seed is None else seed)
     records: Any = loader.dataset
     if not 2 <= canaries <= len(records):

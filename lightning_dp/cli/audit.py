@@ -47,7 +47,7 @@ def audit_command(arguments: Sequence[str]) -> None:
     cli.datamodule.prepare_data()
     cli.datamodule.setup("fit")
     loader = cli.datamodule.train_dataloader()
-    delta = _delta_of(cli.trainer, records_and_batch_size(loader)[0])
+    delta = _delta_of(cli.trainer, records_and_batch_size(loader, public_weights=True)[0])
     common: dict[str, Any] = {"delta": delta, "confidence": options.confidence}
     found: list[Audit] = []
 

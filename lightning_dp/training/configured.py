@@ -26,6 +26,7 @@ from lightning_dp.training.checks.self_check import Examiner
 from lightning_dp.training.compiled import Originals
 from lightning_dp.training.half_precision import HalfPrecision
 from lightning_dp.training.independence.findings import Findings
+from lightning_dp.training.independence.shadow import kept_by_metrics
 from lightning_dp.training.loader import PoissonDataLoader
 from lightning_dp.training.manual.steps import ManualSteps
 from lightning_dp.training.micro_batches import MicroBatches
@@ -72,7 +73,7 @@ class ConfiguredStrategy(OneProcess):
             MicroBatches(cast("PrivateMixin", self)),
             Examiner(cast("PrivateMixin", self)),
         )
-        self.manual = ManualSteps(cast("PrivateMixin", self), self._check_layers)
+        self.manual = ManualSteps(cast("PrivateMixin", self), self._check_layers, kept_by_metrics)
         self.accumulation, self.originals, self.half_precision = Accumulation(), Originals(), HalfPrecision()
         self.logs: steering.Logs | None = None
         self.train_loader: PoissonDataLoader | None = None

@@ -100,6 +100,17 @@ def _shown_as(name: str) -> tuple[str, str, str]:
     return name, f"{name}_step", f"{name}_epoch"
 
 
+def logged_of_records(trainer: pl.Trainer, names: set[str]) -> list[Any]:
+    """What the Trainer knows of metrics that depend on records.
+
+    Args:
+        trainer: The Trainer.
+        names: As ``training_step`` logs them.
+    """
+    shown = {form for name in names for form in _shown_as(name)}
+    return [value for name, value in trainer.callback_metrics.items() if name in shown]
+
+
 def _steered(who: str, monitor: str, hook: str) -> PrivacyConfigurationError:
     return PrivacyConfigurationError(
         f"{who} monitors '{monitor}', which {hook} logs: it is computed from the train set without noise, and what it "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
 
 from lightning_dp import (
     AdaptiveClipping,
@@ -489,6 +490,67 @@ class Rounded(Gan):
             opt.step()
 
 
+class ByMetric(Gan):
+    """Trains the discriminator while it is not too good, as what a metric has kept of earlier batches says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accuracy = MeanMetric()
+
+    def step_discriminator(self, opt: Any, x: Tensor) -> None:
+        opt.zero_grad()
+        self.manual_backward(self.real_loss(x) + self.fake_loss(len(x)))
+        if not self.accuracy.update_called or float(self.accuracy.compute()) < 0.8:
+            opt.step()
+        self.accuracy.update((self.discriminator(x) > 0).float())
+
+
+class ByLogged(Gan):
+    def step_discriminator(self, opt: Any, x: Tensor) -> None:
+        opt.zero_grad()
+        loss = self.real_loss(x) + self.fake_loss(len(x))
+        self.manual_backward(loss)
+        if self.trainer.callback_metrics.get("loss", 1.0) > 0.1:
+            opt.step()
+        self.log("loss", loss)
+
+
+NUMBERS: list[Any] = []
+
+
+class ByEarlierNumber(Gan):
+    def step_discriminator(self, opt: Any, x: Tensor) -> None:
+        opt.zero_grad()
+        loss = self.real_loss(x) + self.fake_loss(len(x))
+        self.manual_backward(loss)
+        if not NUMBERS or float(torch.ones(()) * NUMBERS[-1]) > 0.1:
+            opt.step()
+        NUMBERS.append(loss.item())
+
+
+class OutsideOfTheStep(Gan):
+    def step_discriminator(self, opt: Any, x: Tensor) -> None:
+        super().step_discriminator(opt, x)
+        NUMBERS.append(self.real_loss(x).item())
+
+    def on_train_epoch_end(self) -> None:
+        numbers = [number for number in NUMBERS if not isinstance(number, float)]
+        self.log("mean", sum(numbers) / len(numbers))
+
+
+class Scaled(Gan):
+    """The generator's loss is multiplied by a number of records."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        (x,) = batch
+        opt_g, opt_d = self.optimizers()
+        self.step_discriminator(opt_d, x)
+        weight = self.real_loss(x).item()
+        opt_g.zero_grad()
+        self.manual_backward(self.generator_loss(len(x)) * weight)
+        opt_g.step()
+
+
 class Masked(Gan):
     def step_discriminator(self, opt: Any, x: Tensor) -> None:
         opt.zero_grad()
@@ -656,6 +718,11 @@ class Nothing(Gan):
         (NormalisedRecords, "discriminator.*BatchNorm|[Bb]atch.?[Nn]orm"),
         (Read, "reads what records hold.*if"),
         (Formatted, "reads what records hold.*format string"),
+        (ByMetric, "reads what records hold.*test_manual"),
+        (ByLogged, "reads what records hold.*test_manual"),
+        (ByEarlierNumber, "reads what records hold.*test_manual"),
+        (OutsideOfTheStep, "used at .*test_manual.*outside of it.*on_epoch=True"),
+        (Scaled, "no record reaches its loss: a number that item"),
         (Rounded, "reads what records hold"),
         (Masked, "torch.where"),
         (PastLightning, "Call self.manual_backward"),
@@ -877,9 +944,32 @@ def test_a_number_that_is_read_is_computed_with_and_logged_but_decides_nothing()
         for decide in decisions:
             with pytest.raises(UnsupportedModelError, match="reads what records hold at .*test_manual"):
                 decide()
-    for found, expected in zip(computed, [2.0, 2.0, 3.5, 3.3**2 / 4], strict=True):
-        assert derived.holds(found.tensor) and float(found.tensor) == pytest.approx(expected)
+        found = [number.as_tensor() for number in computed]
+        assert all(map(derived.holds, found))
+        later = DerivedFromRecords()
+        with later, later.functions():
+            assert later.holds(number.as_tensor()) and later.holds(torch.ones(2) * computed[0])
+    assert [float(tensor) for tensor in found] == pytest.approx([2.0, 2.0, 3.5, 3.3**2 / 4])
+    with pytest.raises(UnsupportedModelError, match="outside of it"):
+        torch.ones(2) * number
     assert all(map(derived.holds, tensors)) and all(t.max() == 3 for t in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.uint8, torch.bool, torch.int64])
+def test_numbers_are_computed_with_as_python_does(dtype: torch.dtype) -> None:
+    derived, x = DerivedFromRecords(), torch.ones(3).to(dtype)
+    derived.mark(x)
+    with derived, derived.functions():
+        number = x[0].item()
+        total = sum([number * 7] * 300) - 1 + round(number, 2) * 1000 * 1000
+        made = torch.tensor([number, 2.5])
+        found = total.as_tensor(), made
+        assert torch.as_tensor(number).shape == () and torch.tensor(number, dtype=torch.float64).dtype == torch.float64
+        for decide in (lambda: np.sqrt(number), lambda: divmod(number, 2)):
+            with pytest.raises(UnsupportedModelError, match="reads what records hold"):
+                decide()
+    assert float(found[0]) == 2100 - 1 + 1e6 and found[1].tolist() == [1.0, 2.5]
+    assert derived.holds(made) and made.dtype == torch.float32
 
 
 def test_records_of_different_lengths_are_refused() -> None:

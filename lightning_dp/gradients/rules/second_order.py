@@ -52,7 +52,8 @@ def balanced(at: Tensor, direction: Tensor, upstream: Tensor) -> tuple[Tensor, T
     """
     lengths = [squared_row_norms(tensor).sqrt() for tensor in (at, direction)]
     usable = (lengths[0] > 0) & (lengths[1] > 0) & lengths[0].isfinite() & lengths[1].isfinite()
-    factor = torch.where(usable, lengths[0] / lengths[1], 1.0)
+    # Within limits, so that neither becomes too small or too large for its precision.
+    factor = torch.where(usable, lengths[0] / lengths[1], 1.0).clamp(1e-6, 1e6)
     return scaled_rows(wide(direction), factor), scaled_rows(wide(upstream), 1 / factor)
 
 

@@ -23,6 +23,7 @@ from lightning_dp.torch_api import (
     forward_pre_hooks,
     own_tensors,
     tree_flatten,
+    tree_leaves,
     tree_map,
     writes,
 )
@@ -209,6 +210,12 @@ def is_metric(module: nn.Module) -> bool:
         c.__module__.startswith("torchmetrics.") and c.__name__ in ("Metric", "MetricCollection")
         for c in type(module).__mro__
     )
+
+
+def kept_by_metrics(module: nn.Module) -> list[Tensor]:
+    """The tensors that a module's metrics hold, in whatever attribute."""
+    kept = [list(vars(child).values()) for child in module.modules() if is_metric(child)]
+    return [leaf for leaf in tree_leaves(kept) if isinstance(leaf, Tensor)]
 
 
 def random_state() -> RandomState:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.gradients.source import OWN, is_own_work
 from lightning_dp.torch_api import SILENT_READS, TorchDispatchMode, operation_name, storage_id, tree_leaves, writes
-from lightning_dp.training.manual.read_number import ReadNumber, read_error
+from lightning_dp.training.manual.read_number import ReadNumber, holding, read_error, tensor_of
 
 #: Operations whose result depends on the shape of what they are given, and on none of its numbers.
 _OF_THE_SHAPE = frozenset(
@@ -41,10 +43,11 @@ _READS = frozenset(
 class DerivedFromRecords(TorchDispatchMode):
     """Follows what is computed from records, memory by memory: what is not held is public.
 
-    Formal guarantee: a tensor that `holds` denies has numbers that do not depend on those of the batch. Proof: by
-    induction over the operations of the step. What is computed from such tensors alone, on code whose course no record
-    decides, is such a tensor; all others, and all memory that is written with one, are held; and what would let a
-    record decide on the course of the code, or on a shape, is refused.
+    Formal guarantee: a tensor that `holds` denies has numbers that do not depend on those of the batch, or of earlier
+    ones without noise. Proof: by induction over the operations of the step, from the batch and from what metrics have
+    kept. What is computed from such tensors alone, on code whose course no record decides, is such a tensor; all
+    others, and all memory that is written with one, are held; and what would let a record decide on the course of the
+    code, or on a shape, is refused. Nothing else is kept of a batch: the examination refuses that.
     """
 
     def __init__(self) -> None:
@@ -72,9 +75,20 @@ class DerivedFromRecords(TorchDispatchMode):
                     "dictionaries."
                 )
 
-    def functions(self) -> TorchFunctionMode:
+    def mark_metrics(self, kept: Iterable[Tensor]) -> None:
+        """Says that what metrics have kept of earlier batches comes of records."""
+        for tensor in kept:
+            self._hold(tensor)
+
+    @contextmanager
+    def functions(self) -> Iterator[None]:
         """To be entered beside this mode."""
-        return _Functions(self)
+        token = holding.set(self._hold)
+        try:
+            with _Functions(self):
+                yield
+        finally:
+            holding.reset(token)
 
     def holds(self, tensor: Any) -> bool:
         """Whether a tensor may depend on records."""
@@ -122,8 +136,8 @@ class _Functions(TorchFunctionMode):
             raise read_error()  # no operation shows it
         if name == "item" and self._derived.holds(args[0]) and args[0].numel() == 1 and not _is_check():
             return ReadNumber(args[0])
-        if name == "tensor" and isinstance(args[0], ReadNumber):  # as self.log does
-            return args[0].tensor.clone()
+        if name in ("tensor", "as_tensor") and any(isinstance(leaf, ReadNumber) for leaf in tree_leaves(args[:1])):
+            return tensor_of(args[0], **(kwargs or {}))  # as self.log does
         if name not in _CHECKED:
             return func(*args, **(kwargs or {}))
         before, self._derived._checks_only = self._derived._checks_only, True

@@ -18,7 +18,7 @@ from lightning_dp.gradients.forms import form_changed_in
 from lightning_dp.mechanism.sampling import Draw
 from lightning_dp.mechanism.step import Part, PrivateStep
 from lightning_dp.torch_api import functions_unwatched, modes_disabled
-from lightning_dp.training import lightning_api
+from lightning_dp.training import lightning_api, steering
 from lightning_dp.training.batches import Shapes, shapes_of_one
 from lightning_dp.training.manual.derived import DerivedFromRecords
 from lightning_dp.training.manual.private_steps import PrivateSteps
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 #: How often a batch may turn out to run code that was not examined, and rows that are examined then.
 _ATTEMPTS, _EXAMINED = 8, 8
+
+_MORE_THAN_EXAMINED = "An optimizer is stepped with a gradient of records, and was not when it was examined."
 
 
 class ManualSteps:
@@ -45,10 +47,16 @@ class ManualSteps:
     Args:
         strategy: The strategy whose batches are run.
         check_layers: Refuses layers of these parameters, by identity, that cannot be trained privately.
+        kept_by_metrics: What the metrics of a module have kept of earlier batches.
     """
 
-    def __init__(self, strategy: PrivateMixin, check_layers: Callable[[Collection[int]], None]) -> None:
-        self._strategy, self._check_layers = strategy, check_layers
+    def __init__(
+        self,
+        strategy: PrivateMixin,
+        check_layers: Callable[[Collection[int]], None],
+        kept_by_metrics: Callable[[nn.Module], Iterable[Tensor]],
+    ) -> None:
+        self._strategy, self._check_layers, self._kept_by_metrics = strategy, check_layers, kept_by_metrics
         self._private = PrivateSteps()
         self.reset()
 
@@ -68,6 +76,8 @@ class ManualSteps:
         self._shapes: Shapes | None = None
         self._padding: Tensor | None = None
         self._has_warned = False
+        #: Whether a step with a gradient of records was found that was none when it was examined.
+        self._was_more = False
         #: Whether an optimizer was stepped on the current batch.
         self._has_stepped = False
 
@@ -108,6 +118,13 @@ class ManualSteps:
                 for optimizer in strategy.optimizers:  # what the first attempt has left there
                     for parameter in parameters_of(optimizer):
                         parameter.grad = None
+                if str(reason) == _MORE_THAN_EXAMINED:
+                    if self._was_more:  # else no batch would ever be trained on to its end
+                        raise UnsupportedModelError(
+                            f"{reason} Examining it again found that no record reaches its loss: a number that item() "
+                            "reads, perhaps, makes the loss depend on records. Use the tensor instead (.detach())."
+                        ) from None
+                    self._was_more = True
                 if self._has_stepped:
                     # The batch cannot be run again. Its rest is left out, whatever its records are: the course of the
                     # code does not depend on them.
@@ -150,6 +167,9 @@ class ManualSteps:
             self._padding = torch.arange(self._rows, device=strategy.root_device) >= draw.size
         self._derived = DerivedFromRecords()
         self._derived.mark(batch)
+        examined = set() if strategy.examiner.findings is None else strategy.examiner.findings.logged
+        self._derived.mark_metrics(self._kept_by_metrics(module))
+        self._derived.mark_metrics(steering.logged_of_records(strategy.trainer_in_fit(), examined))
         lightning_api.weigh_logs_by(strategy.trainer_in_fit(), batch)
         trained = [p for optimizer in strategy.optimizers for p in parameters_of(optimizer) if p.requires_grad]
         try:
@@ -277,7 +297,7 @@ class ManualSteps:
     def _refuse_records(self, parameters: list[nn.Parameter]) -> None:
         """Raises if an optimizer that no release belongs to has a gradient that may depend on records."""
         if self._private.waits(parameters):
-            raise FormChanged("An optimizer is stepped with a gradient of records, and was not when it was examined.")
+            raise FormChanged(_MORE_THAN_EXAMINED)
         assert self._derived is not None
         if any(self._derived.holds(p.grad) for p in parameters):
             raise UnsupportedModelError(PAST_MANUAL_BACKWARD)
