@@ -523,3 +523,10 @@ def test_the_monitor_looks_ahead_by_less_than_it_tolerates() -> None:
 def test_the_smallest_number_from_which_a_predicate_holds_is_found_on_both_sides_of_the_start(threshold: float) -> None:
     found = calibration._smallest_power(lambda x: x >= threshold, start=1.0, end=2.0**20)
     assert threshold <= found <= 1.03 * threshold
+
+
+def test_noise_is_found_however_much_is_needed() -> None:
+    plan: dict[str, Any] = {"sampling_rate": 1.0, "steps": 100, "delta": 1e-5, "accountant": "rdp"}
+    multiplier = calibrate_noise(epsilon=0.05, **plan)
+    assert multiplier > 100
+    assert 0.049 < epsilon(noise_multiplier=multiplier, **plan) <= 0.05

@@ -191,6 +191,14 @@ def test_a_monte_carlo_estimate_of_the_privacy_loss_never_exceeds_the_bound(
         assert estimate > bound / 30, "the test could not fail"
 
 
+def test_orders_that_are_not_whole_have_no_divergence_and_hide_none_behind_them() -> None:
+    event = ShiftedNoiseDpEvent(StudentTNoise(9).density(), 1.5, ENTRIES)
+    found = _step_rdp(0.3, event, "add_or_remove", (2, 2.5, 3))
+    assert found[1] == math.inf
+    alone = [_step_rdp(0.3, event, "add_or_remove", (order,))[0] for order in (2, 3)]
+    assert [found[0], found[2]] == pytest.approx(alone) and min(alone) > 0
+
+
 def test_replacing_a_record_costs_no_more_than_is_stated() -> None:
     """Estimated for a record that is exchanged for its opposite; adding or removing alone is exceeded."""
     noise, scale, rate, order, shift = StudentTNoise(9), 1.5, 0.3, 2, shift_of(ENTRIES)

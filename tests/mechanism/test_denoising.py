@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def public(scale: float, names: Mapping[str, Tensor], noise: Noise = GaussianNoi
 
 @pytest.mark.parametrize("sizes", [(1, 1), (50, 80), (300, 20)])
 def test_the_statistic_is_that_of_scipy(sizes: tuple[int, int]) -> None:
-    one, other = torch.randn(sizes[0]).round(decimals=1), 0.3 + torch.randn(sizes[1]).round(decimals=1)
+    one, other = torch.randn(sizes[0]).round(decimals=1), (0.3 + torch.randn(sizes[1])).round(decimals=1)
     expected = stats.ks_2samp(one.numpy(), other.numpy()).statistic
     assert kolmogorov_smirnov(one, other) == pytest.approx(expected)
 
@@ -143,6 +144,7 @@ def test_a_parameter_that_was_frozen_or_exchanged_begins_anew() -> None:
         (lambda: LowPassDenoiser(a=(), b=(1.0, -1.0)), "no low-pass filter"),
         (lambda: KSDenoiser(strength=0.0), "strength must be positive"),
         (lambda: KSDenoiser(least=6.0), "least ≤ most"),
+        (lambda: KSDenoiser(most=math.inf), "least ≤ most"),
         (lambda: PrivateStrategy(denoiser="low-pass"), "denoiser must be one such as"),  # type: ignore[arg-type]
     ],
 )
