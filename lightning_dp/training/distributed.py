@@ -10,6 +10,8 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import subprocess
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
@@ -125,6 +127,14 @@ class PrivateParallelMixin(PrivateMixin):
                 "decides), or the machines compute differently. What was released until now is charged."
             )
 
+    def _let_others_speak(self) -> None:
+        """Waits a little for processes that this one has started: the one that failed first is to print its error."""
+        end = time.monotonic() + _LAST_WORDS
+        for process in getattr(self._launcher, "procs", []):
+            if isinstance(process, subprocess.Popen):
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, end - time.monotonic()))
+
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
         # An exception of a process that this one has launched is raised here, with that process's `error_index`.
@@ -132,6 +142,7 @@ class PrivateParallelMixin(PrivateMixin):
         note = f"lightning_dp: this happened in process {rank} of {self.world_size}."
         if isinstance(exception, dist.DistError) or any(sign in str(exception) for sign in _SIGNS_OF_A_LOST_PROCESS):
             note += " It could not reach another one, which may have failed before: look for that one's error."
+            self._let_others_speak()
         exception.add_note(note)
 
     def state_to_bring_back(self) -> dict[str, Any]:
@@ -156,6 +167,10 @@ class PrivateParallelMixin(PrivateMixin):
         super()._configure_launcher()
         if isinstance(self._launcher, MultiProcessingLauncher):
             self._launcher = _Launcher(self, start_method=start_method_of(self._launcher))  # type: ignore[arg-type]
+
+
+#: Seconds that processes have to end by themselves, when one of them is lost.
+_LAST_WORDS = 10.0
 
 
 #: Parts of the messages of errors that gloo and NCCL raise when another process is gone, or does not answer.

@@ -88,8 +88,8 @@ def test_a_power_is_that_of_the_standard_deviation(power: float) -> None:
 
 def test_the_first_call_leaves_no_mark() -> None:
     images = dead_leaves(3, 16, 16)
-    expected = small(generated=60)(images)
-    transform, patches = small(generated=60), PatchFeatures(6, cells=2)
+    expected = small(generated=200)(images)
+    transform, patches = small(generated=200), PatchFeatures(6, cells=2)
     with pytest.raises(ValueError, match=r"floating point numbers.*uint8"):
         patches(images.byte())
     with torch.autocast("cpu", torch.bfloat16):
