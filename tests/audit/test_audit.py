@@ -66,6 +66,7 @@ def test_the_one_run_bound_is_where_the_p_value_crosses(m: int, r: int, v: int, 
     assert by_definition(m, r, v, found - 1e-3, delta) <= 0.05 < by_definition(m, r, v, found + 1e-3, delta)
 
 
+@pytest.mark.slow
 def test_the_one_run_bound_of_randomised_response_is_rarely_above_the_truth() -> None:
     """Randomised response is the worst case: every guess is right with probability p."""
     random, epsilon = np.random.default_rng(0), 1.5
@@ -224,7 +225,7 @@ def test_an_honest_step_passes() -> None:
         {"noise": WeakNoise()},
         pytest.param({"clipping": SmallSensitivity(0.1)}, marks=pytest.mark.slow),
         pytest.param({"kind": Unnoised}, marks=pytest.mark.slow),
-        {"kind": MeanOverTheBatch, "opposed": 40},
+        pytest.param({"kind": MeanOverTheBatch, "opposed": 40}, marks=pytest.mark.slow),
     ],
     ids=["2/3 of the noise", "sensitivity over the batch size", "last layer without noise", "mean over the batch"],
 )

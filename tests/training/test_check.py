@@ -55,11 +55,11 @@ def test_noise_beside_the_clip_is_that_of_the_mean_gradient() -> None:
 
 
 def test_the_changes_that_are_named_do_what_is_said() -> None:
-    plan = lightning_dp.check(Net(), loader(400, 8), epsilon=2.0, delta=1e-4).plan
+    plan = lightning_dp.check(Net(), loader(400, 8), epsilon=2.0, delta=1e-4, accountant="rdp").plan
     assert plan is not None
     [change, *_] = plan.halved_by
     factor = int(change.split()[1])
-    larger = lightning_dp.check(Net(), loader(400, 8 * factor), epsilon=2.0, delta=1e-4).plan
+    larger = lightning_dp.check(Net(), loader(400, 8 * factor), epsilon=2.0, delta=1e-4, accountant="rdp").plan
     assert larger is not None
     assert larger.noise_to_clip == pytest.approx(plan.halved_by[change], rel=0.25)  # by RDP there
 
@@ -78,7 +78,7 @@ def test_nothing_is_trained_charged_or_left_behind(tmp_path: Path, monkeypatch: 
 
 def test_what_a_module_has_spent_is_counted() -> None:
     module, data = Net(), loader()
-    options = {"epsilon": 3.0, "delta": 1e-4}
+    options: dict[str, Any] = {"epsilon": 3.0, "delta": 1e-4, "accountant": "rdp"}
     fresh = lightning_dp.check(module, data, **options).plan
     fit(trainer(max_epochs=1, callbacks=[DifferentialPrivacy(**options, noise=1.0)]), module, data)
     spent = lightning_dp.check(module, data, **{**options, "epsilon": 20.0}).plan
