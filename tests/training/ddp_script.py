@@ -60,7 +60,9 @@ def main() -> None:
         callbacks.append(PrivacyBudget(3.0, 1e-3))
         if arguments.fault:
             method: Any = START_METHODS[strategy]
-            strategy = PrivateDDPStrategy(noise=GaussianNoise(), timeout=timedelta(seconds=20), start_method=method)
+            # Only a process that hangs is found by the timeout; a slow machine may take longer to choose the noise.
+            timeout = timedelta(seconds=20 if arguments.fault == "hang" else 120)
+            strategy = PrivateDDPStrategy(noise=GaussianNoise(), timeout=timeout, start_method=method)
     trainer = pl.Trainer(
         max_epochs=2,
         default_root_dir=arguments.folder,

@@ -70,14 +70,12 @@ class ManualSteps:
         self._private = PrivateSteps()
         self._private.watch(optimizers, self._holds)
         self._derived: DerivedFromRecords | None = None
-        self._number = self._batch = self._released = 0
-        self._rows = 0
+        self._number = self._batch = self._released = self._rows = 0
         #: Shapes of the parts of a batch, which must be public as well.
         self._shapes: Shapes | None = None
         self._padding: Tensor | None = None
-        self._has_warned = False
-        #: Whether a step with a gradient of records was found that was none when it was examined.
-        self._was_more = False
+        # And whether a step with a gradient of records was found that was none when it was examined.
+        self._has_warned = self._was_more = False
         #: Whether an optimizer was stepped on the current batch.
         self._has_stepped = False
 
@@ -180,7 +178,7 @@ class ManualSteps:
                 stack.enter_context(strategy.micro_batches.watch(self._rows))  # nearest to the step's own code
                 stack.enter_context(self._derived)
                 output = strategy.user_training_step(batch, *args, **kwargs)
-            self._look_back()
+            _refuse_leftovers(self._derived, module)
             return output
         except BaseException:  # perhaps between toggle_optimizer and untoggle_optimizer
             for parameter in trained:
@@ -188,22 +186,6 @@ class ManualSteps:
             raise
         finally:
             self._derived = None
-
-    def _look_back(self) -> None:
-        """After ``training_step``: what would make its steps, or the module, depend on records past every release."""
-        assert self._derived is not None
-        if self._derived.failure is not None:
-            raise UnsupportedModelError(
-                "An operation on records failed, and training_step went on: with manual optimization, that could "
-                f"decide whether a step is taken. Let the error end the training: {self._derived.failure}"
-            )
-        module = self._strategy.module_in_fit()
-        named = [*module.named_parameters(), *module.named_buffers()]
-        if written := [name for name, tensor in named if self._derived.holds(tensor)]:
-            raise UnsupportedModelError(
-                f"training_step writes what it computes from records into {written[:4]}, without noise. Let an "
-                "optimizer change parameters, and keep nothing of the batch in buffers."
-            )
 
     def _check_shapes(self, batch: Any) -> None:
         """Takes note of the number of rows, and refuses batches of other shapes: lengths would be the records'."""
@@ -301,6 +283,21 @@ class ManualSteps:
         assert self._derived is not None
         if any(self._derived.holds(p.grad) for p in parameters):
             raise UnsupportedModelError(PAST_MANUAL_BACKWARD)
+
+
+def _refuse_leftovers(derived: DerivedFromRecords, module: nn.Module) -> None:
+    """After ``training_step``: what would make its steps, or the module, depend on records past every release."""
+    if derived.failure is not None:
+        raise UnsupportedModelError(
+            "An operation on records failed, and training_step went on: with manual optimization, that could "
+            f"decide whether a step is taken. Let the error end the training: {derived.failure}"
+        )
+    named = [*module.named_parameters(), *module.named_buffers()]
+    if written := [name for name, tensor in named if derived.holds(tensor)]:
+        raise UnsupportedModelError(
+            f"training_step writes what it computes from records into {written[:4]}, without noise. Let an "
+            "optimizer change parameters, and keep nothing of the batch in buffers."
+        )
 
 
 def _refuse_lengths(shapes: Shapes, others: Iterable[Shapes]) -> None:
