@@ -78,7 +78,7 @@ def test_at_power_one_generated_images_are_white() -> None:
     assert spread.median() > 0.9, "all but the directions that are next to nothing"
 
 
-@pytest.mark.parametrize("power", [0.3, 0.7])
+@pytest.mark.parametrize("power", [pytest.param(0.3, marks=pytest.mark.slow), 0.7])
 def test_a_power_is_that_of_the_standard_deviation(power: float) -> None:
     images = dead_leaves(400, 16, 16)
     plain = torch.linalg.eigvalsh(torch.cov(small(power=0.0)(images).T)).flip(0)
