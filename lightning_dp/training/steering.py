@@ -108,7 +108,8 @@ def logged_of_records(trainer: pl.Trainer, names: set[str]) -> list[Any]:
         names: As ``training_step`` logs them.
     """
     shown = {form for name in names for form in _shown_as(name)}
-    return [value for name, value in trainer.callback_metrics.items() if name in shown]
+    known = (trainer.callback_metrics, trainer.logged_metrics)
+    return [value for metrics in known for name, value in metrics.items() if name in shown]
 
 
 def _steered(who: str, monitor: str, hook: str) -> PrivacyConfigurationError:

@@ -166,6 +166,25 @@ class GeneratorLater(InTurns):
     first = 1
 
 
+class KeepsInItsTurn(InTurns):
+    """What the generator's turn keeps of records would reach its next steps without noise."""
+
+    def step_generator(self, opt: Any, count: int) -> None:
+        opt.zero_grad()
+        scale = getattr(self, "kept", torch.ones(()))
+        self.manual_backward(self.generator_loss(count) * scale)
+        opt.step()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        super().training_step(batch, batch_idx)
+        if batch_idx % 3 == type(self).first:
+            self.kept = batch[0].mean()
+
+
+class KeepsLater(KeepsInItsTurn):
+    first = 1
+
+
 class Closures(Gan):
     def step_discriminator(self, opt: Any, x: Tensor) -> None:
         def closure() -> Tensor:
@@ -722,6 +741,8 @@ class Nothing(Gan):
         (ByLogged, "reads what records hold.*test_manual"),
         (ByEarlierNumber, "reads what records hold.*test_manual"),
         (OutsideOfTheStep, "used at .*test_manual.*outside of it.*on_epoch=True"),
+        (KeepsInItsTurn, "kept"),
+        (KeepsLater, "kept"),
         (Scaled, "no record reaches its loss: a number that item"),
         (Rounded, "reads what records hold"),
         (Masked, "torch.where"),
@@ -963,6 +984,7 @@ def test_numbers_are_computed_with_as_python_does(dtype: torch.dtype) -> None:
         number = x[0].item()
         total = sum([number * 7] * 300) - 1 + round(number, 2) * 1000 * 1000
         made = torch.tensor([number, 2.5])
+        assert torch.tensor([[number], [2.5]]).shape == (2, 1)
         found = total.as_tensor(), made
         assert torch.as_tensor(number).shape == () and torch.tensor(number, dtype=torch.float64).dtype == torch.float64
         for decide in (lambda: np.sqrt(number), lambda: divmod(number, 2)):

@@ -127,7 +127,7 @@ class PrivacyCard(Callback):
 
     def _metrics(self) -> tuple[list[str], list[str]]:
         def named(metrics: set[str]) -> list[str]:
-            return sorted(name for name in metrics if not name.startswith(("privacy/", SHOWN)))
+            return sorted(name for name in metrics if not name.startswith("privacy/") and name != SHOWN)
 
         return named(self._training_metrics), named(self._validation_metrics)
 

@@ -186,7 +186,7 @@ class PrivacyMonitor(Callback):
         if self._chart is None or trainer_setting(trainer, "sanity_checking") or trainer.state.fn != TrainerFn.FITTING:
             return
         epsilon = self._metrics(trainer, private_strategy(trainer, "PrivacyMonitor"), exact=False)["privacy/epsilon"]
-        names = [name for name in trainer.callback_metrics if not name.startswith(("privacy/", "not_private/", SHOWN))]
+        names = [n for n in trainer.callback_metrics if not n.startswith(("privacy/", "not_private/")) and n != SHOWN]
         metrics = {name: float(trainer.callback_metrics[name]) for name in names}
         self._chart.add(epsilon, metrics)
         dashboards.utility(trainer.loggers, max(trainer.global_step - 1, 0), epsilon, metrics)

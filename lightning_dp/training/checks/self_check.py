@@ -165,7 +165,7 @@ class Examiner:
             if subject.needs_layers:
                 state = self._strategy.private_step.clipping_state if self._strategy.private_step else {}
                 unseen += check_contributions(subject, self._strategy.mechanism.clipping, state, findings.forms)
-        except SharedOutputShaped:
+        except (SharedOutputShaped, NothingPrivate):
             raise
         except (UnsupportedModelError, PrivacyConfigurationError) as error:
             raise type(error)(str(error)) from None
@@ -247,6 +247,9 @@ class Examiner:
         except NothingPrivate as error:  # of the other steps, what runs proves that no record reaches them
             if not self.understanding.manual.is_known:
                 raise UnsupportedModelError(f"{reason} {error}"[:2000]) from None
+            self.findings.names |= error.names
+            self.findings.logged |= error.logged
+            steering.check_monitors(self._strategy.trainer_in_fit(), set(error.logged))
         except (UnsupportedModelError, PrivacyConfigurationError) as error:
             raise UnsupportedModelError(f"{reason} {error}"[:2000]) from None
 

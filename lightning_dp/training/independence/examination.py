@@ -31,6 +31,7 @@ from lightning_dp.training.independence.remedies import listed, remedy
 from lightning_dp.training.independence.shadow import is_metric, kept_by, random_state_kept, seed_everything
 from lightning_dp.training.independence.subject import Subject, loss_of, reduced
 from lightning_dp.training.independence.tracer import Reads, RowTracer, tensors_in
+from lightning_dp.training.manual.rehearsal import NothingPrivate
 
 #: Names that a message shows for one kind of problem.
 _SHOWN = 4
@@ -93,7 +94,7 @@ class _Examination:
         if self._layout is None:
             self._layout = self._owners.find_layout(batch)
         self._owners.own(batch, self._layout)
-        watch = subject.watch(self._rows, tracer)
+        watch, without = subject.watch(self._rows, tracer), None
         seed_everything(self._seed)
         with subject.stand_in(module), tracer, Reads(tracer), watch:
             if not drawn:
@@ -102,7 +103,14 @@ class _Examination:
             self._hook(module, "on_train_batch_start", batch, *subject.arguments)
             counters = _counters(kept_by(module))
             with subject.context(), self._calls.noted(module):
-                output = module.training_step(batch, *subject.arguments)
+                try:
+                    output = module.training_step(batch, *subject.arguments)
+                except NothingPrivate as nothing:
+                    without = nothing
+            if without is not None:
+                with modes_disabled():
+                    self._without_loss(module, shadow.logged, without)
+                raise without
             self._found.counts = [
                 name
                 for name, value in _counters(kept_by(module)).items()
@@ -121,11 +129,7 @@ class _Examination:
         self._found.operations = tracer.operations
         self._found.records = self._records
         self._found.constants, self._found.layout = tracer.constants, self._layout
-        self._found.names = set(shadow.logged)
-        for name, value in shadow.logged.items():
-            known = tracer.state(value) if isinstance(value, Tensor) else None
-            if (known is not None and not known.is_public) or isinstance(value, nn.Module):
-                self._found.logged.add(name)
+        _note_logs(self._found, tracer, shadow.logged)
         self._look_at_loss(loss, state)
         self._look_at_state(module)
         if shadow.rehearsal is not None:
@@ -141,6 +145,15 @@ class _Examination:
         if not drawn:
             self._look_at_other_records()
         return self._found
+
+    def _without_loss(self, module: nn.Module, logged: dict[str, Any], nothing: NothingPrivate) -> None:
+        """What a run must not do that takes no step with a gradient of records: keep what they hold, or read it."""
+        self._look_at_state(module)
+        self._look_at_decisions()
+        if self._problems:
+            raise UnsupportedModelError(listed(self._problems))
+        _note_logs(self._found, self._tracer, logged)
+        nothing.names, nothing.logged = frozenset(self._found.names), frozenset(self._found.logged)
 
     # -- the loss ----------------------------------------------------------------------------------------------------
 
@@ -321,3 +334,12 @@ def _custom_functions(loss: Tensor) -> set[str]:
     """Names of autograd functions with a backward of their own that a loss depends on."""
     custom = (node for node in graph_nodes(loss) if isinstance(node, BackwardCFunction))
     return {type(node).__name__.removesuffix("Backward") for node in custom}
+
+
+def _note_logs(found: Findings, tracer: RowTracer, logged: dict[str, Any]) -> None:
+    """Takes note of the metrics that the step logged, and of those that depend on records."""
+    found.names = set(logged)
+    for name, value in logged.items():
+        known = tracer.state(value) if isinstance(value, Tensor) else None
+        if (known is not None and not known.is_public) or isinstance(value, nn.Module):
+            found.logged.add(name)

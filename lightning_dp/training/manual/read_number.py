@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.gradients.source import here
-from lightning_dp.torch_api import functions_unwatched, tree_leaves, tree_map
+from lightning_dp.torch_api import functions_unwatched, tree_map
 
 #: Holds a tensor as derived from records, in the step that runs; ``None`` between steps.
 holding: ContextVar[Callable[[Tensor], None] | None] = ContextVar("holding", default=None)
@@ -121,14 +121,19 @@ def _unwrapped(leaf: Any) -> Any:
     return leaf.as_tensor() if isinstance(leaf, ReadNumber) else leaf
 
 
+def _stacked(data: Any) -> Tensor:
+    if isinstance(data, list | tuple):
+        return torch.stack([_stacked(part) for part in data])
+    return torch.as_tensor(_unwrapped(data))
+
+
 def tensor_of(data: Any, **kwargs: Any) -> Tensor:
-    """``torch.tensor(data, …)`` for a number, or a list of numbers, some of which were read.
+    """``torch.tensor(data, …)`` for a number, or lists of numbers, some of which were read.
 
     Args:
         data: As `torch.tensor` takes it.
         kwargs: Likewise; the default type of floating-point numbers is that of torch.
     """
-    leaves = [torch.as_tensor(_unwrapped(leaf)) for leaf in tree_leaves(data)]
-    made = leaves[0].clone() if isinstance(data, ReadNumber) else torch.stack(leaves)
+    made = _stacked(data).clone()
     dtype = kwargs.get("dtype") or (torch.get_default_dtype() if made.is_floating_point() else made.dtype)
     return made.to(device=kwargs.get("device"), dtype=dtype)

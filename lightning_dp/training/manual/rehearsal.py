@@ -32,7 +32,14 @@ PAST_MANUAL_BACKWARD = (
 
 
 class NothingPrivate(PrivacyConfigurationError):
-    """A run of a training step took no step with a gradient of records."""
+    """A run of a training step took no step with a gradient of records.
+
+    Attributes:
+        names, logged: Of the metrics that it logged: all, and those that depend on records.
+    """
+
+    names: frozenset[str] = frozenset()
+    logged: frozenset[str] = frozenset()
 
 
 class Rehearsal:
