@@ -115,7 +115,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
     largest. Proof: a record that joins with probability ``q' ≤ q`` is one that joins with q and is then dropped with
     probability ``1 − q'/q``, independently of all else. So what it adds to the output is a mixture, of weights q'/q and
     ``1 − q'/q``, of what it adds with q and of nothing; hockey-stick divergences are jointly convex, and nothing moves
-    nothing.
+    nothing. The probabilities are public, as N is: another data set has the same ones.
 
     Args:
         num_records: N, the number of records of the data set.

@@ -249,7 +249,7 @@ class Examiner:
                 raise UnsupportedModelError(f"{reason} {error}"[:2000]) from None
             self.findings.names |= error.names
             self.findings.logged |= error.logged
-            steering.check_monitors(self._strategy.trainer_in_fit(), set(error.logged))
+            steering.check_monitors(self._strategy.trainer_in_fit(), error.logged)
         except (UnsupportedModelError, PrivacyConfigurationError) as error:
             raise UnsupportedModelError(f"{reason} {error}"[:2000]) from None
 

@@ -153,7 +153,7 @@ class _Examination:
         if self._problems:
             raise UnsupportedModelError(listed(self._problems))
         _note_logs(self._found, self._tracer, logged)
-        nothing.names, nothing.logged = frozenset(self._found.names), frozenset(self._found.logged)
+        nothing.names, nothing.logged = set(self._found.names), set(self._found.logged)
 
     # -- the loss ----------------------------------------------------------------------------------------------------
 
@@ -243,8 +243,7 @@ class _Examination:
             more = f" and {len(kept) - _SHOWN} more" if len(kept) > _SHOWN else ""
             self._problems.append(
                 f"What depends on records is kept in {names}{more}, without noise, beyond the step: it would reach "
-                "later "
-                "steps or a checkpoint. Keep nothing of the batch; to follow a metric, use self.log(…, "
+                "later steps or a checkpoint. Keep nothing of the batch; to follow a metric, use self.log(…, "
                 "on_step=False, on_epoch=True) or torchmetrics; "
                 "statistics of the data come from PrivateCentering or PrivateProjection."
             )

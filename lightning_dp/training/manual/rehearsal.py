@@ -38,8 +38,10 @@ class NothingPrivate(PrivacyConfigurationError):
         names, logged: Of the metrics that it logged: all, and those that depend on records.
     """
 
-    names: frozenset[str] = frozenset()
-    logged: frozenset[str] = frozenset()
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.names: set[str] = set()
+        self.logged: set[str] = set()
 
 
 class Rehearsal:
