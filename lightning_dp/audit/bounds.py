@@ -36,7 +36,8 @@ class Audit:
         return self.lower_bound <= self.claimed
 
     def __str__(self) -> str:
-        verdict = "the claim stands" if self.passed else "THE CLAIM IS FALSE"
+        chance = f"THE CLAIM IS FALSE (a true one fails with probability {1 - self.confidence:.2g}: repeat the audit)"
+        verdict = "the claim stands" if self.passed else chance
         return (
             f"{self.attack}: ε ≥ {self.lower_bound:.3f} with {100 * self.confidence:g} % confidence, claimed ε = "
             f"{self.claimed:.3f} (δ = {self.delta:g}): {verdict}"
