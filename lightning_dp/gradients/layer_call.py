@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ class LayerCall:
     version: int
     grad_output: Tensor | None = None
     #: All arguments, of layers whose forward is run once more.
-    arguments: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    arguments: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None
     #: The parameters used, of layers that are made of several linear maps.
     linear: LinearMap | None = None
     #: The gradient at the output in a backward pass whose result the loss depends on.

@@ -26,6 +26,7 @@ from lightning_dp.gradients.layer_call import LayerCall, no_batch, with_batch
 from lightning_dp.gradients.model import getattr_path, trainable
 from lightning_dp.gradients.recorded_linear import RecordedLinear
 from lightning_dp.gradients.rules.composite import calls_linear, forward_with_linear
+from lightning_dp.gradients.rules.registry import arguments_by_example
 from lightning_dp.gradients.rules.second_order import second_order_rule
 from lightning_dp.gradients.shared_outputs import note_expanded
 from lightning_dp.gradients.source import here
@@ -238,7 +239,8 @@ class Recorder:
             rest: list[Any] | None = None
             if name in self._with_arguments and isinstance(output, tuple) and output:
                 output, *rest = output
-            input = args[0] if args else next(iter(kwargs.values()), None)
+            given, named = arguments_by_example(module, args, kwargs, batch_size)
+            input = given[0] if given else next(iter(named.values()), None)
             if not isinstance(input, Tensor) or not isinstance(output, Tensor):
                 raise _without_tensors(name, module)
             arrangement = ROWS if self.forms is None else self.forms.arrangement(name, input)
@@ -247,16 +249,15 @@ class Recorder:
             input = with_batch(input, batch_size, name, module, self.forms, self.count(name))
             form = None if self.forms is None else self.forms.layers.get(name)
             always = form is not None and bool(form.is_shared) and all(form.is_shared)
-            is_shared = always or output.shape[0] != batch_size
-            if output.shape[0] != batch_size:  # its input is the same for all examples: each gets its own copy
+            if is_one := output.shape[0] != batch_size:  # the same input for all examples: each gets its own copy
                 output = output.expand(batch_size, *output.shape[1:])
             call = LayerCall(input.detach(), version_of(input))
             if name in self._with_arguments:
-                call.arguments = (args, kwargs)
+                call.arguments = (given, named)
             if name in self._followed and args and args[0].requires_grad:
                 self._follow_backward(name, call, args[0])
             output = self._record(name, call, output, anchor)
-            if is_shared:
+            if always or is_one:
                 note_expanded(output)
             return self._with_rest(name, output, rest)
 

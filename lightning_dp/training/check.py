@@ -16,16 +16,17 @@ from dp_accounting import NeighboringRelation
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
-from lightning_dp.accounting.calibration import calibrate_noise
+from lightning_dp.accounting.calibration import rough_noise
 from lightning_dp.accounting.ledger import PrivacyLedger
 from lightning_dp.errors import PrivacyConfigurationError, UnsupportedModelError
 from lightning_dp.training import lightning_api
 from lightning_dp.training.callbacks.differential_privacy import DifferentialPrivacy
+from lightning_dp.training.made_tensors import MadeTensors
 from lightning_dp.training.report import Plan, Report, layer_groups
 from lightning_dp.training.spent import share_spending
 from lightning_dp.training.strategy import PrivateMixin
 
-#: Steps that are timed, after the first, in which the training is examined.
+#: Steps that are timed, after the first, in which the training is examined; in one more, tensors are counted.
 _STEPS = 4
 
 
@@ -70,24 +71,26 @@ def check_with(privacy: DifferentialPrivacy, module: pl.LightningModule, data: A
     shadow = _copy_of(module)
     share_spending(module, shadow)
     report = Report([])
-    times = _Times(_STEPS)
+    costs = _Costs()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        run = _trainer_like(planned, [privacy, times], folder)
+        run = _trainer_like(planned, [privacy, costs], folder)
         try:
             run.fit(shadow, **_data(data))
         except _Enough:
             pass
         except (UnsupportedModelError, PrivacyConfigurationError, TypeError, ValueError) as error:
             report.problems.append(str(error))
+        finally:
+            costs.close()
         report.layers = layer_groups(shadow, privacy.engine)  # as `repair` has left them
         _describe(report, run, privacy)
-        report.step_seconds = times.median()
+        report.step_seconds, report.step_bytes = costs.seconds(), costs.bytes
         if report.ok:
-            plain = _Times(_STEPS)
-            with contextlib.suppress(_Enough):
+            plain = _Costs()
+            with contextlib.suppress(_Enough), contextlib.closing(plain):
                 _trainer_like(planned, [plain], folder).fit(_copy_of(module), **_data(data))
-            report.plain_step_seconds = plain.median()
+            report.plain_step_seconds, report.plain_step_bytes = plain.seconds(), plain.bytes
     return report
 
 
@@ -95,22 +98,38 @@ class _Enough(BaseException):
     """Ends a fit: no error of the user's."""
 
 
-class _Times(Callback):
-    """Takes the time of some steps, and ends the fit."""
+class _Costs(Callback):
+    """Takes the time of some steps, counts the tensors that a further one makes, and ends the fit.
 
-    def __init__(self, steps: int) -> None:
-        self._steps, self._seconds, self._begun = steps, [], 0.0  # type: tuple[int, list[float], float]
+    Attributes:
+        bytes: The most that were alive at once in that step; ``None``: there were not as many steps.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: list[float] = []
+        self._begun = 0.0
+        self._made: MadeTensors | None = None
+        self.bytes: int | None = None
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        if len(self._seconds) > _STEPS:
+            self._made = MadeTensors().__enter__()
         self._begun = time.perf_counter()
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self._seconds.append(time.perf_counter() - self._begun)
-        if len(self._seconds) > self._steps:
+        if self._made is not None:
+            self.bytes = self._made.peak
             raise _Enough
+        self._seconds.append(time.perf_counter() - self._begun)
 
-    def median(self) -> float | None:
-        """Of all steps but the first; ``None``: there was no other."""
+    def close(self) -> None:
+        """Nothing is counted any more."""
+        if self._made is not None:
+            self._made.__exit__(None, None, None)
+            self._made = None
+
+    def seconds(self) -> float | None:
+        """The median of all steps but the first; ``None``: there was no other."""
         return statistics.median(self._seconds[1:]) if len(self._seconds) > 1 else None
 
 
@@ -184,12 +203,13 @@ def _describe(report: Report, run: pl.Trainer, privacy: DifferentialPrivacy) -> 
 def _halved_by(plan: Plan, epsilon: float, event: Any) -> dict[str, float]:
     """How far the noise goes down by larger batches in as many epochs, and by fewer epochs, at the same ε."""
 
+    def multiplier(rate: float, steps: int) -> float:
+        return rough_noise(epsilon=epsilon, delta=plan.delta, sampling_rate=rate, steps=steps, mechanism=event)
+
+    own = multiplier(plan.sampling_rate, plan.steps)
+
     def ratio(rate: float, steps: int) -> float:
-        multiplier = calibrate_noise(
-            epsilon=epsilon, delta=plan.delta, sampling_rate=rate, steps=steps, mechanism=event, accountant="rdp"
-        )
-        noise = plan.noise_to_clip * multiplier / plan.noise_multiplier
-        return noise * plan.sampling_rate / rate
+        return plan.noise_to_clip * multiplier(rate, steps) / own * plan.sampling_rate / rate
 
     found = {}
     for factor in (2, 4, 8, 16):

@@ -77,6 +77,8 @@ class Report:
         plan: Noise and ε; ``None`` where it was refused before they were known.
         step_seconds, plain_step_seconds: Medians over a few steps, with and without privacy; of this machine, and of
             batches of the data, so not private.
+        step_bytes, plain_step_bytes: The most bytes that tensors which a step makes had at once, with and without
+            privacy: beside weights, optimizer and batch.
     """
 
     layers: list[LayerGroup]
@@ -86,6 +88,8 @@ class Report:
     plan: Plan | None = None
     step_seconds: float | None = None
     plain_step_seconds: float | None = None
+    step_bytes: int | None = None
+    plain_step_bytes: int | None = None
 
     @property
     def ok(self) -> bool:
@@ -128,7 +132,11 @@ class Report:
         if self.step_seconds is None or not self.plain_step_seconds:
             return []
         ratio = self.step_seconds / self.plain_step_seconds
-        return [f"A step takes {1e3 * self.step_seconds:.3g} ms here, {ratio:.2g} times one without privacy."]
+        lines = [f"A step takes {1e3 * self.step_seconds:.3g} ms here, {ratio:.2g} times one without privacy."]
+        if self.step_bytes and self.plain_step_bytes:
+            ratio = self.step_bytes / self.plain_step_bytes
+            lines.append(f"The tensors that it makes take {_size(self.step_bytes)} at most, {ratio:.2g} times as much.")
+        return ["\n  ".join(lines)]
 
 
 def layer_groups(module: nn.Module, engine: str = "bookkeeping") -> list[LayerGroup]:
@@ -175,6 +183,12 @@ def _way(layer: nn.Module, engine: str) -> str:
     if calls_linear(layer):
         return AS_LINEAR_MAPS
     return BY_RULE if rule_for(layer) is not None else RUN_AGAIN
+
+
+def _size(count: int) -> str:
+    """Bytes, to be read."""
+    unit, name = next((u, n) for u, n in [(1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")] if count >= u)
+    return f"{count / unit:.3g} {name}"
 
 
 def _finite(value: Any) -> Any:

@@ -14,7 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_dp.accounting import calibration, rdp
-from lightning_dp.accounting.calibration import affordable_steps, calibrate_noise, calibrate_schedule, calibrate_steps
+from lightning_dp.accounting.calibration import (
+    affordable_steps,
+    calibrate_noise,
+    calibrate_schedule,
+    calibrate_steps,
+    rough_noise,
+)
 from lightning_dp.accounting.events import (
     ACCOUNTANTS,
     ADJACENCIES,
@@ -530,3 +536,16 @@ def test_noise_is_found_however_much_is_needed() -> None:
     multiplier = calibrate_noise(epsilon=0.05, **plan)
     assert multiplier > 100
     assert 0.049 < epsilon(noise_multiplier=multiplier, **plan) <= 0.05
+
+
+@pytest.mark.parametrize(("epsilon_", "rate", "steps"), [(2.0, 0.02, 50), (1.0, 0.01, 400)])
+def test_noise_found_by_few_orders_is_enough_and_compares_plans(epsilon_: float, rate: float, steps: int) -> None:
+    target: dict[str, float] = {"epsilon": epsilon_, "delta": 1e-4}
+    plans: list[dict[str, Any]] = [
+        {"sampling_rate": rate, "steps": steps},
+        {"sampling_rate": 4 * rate, "steps": steps // 4},
+    ]
+    rough = [rough_noise(**target, **plan) for plan in plans]
+    tight = [calibrate_noise(**target, **plan) for plan in plans]
+    assert all(1.0 <= a / b < 1.25 for a, b in zip(rough, tight, strict=True))
+    assert rough[1] / rough[0] == pytest.approx(tight[1] / tight[0], rel=0.05)

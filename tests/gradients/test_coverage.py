@@ -261,6 +261,7 @@ def coverage_table() -> str:
         "module, a layer's weight in a function, penalties | parameters followed to where they meet records |",
         "| layers that see `(B · T, d)`, `(T, B, d)`, `(T · B, d)` | rules |",
         "| `torch.nn.LSTM`, `GRU`, `RNN` and their cells; packed sequences | recorded as linear maps, step by step |",
+        "| `torch.nn.EmbeddingBag` with the offsets that `collate_fn` counted | rule |",
         '| `MultiheadAttention`, `add_bias_kv=True` and `dropout > 0` | refused: `engine="per_example"` |',
         '| activation checkpointing | refused: `max_physical_batch_size`, or `engine="per_example"` |',
     ]

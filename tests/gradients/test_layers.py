@@ -449,16 +449,55 @@ def test_weights_of_the_entries_of_a_bag_are_part_of_its_gradient() -> None:
             torch.testing.assert_close(gradients[name].materialise()[i], parameter.grad)
 
 
-def test_bags_by_offsets_are_refused_with_the_way_out() -> None:
-    module = nn.EmbeddingBag(6, 3, mode="sum")
+BAGS: dict[str, dict[str, Any]] = {
+    "sum": {"mode": "sum"},
+    "mean": {"mode": "mean"},
+    "max": {"mode": "max"},
+    "sum, padding": {"mode": "sum", "padding_idx": 2},
+    "mean, padding": {"mode": "mean", "padding_idx": 2},
+    "max, padding": {"mode": "max", "padding_idx": 2},
+    "mean, last offset": {"mode": "mean", "include_last_offset": True},
+    "sum, weights": {"mode": "sum"},
+}
+
+
+@pytest.mark.parametrize("kind", BAGS)
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(0, 4), min_size=2, max_size=6), seed=st.integers(0, 99))
+def test_bags_by_offsets_give_what_one_bag_at_a_time_gives(kind: str, lengths: list[int], seed: int) -> None:
+    torch.manual_seed(seed)
+    module, count = nn.EmbeddingBag(6, 3, **BAGS[kind]).double(), len(lengths)
+    index = torch.randint(6, (sum(lengths),))
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    weights = torch.randn(len(index)).double() if "weights" in kind else None
+    offsets = bounds if module.include_last_offset else bounds[:-1]
+    target = torch.randn(count, 3).double()
+
     engine = BookKeeping(module)
-    with pytest.raises(UnsupportedModelError, match="Pad the bags.*leave offsets out"), engine.forward(4):
-        losses = module(torch.randint(6, (4,)), torch.arange(4))
-        with engine.backward():
-            losses.sum().backward()
+    with engine.forward(count):
+        loss = (module(index, offsets, weights) - target).pow(2).sum()
+    with engine.backward():
+        loss.backward()
+    found = engine.gradients()["weight"].materialise()
+
+    for i in range(count):
+        own = slice(int(bounds[i]), int(bounds[i + 1]))
+        module.zero_grad()
+        alone = torch.tensor([0, lengths[i]]) if module.include_last_offset else torch.tensor([0])
+        output = module(index[own], alone, None if weights is None else weights[own])
+        (output - target[i : i + 1]).pow(2).sum().backward()
+        assert_close(found[i], module.weight.grad, 1e-10)
+
+
+def test_offsets_that_are_not_one_for_every_example_are_refused_with_the_way_out() -> None:
+    module, index = nn.EmbeddingBag(6, 3, mode="sum"), torch.randint(6, (4,))
+    for offsets in (torch.tensor([0, 2]), torch.tensor([0, 0, 1, 2, 3])):
+        engine = BookKeeping(module)
+        with pytest.raises(UnsupportedModelError, match="pad the bags.*leave offsets out"), engine.forward(4):
+            module(index, offsets)
     engine = BookKeeping(module)  # the way out
     with engine.forward(4):
-        losses = module(torch.randint(6, (4, 1)))
+        losses = module(index[:, None])
     with engine.backward():
         losses.sum().backward()
     assert len(engine.gradients()["weight"].squared_norms()) == 4

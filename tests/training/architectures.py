@@ -164,7 +164,7 @@ class Training(pl.LightningModule):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=1.0)
 
 
-def records(task: str) -> list[dict[str, Tensor]]:
+def records(task: str, count: int = RECORDS) -> list[dict[str, Tensor]]:
     """Made-up records of a task."""
     generator = torch.Generator().manual_seed(3)
 
@@ -179,4 +179,4 @@ def records(task: str) -> list[dict[str, Tensor]]:
             "sound": lambda: {"input_values": torch.randn(400, generator=generator), "labels": label},
         }[task]()
 
-    return [record() for _ in range(RECORDS)]
+    return [record() for _ in range(count)]

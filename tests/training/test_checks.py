@@ -334,6 +334,16 @@ def mixup(examples: Any) -> Any:
     return 0.7 * x + 0.3 * x.flip(0), y
 
 
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_row_that_takes_from_another_is_refused_wherever_it_is(place: int) -> None:
+    def collate(items: list[Any]) -> Any:
+        inputs, targets = torch.utils.data.default_collate(items)
+        inputs[place] = inputs[place] + inputs[-1 - place] / 2
+        return inputs, targets
+
+    refused(Net(), "collate_fn .*mixes records", loader(collate_fn=collate))
+
+
 def test_mixing_in_the_collate_function_is_refused() -> None:
     refused(Net(), "collate_fn .*mixes records", loader(collate_fn=mixup))
 
@@ -588,37 +598,3 @@ def test_rules_that_keep_their_bounds_pass(rule: Any) -> None:
     strategy = PrivateStrategy(rule, GaussianNoise(1.0))
     fit(trainer(strategy=strategy), Net(), loader())
     assert len(strategy.ledger) == 5
-
-
-class Bags(Net):
-    """A classifier of bags of words, joined with offsets as in torch's own tutorial, or padded."""
-
-    def __init__(self, padded: bool) -> None:
-        super().__init__()
-        self.bag = nn.EmbeddingBag(9, 6, padding_idx=0)
-        self.padded = padded
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        *bags, labels = batch
-        return F.cross_entropy(self.net(self.bag(*bags)), labels)
-
-
-def bags(padded: bool) -> DataLoader[Any]:
-    data = [(torch.randint(1, 9, (1 + i % 4,), generator=torch.Generator().manual_seed(i)), i % 3) for i in range(40)]
-
-    def joined(items: list[Any]) -> Any:
-        texts, labels = [text for text, _ in items], torch.tensor([label for _, label in items])
-        if padded:
-            return nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=0), labels
-        return torch.cat(texts), torch.tensor([0, *map(len, texts[:-1])]).cumsum(0), labels
-
-    return DataLoader(data, batch_size=8, collate_fn=joined)  # type: ignore[arg-type]
-
-
-def test_bags_with_offsets_are_refused_and_the_way_out_trains() -> None:
-    private = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0))
-    with pytest.raises(PrivacyConfigurationError, match=r"offsets of an EmbeddingBag.*pad_sequence.*padding_idx"):
-        trainer(strategy=private, max_steps=1).fit(Bags(padded=False), bags(padded=False))
-    run = trainer(strategy=PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0)), max_steps=1)
-    run.fit(Bags(padded=True), bags(padded=True))
-    assert run.global_step == 1

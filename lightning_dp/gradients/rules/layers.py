@@ -12,18 +12,16 @@ has no per-example gradient or keeps statistics of the batch.
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.gradients.base import Dense, PerExampleGradient
 from lightning_dp.gradients.convolution import Convolution
 from lightning_dp.gradients.linear import OuterProducts, Rows
-from lightning_dp.gradients.rules.registry import Arguments, register_refusal, register_rule, register_rule_by_name
+from lightning_dp.gradients.rules.registry import register_refusal, register_rule, register_rule_by_name
 from lightning_dp.torch_api import padding_of
 
 
@@ -96,36 +94,6 @@ def prelu(module: nn.PReLU, input: Tensor, grad_output: Tensor) -> dict[str, Per
     summed = range(1 if module.num_parameters == 1 else 2, values.dim())
     values = values.sum(tuple(summed)) if len(summed) else values
     return {"weight": Dense(values.reshape(len(values), -1))}
-
-
-@register_rule(nn.EmbeddingBag, with_arguments=True)
-def embedding_bag(
-    module: nn.EmbeddingBag, input: Tensor, grad_output: Tensor, arguments: Arguments | None = None
-) -> dict[str, PerExampleGradient]:
-    """Row ``x_t`` of the table receives ``e``: times its weight, over the size of a bag that is averaged, or where it
-    holds the bag's maximum. ``input`` is ``(B, T)``; padding counts for nothing.
-
-    Raises:
-        UnsupportedModelError: Bags are given by offsets.
-    """
-    args, kwargs = arguments or ((input,), {})
-    given = inspect.signature(nn.EmbeddingBag.forward).bind(module, *args, **kwargs).arguments
-    if input.dim() != 2 or given.get("offsets") is not None:
-        raise UnsupportedModelError(
-            "EmbeddingBag was called with offsets: which entries are a record's depends on the lengths of the others. "
-            "Pad the bags in the collate function to (B, T), with padding_idx, and leave offsets out."
-        )
-    inside = torch.ones_like(input, dtype=torch.bool) if module.padding_idx is None else input != module.padding_idx
-    values = (grad_output[:, None] * inside[..., None]).to(grad_output.dtype)
-    if module.mode == "mean":
-        values = values / inside.sum(1).clamp(min=1)[:, None, None]
-    elif module.mode == "max":
-        rows = module.weight.detach()[input].masked_fill(~inside[..., None], -torch.inf)
-        top = rows.argmax(1, keepdim=True)
-        values = values * torch.zeros_like(values).scatter_(1, top, 1.0)
-    elif (weights := given.get("per_sample_weights")) is not None:
-        values = values * weights.detach().expand(input.shape)[..., None]
-    return {"weight": Rows(input, values, len(module.weight))}
 
 
 @register_rule_by_name("transformers.pytorch_utils.Conv1D")

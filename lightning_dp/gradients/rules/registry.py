@@ -19,6 +19,10 @@ Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
 Refusal = Callable[[Any], str | None]
 
 
+#: From a layer, the arguments of a call and the number of examples to arguments that have one entry per example.
+ByExample = Callable[[Any, tuple[Any, ...], dict[str, Any], int], Arguments]
+
+
 Entry = TypeVar("Entry")
 
 
@@ -32,6 +36,9 @@ _WITH_ARGUMENTS: set[Rule] = set()
 
 
 _REFUSALS: dict[type[nn.Module], Refusal] = {}
+
+
+_BY_EXAMPLE: dict[type[nn.Module], ByExample] = {}
 
 
 def register_rule(*types: type[nn.Module], with_arguments: bool = False) -> Callable[[Rule], Rule]:
@@ -69,6 +76,24 @@ def register_refusal(*types: type[nn.Module]) -> Callable[[Refusal], Refusal]:
         return refusal
 
     return register
+
+
+def register_by_example(*types: type[nn.Module]) -> Callable[[ByExample], ByExample]:
+    """Registers how calls of these module types that join examples are brought into one entry per example."""
+
+    def register(function: ByExample) -> ByExample:
+        _BY_EXAMPLE.update(dict.fromkeys(types, function))
+        return function
+
+    return register
+
+
+def arguments_by_example(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], batch_size: int
+) -> Arguments:
+    """The arguments of a layer's call, as its rule takes them: with one entry per example."""
+    function = registered_for(module, _BY_EXAMPLE, {})
+    return (args, kwargs) if function is None else function(module, args, kwargs, batch_size)
 
 
 def rule_for(module: nn.Module) -> Rule | None:

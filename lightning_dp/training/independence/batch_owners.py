@@ -24,6 +24,7 @@ from lightning_dp.training.batches import (
 )
 from lightning_dp.training.independence import owners
 from lightning_dp.training.independence.findings import Findings
+from lightning_dp.training.independence.joined import find_joined
 from lightning_dp.training.independence.owners import State
 from lightning_dp.training.independence.subject import Subject
 from lightning_dp.training.independence.tracer import RowTracer
@@ -33,6 +34,10 @@ OF_METRIC = "the state of a metric, which earlier records have left"
 
 
 OF_COLLATION = "what collate_fn computes from the whole batch"
+
+
+#: What offsets hold: see `lightning_dp.training.independence.joined`.
+OF_LENGTHS = "where records begin in a tensor that joins them, which depends on the lengths of earlier ones"
 
 
 class BatchOwners:
@@ -66,7 +71,10 @@ class BatchOwners:
             self._refuse_opaque(batch)
         other = self._of_others() if not self._drawn else None
         elsewhere = list(leaves_with_layout(other, layout)) if other is not None else []
+        joined = self._own_joined(batch, layout)
         for place, (leaf, where, example) in enumerate(leaves_with_layout(batch, layout)):
+            if place in joined:
+                continue
             if isinstance(where, Shared):
                 same = place >= len(elsewhere) or same_values(leaf, elsewhere[place][0])
                 if not same and isinstance(leaf, Tensor):
@@ -100,6 +108,23 @@ class BatchOwners:
         for place, (leaf, where, _) in enumerate(leaves):
             if isinstance(where, Rows) and isinstance(leaf, Tensor) and leaf.numel() and not leaf.is_complex():
                 self._tracer.labels[place] = leaf
+
+    def _own_joined(self, batch: Any, layout: Layout) -> set[int]:
+        """Tells the tracer of leaves that join records, and of those that say where each begins: their places."""
+        leaves = [leaf for leaf, _, _ in leaves_with_layout(batch, layout)]
+        done: set[int] = set()
+        for number, joined in enumerate(find_joined(self._subject, layout), start=1):
+            bounds = joined.bounds(leaves, self._records)
+            if bounds is None:
+                continue
+            owner = torch.arange(self._records, dtype=owners.DTYPE).repeat_interleave(torch.tensor(bounds).diff())
+            for place in joined.entries:
+                leaf = leaves[place]
+                self._tracer.set(leaf, State(owner.view([-1] + [1] * (leaf.dim() - 1)), ragged=True, joined=number))
+            for place in joined.beginnings:
+                self._tracer.set(leaves[place], State(owners.constant(owners.MIXED, 1), why=OF_LENGTHS, joined=number))
+            done |= joined.entries | joined.beginnings
+        return done
 
     def _of_others(self) -> Any:
         """A batch of as many records, all of the second half."""

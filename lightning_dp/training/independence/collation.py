@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.training.batches import Concatenated, Layout, Rows, find_layout, leaves_with_layout, parts_of
+from lightning_dp.training.independence.joined import Joined, find_joined
 from lightning_dp.training.independence.shadow import AlignedRandomness, random_state_kept
 from lightning_dp.training.independence.subject import Subject
 
@@ -28,8 +31,8 @@ def check_collation(subject: Subject, seed: int = 0) -> list[str]:
     with random_state_kept():
         batches = []
         unaligned = False
-        others = [*records[half:], *records[:half]]
-        companies = [records, [*records[:half], *others[: len(records) - half]], [*others[:half], *records[half:]]]
+        first, second = records[:half], records[half:]
+        companies = [records, [*first, *(first * 2)[: len(second)]], [*second[:half], *second]]
         for company in [*companies, [*records, *records[:3]]]:
             count = len(company) * subject.copies
             aligned = AlignedRandomness(count, seed)
@@ -42,9 +45,10 @@ def check_collation(subject: Subject, seed: int = 0) -> list[str]:
             layout = find_layout(whole, rows, larger, rows + 3 * subject.copies)
         except TypeError as error:
             raise PrivacyConfigurationError(str(error)) from None
+        joined = find_joined(subject, layout)
         kept = [slice(0, half * subject.copies), slice(half * subject.copies, rows)]
         for batch, own in zip(exchanged, kept, strict=True):
-            if not _same_rows(whole, batch, layout, rows, own):
+            if not _same_rows(whole, batch, layout, rows, own, joined):
                 if _in_some_order(subject, whole, layout, rows):
                     return ["collation puts records into an order of its own: places were not compared"]
                 if unaligned:
@@ -94,9 +98,22 @@ def _lengths(batch: Any) -> set[int]:
     return set() if parts is None else {len(parts)}.union(*map(_lengths, parts.values()))
 
 
-def _rows_of(batch: Any, layout: Layout, rows: int, own: slice) -> list[Any]:
+def _rows_of(batch: Any, layout: Layout, rows: int, own: slice, joined: Sequence[Joined] = ()) -> list[Any]:
     found: list[Any] = []
-    for leaf, where, example in leaves_with_layout(batch, layout):
+    leaves = list(leaves_with_layout(batch, layout))
+    elsewhere: set[int] = set()
+    for group in joined:
+        bounds = group.bounds([leaf for leaf, _, _ in leaves], rows)
+        elsewhere |= group.entries | group.beginnings
+        if bounds is None:
+            found.append(None)
+            continue
+        start, stop, _ = own.indices(rows)
+        found.append(torch.tensor(bounds[start : stop + 1]).diff())
+        found += [leaves[place][0][bounds[start] : bounds[stop]] for place in sorted(group.entries)]
+    for place, (leaf, where, example) in enumerate(leaves):
+        if place in elsewhere:
+            continue
         if isinstance(where, Rows) and isinstance(leaf, Tensor):
             each = leaf.shape[where.dim] // rows
             start, stop, _ = own.indices(rows)
@@ -108,9 +125,9 @@ def _rows_of(batch: Any, layout: Layout, rows: int, own: slice) -> list[Any]:
     return found
 
 
-def _same_rows(one: Any, other: Any, layout: Layout, rows: int, own: slice) -> bool:
-    pairs = zip(_rows_of(one, layout, rows, own), _rows_of(other, layout, rows, own), strict=False)
-    return all(_same_leaf(a, b) for a, b in pairs)
+def _same_rows(one: Any, other: Any, layout: Layout, rows: int, own: slice, joined: Sequence[Joined]) -> bool:
+    found = [_rows_of(batch, layout, rows, own, joined) for batch in (one, other)]
+    return len(found[0]) == len(found[1]) and all(map(_same_leaf, *found))
 
 
 def _same_leaf(one: Any, other: Any) -> bool:

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from lightning_dp.gradients.arrangement import ARRANGEMENTS, FLAT_SECOND, ROWS, SECOND, both
 from lightning_dp.gradients.covered import covered_layers
 from lightning_dp.gradients.forms import CallForms, LayerForm
+from lightning_dp.gradients.rules.bags import bag_arguments
 from lightning_dp.gradients.rules.composite import calls_linear
 from lightning_dp.gradients.rules.registry import rule_for, takes_arguments
 from lightning_dp.gradients.source import here
@@ -117,6 +118,10 @@ class LayerCalls:
                 return
             if not isinstance(input, Tensor):
                 return  # refused by the engine, which says so
+            if (bags := self._bags(layer, args, kwargs)) is not None:
+                form.is_shared.append(False)
+                self._note_problem(name, layer, *bags, (ROWS,))
+                return
             allowed = self._allowed(layer, input)
             state = self._tracer.state(input)
             public = state is None or state.is_public
@@ -193,6 +198,24 @@ class LayerCalls:
         state = replace(state, owner=padded, ragged=False, packed=False, reordered=state.reordered != sorts)
         return state, moved.shape
 
+    def _bags(self, layer: nn.Module, args: Any, kwargs: Any) -> tuple[State, Sequence[int]] | None:
+        """Whose the bags of an embedding are that are given by offsets, as `padded`; ``None``: they are not.
+
+        Where entries and offsets are those that a collate function joined and counted, a bag is one record's, in every
+        batch.
+        """
+        if not isinstance(layer, nn.EmbeddingBag):
+            return None
+        given = bag_arguments(layer, args, kwargs)
+        if given.get("offsets") is None:
+            return None
+        states = [self._tracer.state(given[name]) for name in ("input", "offsets")]
+        joined = {0 if state is None else state.joined for state in states}
+        shape = (self._rows, 1)
+        if len(joined) == 1 and joined != {0}:
+            return State(owners.rows(self._rows, 2, self._records)), shape
+        return self._tracer.mixed(2, OTHER_OFFSETS), shape
+
     def _is_per_example(self, leaf: Any) -> bool:
         if not isinstance(leaf, Tensor) or not leaf.dim():
             return False
@@ -252,6 +275,11 @@ class LayerCalls:
             "dimension (batch_first=True), or use engine='per_example', which is slow but takes any layer"
         )
 
+
+OTHER_OFFSETS = (
+    "bags by offsets that are not those which collate_fn counted (pad the bags to (B, T), with padding_idx, and leave "
+    "offsets out)"
+)
 
 #: Flattened rows of (B, T) and of (T, B) cannot be told apart by their sizes.
 SEVERAL_WAYS = (

@@ -32,6 +32,7 @@ class State:
         reordered: Its rows are in an order that records decide.
         why: Where numbers of several records met, and how, when some entry is `MIXED`; of a `SUM`, it may be empty.
         terms: ``(B,)``: how many terms of every record a `SUM` has been given.
+        joined: A number of `Joined` leaves, where it is one of them, as a collate function made it; 0: it is none.
     """
 
     owner: Tensor
@@ -40,6 +41,7 @@ class State:
     terms: Tensor | None = None
     packed: bool = False
     reordered: bool = False
+    joined: int = 0
 
     @property
     def is_mixed(self) -> bool:
@@ -64,7 +66,7 @@ class State:
         return [int(i) for i in self.owner[self.owner >= 0].unique()]
 
     def with_owner(self, owner: Tensor) -> State:
-        return replace(self, owner=compress(owner))
+        return replace(self, owner=compress(owner), joined=0)
 
 
 def compress(owner: Tensor) -> Tensor:

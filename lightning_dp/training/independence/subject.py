@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.torch_api import tree_leaves, tree_map
+from lightning_dp.training.independence.joined import Joined
 from lightning_dp.training.independence.losses import Forms
 from lightning_dp.training.independence.shadow import Shadow, random_state_kept, seed_everything
 from lightning_dp.training.independence.tracer import RowTracer
@@ -38,6 +39,8 @@ class Understanding:
     followed: set[str] = field(default_factory=set)
     #: Layers, and functions of parameters, that numbers are given to that were made for the batch (codes, noise).
     made: set[Any] = field(default_factory=set)
+    #: Leaves of a batch that join records, and that say where each begins.
+    joined: list[Joined] = field(default_factory=list)
     #: What the optimizers are stepped with, of a step that does so itself.
     manual: ManualPlan = field(default_factory=ManualPlan)
 
@@ -104,7 +107,7 @@ class Subject:
         known = self.understanding
         if tracer is None and not hold:  # a pass in eval mode, say: what it learns is thrown away
             losses = {line: list(found) for line, found in known.losses.items()}
-            known = Understanding(losses, set(known.places), known.followed, known.made, known.manual)
+            known = replace(known, losses=losses, places=set(known.places))
         learn = not hold
         return Watch(rows, known.losses, known.places, learn, tracer=tracer, enabled=self.per_record_means)
 

@@ -26,6 +26,10 @@ _POINTWISE = frozenset(
 
 
 #: Elementwise operations that are linear, or scale by their second operand.
+#: What they return has the same numbers in the same places: it is still what a collate function made.
+_COPIES = frozenset(names_in("_to_copy clone"))
+
+
 _LINEAR = frozenset(names_in("add sub rsub copy _to_copy clone neg _unsafe_view positive detach alias lift_fresh_copy"))
 
 
@@ -80,6 +84,8 @@ def pointwise(call: Call) -> list[State]:
             met = met or call.tracer.mixed(0, f"numbers of several records meet in {call.name}").why
             state = replace(state, terms=torch.stack(terms).sum(0), why=met)
         results.append(placed_alike(call, operands, output, state))
+    if call.name in _COPIES and len(tensors) == 1:
+        results = [replace(state, joined=call.state(tensors[0]).joined) for state in results]
     return results
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_dp.training.independence import owners
-from lightning_dp.training.independence.owners import PUBLIC, State, compress, constant, join
+from lightning_dp.training.independence.owners import MIXED, PUBLIC, State, compress, constant, join
 from lightning_dp.training.independence.rules.registry import Call, aten, rule
 
 
@@ -68,6 +68,39 @@ def embedding(call: Call) -> list[State]:
     gathered = call.owner(table)[index.cpu()]
     own = call.owner(index)[..., None].expand(gathered.shape)
     return [indexed_state(call, table, index, 0, gathered, own)]
+
+
+@rule("_embedding_bag", "_embedding_bag_forward_only")
+def embedding_bag(call: Call) -> list[State]:
+    """A bag is its entries', and its weights': where it begins is public, or what a collate function has counted.
+
+    Such offsets depend on the lengths of earlier records; they are looked at together with what they were counted for
+    alone: each of these bags is one record's own entries.
+    """
+    table, index, offsets = call.args[:3]
+    weights = call.argument("per_sample_weights")
+    output = call.outputs[0]
+    joined = {call.state(given).joined for given in (offsets, index, weights) if given is not None}
+    counted = len(joined) == 1 and joined != {0}
+    if not call.state(table).is_public or not (call.state(offsets).is_public or counted):
+        return call.mixed("bags that begin where records decide")
+    along = call.owner(index).flatten()
+    if weights is not None and not counted:
+        along = join(along, call.owner(weights).flatten())
+    ends = [*offsets.tolist()[1:], len(along)]
+    bags = [
+        owners.reduce(along[start:end], [0], linear=False, keepdim=True) if end > start else constant(PUBLIC, 1)
+        for start, end in zip(offsets.tolist(), ends, strict=True)
+    ][: len(output)]
+    owner = torch.cat(bags) if bags else constant(PUBLIC, 1)
+    if counted:
+        own = torch.arange(len(output), dtype=owner.dtype)
+        if not bool(((owner == own) | (owner == PUBLIC)).all()):
+            return call.mixed("bags that hold entries of several records")
+        owner = own
+    state = call.result(owner.view([-1, 1]), output, ragged=False)
+    # What else it returns is for its backward pass.
+    return [state, *(State(constant(MIXED, o.dim()), why=state.why) for o in call.outputs[1:])]
 
 
 def _advanced(call: Call, tensor: Tensor, indices: Sequence[Tensor | None]) -> tuple[list[Tensor | None], Tensor]:
