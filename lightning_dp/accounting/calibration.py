@@ -8,9 +8,10 @@ from dataclasses import replace
 
 from dp_accounting import DpEvent
 
-from lightning_dp.accounting.cost import check_delta, rough_epsilon
+from lightning_dp.accounting.cost import check_delta, event_epsilon, rough_epsilon
 from lightning_dp.accounting.events import Accountant, Adjacency, Phase, gaussian_event, subsampled_gaussian
 from lightning_dp.accounting.ledger import PrivacyLedger
+from lightning_dp.accounting.pld import COARSE, FINE
 
 #: The most steps that are looked for.
 _MOST_STEPS = 10**9
@@ -126,23 +127,31 @@ def calibrate_schedule(
     def scaled(scale: float) -> list[Phase]:
         return [replace(phase, noise_multiplier=scale * phase.noise_multiplier) for phase in schedule]
 
-    def cost(scale: float, exact: bool = True) -> float:
+    def event(scale: float) -> DpEvent:
         ledger = spent.copy()
         ledger.extend(PrivacyLedger.of(scaled(scale)))
-        if exact:
-            return ledger.epsilon(delta, accountant, adjacency)
-        return rough_epsilon(ledger.event(), delta, adjacency)
+        return ledger.event()
+
+    def on_grid(resolution: float) -> Callable[[float], float]:
+        return lambda scale: event_epsilon(event(scale), delta, accountant, adjacency, resolution)
 
     if math.isinf(epsilon):
         return scaled(0.0)
-    return scaled(_smallest_scale(cost, epsilon, delta))
+    # Each is a bound, tighter and slower than the one before: it has little left to look for.
+    scale = _smallest_power(lambda scale: rough_epsilon(event(scale), delta, adjacency) <= epsilon, 1.0, 2.0**20)
+    if accountant == "pld":
+        scale = _smallest_from(scale, on_grid(COARSE), epsilon, delta, step=1.3)
+    return scaled(_smallest_from(scale, on_grid(FINE), epsilon, delta, step=1.3 if accountant == "rdp" else 1.01))
 
 
-def _smallest_scale(cost: Callable[..., float], epsilon: float, delta: float) -> float:
-    """About the smallest scale of the noise (to 0.1 % of ε) with a cost of at most ε; its cost has been computed."""
-    # A bracket by the fast accountant, then a few evaluations of the tight one.
-    high = _smallest_power(lambda scale: cost(scale, exact=False) <= epsilon, start=1.0, end=2.0**20)
-    high_cost = cost(high)
+def _smallest_from(start: float, cost: Callable[[float], float], epsilon: float, delta: float, step: float) -> float:
+    """About the smallest scale of the noise (to 0.1 % of ε) with a cost of at most ε; its cost has been computed.
+
+    Args:
+        start: Where it is looked for first.
+        step: By what factor the scale goes down until it costs too much.
+    """
+    high, high_cost = start, cost(start)
     while high_cost > epsilon:
         if high > 2**20:
             raise ValueError(
@@ -153,10 +162,11 @@ def _smallest_scale(cost: Callable[..., float], epsilon: float, delta: float) ->
     low, low_cost = high, high_cost
     while low_cost <= epsilon:
         high, high_cost = low, low_cost
-        if high < 2**-20:
+        if high < 2**-20 or high_cost >= 0.999 * epsilon:
             return high
-        low /= 1.3
+        low /= step
         low_cost = cost(low)
+        step = min(step**2, 1.3)
     while high_cost < 0.999 * epsilon and high - low > 1e-6 * high:
         if math.isinf(low_cost) or high_cost == 0:
             middle = (low + high) / 2

@@ -21,8 +21,9 @@ from scipy.special import logsumexp
 from lightning_dp.accounting.events import Adjacency, Mechanism, Part, ShiftedNoiseDpEvent
 from lightning_dp.accounting.moments import log_sampled_moment
 
-#: Rényi orders that are enough to know the size of ε.
-_FEW_ORDERS = (1.25, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 128, 256)
+#: Rényi orders that are enough to know the size of ε; of a large ε, which is best at orders below 2 (they take long).
+_SMALL_ORDERS = (1.25, 1.5)
+_FEW_ORDERS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64, 128, 256)
 
 
 #: dp-accounting's default orders.
@@ -41,8 +42,20 @@ _FEW_INTEGER_ORDERS = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 
 def rdp_epsilon(parts: Sequence[Part], delta: float, adjacency: Adjacency, few: bool = False) -> float:
     """An upper bound on ε at this δ; ``few`` orders give its size at once."""
-    usable, divergence = _rdp(parts, adjacency, few)
-    return float(compute_epsilon(usable, divergence, delta)[0]) if usable else math.inf
+    if not few:
+        return _epsilon(*_rdp(parts, adjacency), delta)[0]
+    found, order = _epsilon(*_rdp(parts, adjacency, _FEW_ORDERS, _FEW_INTEGER_ORDERS), delta)
+    if order > 2 or not _all_gaussian(parts):
+        return found
+    return min(found, _epsilon(*_rdp(parts, adjacency, _SMALL_ORDERS), delta)[0])
+
+
+def _epsilon(orders: list[float], divergences: list[float], delta: float) -> tuple[float, float]:
+    """The least bound on ε, and the order that gives it."""
+    if not orders:
+        return math.inf, 0.0
+    epsilon, order = compute_epsilon(orders, divergences, delta)
+    return float(epsilon), float(order)
 
 
 def rdp_delta(parts: Sequence[Part], epsilon: float, adjacency: Adjacency) -> float:
@@ -51,11 +64,18 @@ def rdp_delta(parts: Sequence[Part], epsilon: float, adjacency: Adjacency) -> fl
     return min(1.0, float(compute_delta(usable, divergence, epsilon)[0])) if usable else 1.0
 
 
-def _rdp(parts: Sequence[Part], adjacency: Adjacency, few: bool = False) -> tuple[list[float], list[float]]:
+def _all_gaussian(parts: Sequence[Part]) -> bool:
+    return all(isinstance(mechanism, float) for _, mechanism, _ in parts)
+
+
+def _rdp(
+    parts: Sequence[Part],
+    adjacency: Adjacency,
+    of_gaussian: tuple[float, ...] = _ALL_ORDERS,
+    of_others: tuple[float, ...] = _INTEGER_ORDERS,
+) -> tuple[list[float], list[float]]:
     """The orders at which the divergence is a usable number, and the divergences."""
-    gaussian = all(isinstance(mechanism, float) for _, mechanism, _ in parts)
-    many_few = (_ALL_ORDERS, _FEW_ORDERS) if gaussian else (_INTEGER_ORDERS, _FEW_INTEGER_ORDERS)
-    orders = many_few[few]
+    orders = of_gaussian if _all_gaussian(parts) else of_others
     with np.errstate(over="ignore", invalid="ignore"):
         total = sum(count * _step_rdp(rate, mechanism, adjacency, orders) for rate, mechanism, count in parts)
     # A divergence is never negative. dp-accounting takes one that rounding made so for ε = 0: such orders are left out.
