@@ -130,5 +130,5 @@ def _counted(ledger: PrivacyLedger) -> Counter[Any]:
 
 TestTrainings = Trainings.TestCase
 TestTrainings.settings = settings(
-    max_examples=20, stateful_step_count=8, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=12, stateful_step_count=8, deadline=None, suppress_health_check=list(HealthCheck)
 )

@@ -65,6 +65,7 @@ def test_an_image_is_transformed_by_itself_and_like_its_mirror_image() -> None:
     assert together.shape == (7, (3 * 9 + 12) * 2)
 
 
+@pytest.mark.slow
 def test_the_same_in_every_instance() -> None:
     images = torch.rand(3, 3, 16, 16) * 2 - 1
     assert_close(small()(images), small()(images), 1e-5)
@@ -86,6 +87,7 @@ def test_a_power_is_that_of_the_standard_deviation(power: float) -> None:
     assert_close(equalized[:20], plain[:20] ** (1 - power), 2e-2)
 
 
+@pytest.mark.slow
 def test_the_first_call_leaves_no_mark() -> None:
     images = dead_leaves(3, 16, 16)
     expected = small(generated=200)(images)

@@ -59,6 +59,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_text_is_hashed_alike_in_every_process() -> None:
     code = f"from lightning_dp.zoo.text import tokenize; print(tokenize({TEXTS[3]!r}, 8192, 8, ['words', 'bigrams']))"
     printed = subprocess.run([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, check=True).stdout
