@@ -89,9 +89,9 @@ class BookKeeping(PerExampleEngine):
         return self.recorder.forward(batch_size)
 
     @contextmanager
-    def backward(self, scale: float = 1.0) -> Iterator[None]:
+    def backward(self, scale: float = 1.0, keeps_graph: bool = False) -> Iterator[None]:
         with set_aside(self.parameters.values()):
-            with self.recorder.backward():
+            with self.recorder.backward(keeps_graph):
                 yield
             past = [name for name, p in self.parameters.items() if p.grad is not None]
             past += self.recorder.expressions.missed()

@@ -34,6 +34,14 @@ class LayerCall:
     #: Whether input and gradient are ``(B, k, …)``: k inputs of every example, each as the layer saw one.
     is_split: bool = False
 
+    def forget(self, keeps_input: bool) -> None:
+        """Lets go of tensors, once the gradient is known; with ``keeps_input``, another may come."""
+        if keeps_input:
+            self.grad_output = None
+        else:
+            self.input = self.grad_output = self.input.new_empty(0)
+            self.arguments = self.backward_at = None
+
     def unchanged_input(self, layer: str) -> Tensor:
         if version_of(self.input) != self.version:
             raise UnsupportedModelError(

@@ -63,7 +63,7 @@ class Recorder:
         self._own = {layer: [getattr_path(m, name) for name in trainable(m)] for layer, m in layers.items()}
         self._constants = Constants([])
         self._calls: dict[str, list[LayerCall]] = {}
-        self._listening = self._recording = False
+        self._listening = self._recording = self._keeps_graph = False
         #: How layers are called, once that has been found.
         self.forms: CallForms | None = None
         self._twice: str | None = None  # a layer whose backward pass was itself differentiated (create_graph=True)
@@ -118,15 +118,16 @@ class Recorder:
             self.forms.check_counts(self.expressions.stand_ins.calls)
 
     @contextmanager
-    def backward(self) -> Iterator[None]:
-        """Records the backward pass inside. Backward passes elsewhere (of an attack, say) are not recorded."""
+    def backward(self, keeps_graph: bool = False) -> Iterator[None]:
+        """Records the backward pass inside, which others may follow if it ``keeps_graph``; none elsewhere (of an attack,
+        say)."""
         if self._twice is not None:
             raise UnsupportedModelError(
                 f"Layer '{self._twice}': the loss depends on a gradient (create_graph=True, a gradient penalty), which "
                 "is not followed through this layer. Linear, Conv, LayerNorm, GroupNorm and InstanceNorm layers are "
                 "followed; for others, use engine='per_example', which is slow but takes any loss."
             )
-        self._listening = True
+        self._listening, self._keeps_graph = True, keeps_graph
         try:
             yield
         except CheckpointError as error:
@@ -187,8 +188,7 @@ class Recorder:
         if self._consume is not None:
             assert call.grad_output is not None
             self._consume(name, call)
-            call.input = call.grad_output = call.grad_output.new_empty(0)
-            call.arguments = call.backward_at = None
+            call.forget(keeps_input=self._keeps_graph)
 
     def _follow_backward(self, name: str, call: LayerCall, own_input: Tensor) -> None:
         """Records backward passes of a call whose result the loss depends on, as calls of their own.

@@ -117,6 +117,17 @@ class InParts(Gan):
         opt.step()
 
 
+class Retained(Gan):
+    """Two backward passes through one forward."""
+
+    def step_discriminator(self, opt: Any, x: Tensor) -> None:
+        loss = self.real_loss(x)
+        opt.zero_grad()
+        self.manual_backward(0.25 * loss, retain_graph=True)
+        self.manual_backward(0.75 * loss + self.fake_loss(len(x)))
+        opt.step()
+
+
 class ReadToLog(Gan):
     """As most GANs do: numbers are read with item(), computed with, and logged."""
 
@@ -268,7 +279,7 @@ def loop(module: Gan, drawn: list[int], bound: float, batch_size: int) -> dict[s
     }
 
 
-@pytest.mark.parametrize("kind", [Gan, Toggled, InParts, Closures, Clipped, ReadToLog, GeneratorFirst])
+@pytest.mark.parametrize("kind", [Gan, Toggled, InParts, Retained, Closures, Clipped, ReadToLog, GeneratorFirst])
 @pytest.mark.parametrize("batch_size", [1, 8, N])
 def test_a_step_is_that_of_the_loop_over_records(kind: type[Gan], batch_size: int, draws: list[list[int]]) -> None:
     module, before = kind(), kind()
@@ -336,7 +347,7 @@ def test_no_noise_reaches_it_and_all_of_it_reaches_the_other() -> None:
     assert min(float(p.abs().max()) for p in module.discriminator.parameters()) > 100
 
 
-@pytest.mark.parametrize("kind", [Gan, InParts])
+@pytest.mark.parametrize("kind", [Gan, InParts, Retained])
 @pytest.mark.parametrize("clipping", [FlatClipping(0.7), PerLayerClipping(0.7), AutomaticClipping()])
 def test_one_record_moves_the_step_by_no_more_than_its_bound(kind: type[Gan], clipping: Any) -> None:
     found = []
@@ -349,6 +360,66 @@ def test_one_record_moves_the_step_by_no_more_than_its_bound(kind: type[Gan], cl
     moved = float((found[0] - found[1]).norm()) * N
     assert moved <= 2 * (1.0 if isinstance(clipping, AutomaticClipping) else 0.7) * (1 + 1e-4)
     assert moved > 0.01
+
+
+class Autoencoder(L.LightningModule):
+    """An encoder and a decoder with an optimizer each, and losses of one forward, as a VAE-GAN has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        torch.manual_seed(0)
+        self.encoder, self.decoder = nn.Linear(D, Z), nn.Sequential(nn.Tanh(), nn.Linear(Z, D))
+
+    def losses(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        codes = self.encoder(x)
+        likeness = (self.decoder(codes) - x).square().sum(1).mean()
+        return likeness + codes.square().sum(1).mean(), likeness
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        opt_e, opt_d = self.optimizers()
+        of_encoder, of_decoder = self.losses(batch[0])
+        opt_e.zero_grad()
+        self.manual_backward(of_encoder, retain_graph=True)
+        opt_d.zero_grad()  # the first loss is the encoder's alone
+        self.manual_backward(of_decoder)
+        opt_e.step()
+        opt_d.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), 1.0) for part in (self.encoder, self.decoder)]
+
+
+def test_losses_of_one_forward_are_each_optimizers_own(draws: list[list[int]]) -> None:
+    module, before = Autoencoder(), Autoencoder()
+    strategy = fit(module)
+    assert strategy.examiner.understanding.manual.private == {0, 1}
+    for part, trained in ((before.encoder, module.encoder), (before.decoder, module.decoder)):
+        parameters = list(part.parameters())
+        total = [torch.zeros_like(p) for p in parameters]
+        for record in draws[0]:
+            of_encoder, of_decoder = before.losses(records()[record : record + 1])
+            # As autograd adds up: both losses reach the encoder.
+            loss = of_encoder + of_decoder if part is before.encoder else of_decoder
+            gradient = torch.autograd.grad(loss, parameters)
+            norm = torch.stack([g.norm() for g in gradient]).norm()
+            for sum_, g in zip(total, gradient, strict=True):
+                sum_ += g * min(1.0, 0.7 / norm.item())
+        for found, p, sum_ in zip(trained.parameters(), parameters, total, strict=True):
+            torch.testing.assert_close(found, p - sum_ / 8, rtol=2e-5, atol=1e-6)
+
+
+def test_a_third_pass_through_a_forward_that_was_not_kept_is_refused() -> None:
+    class Thrice(Gan):
+        def step_discriminator(self, opt: Any, x: Tensor) -> None:
+            loss = self.real_loss(x)
+            opt.zero_grad()
+            for _ in range(2):
+                self.manual_backward(loss)
+            opt.step()
+
+    with pytest.raises(RuntimeError):
+        fit(Thrice())
 
 
 class Twice(Gan):

@@ -215,7 +215,7 @@ class ManualSteps:
                 stack.enter_context(modes_disabled())
             self._private.forget_zeroed()
             for engine in self._private.engines():
-                stack.enter_context(engine.backward())
+                stack.enter_context(engine.backward(keeps_graph=_keeps_graph(*args, **kwargs)))
             stack.enter_context(set_aside([] if is_public else others))
             strategy.precision_plugin.backward(loss, module, None, *args, **kwargs)
             reached = [] if is_public else [p for p in others if p.grad is not None]
@@ -283,6 +283,13 @@ class ManualSteps:
         assert self._derived is not None
         if any(self._derived.holds(p.grad) for p in parameters):
             raise UnsupportedModelError(PAST_MANUAL_BACKWARD)
+
+
+def _keeps_graph(
+    gradient: Any = None, retain_graph: bool | None = None, create_graph: bool = False, inputs: Any = None
+) -> bool:
+    """Whether these arguments of `torch.Tensor.backward` let a further pass through the same forward follow."""
+    return bool(create_graph if retain_graph is None else retain_graph)
 
 
 def _refuse_leftovers(derived: DerivedFromRecords, module: nn.Module) -> None:
