@@ -119,8 +119,8 @@ class Recorder:
 
     @contextmanager
     def backward(self, keeps_graph: bool = False) -> Iterator[None]:
-        """Records the backward pass inside, which others may follow if it ``keeps_graph``; none elsewhere (of an attack,
-        say)."""
+        """Records the backward pass inside, which others may follow if it ``keeps_graph``, and none elsewhere (of an
+        attack, say)."""
         if self._twice is not None:
             raise UnsupportedModelError(
                 f"Layer '{self._twice}': the loss depends on a gradient (create_graph=True, a gradient penalty), which "
