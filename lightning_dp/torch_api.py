@@ -58,7 +58,15 @@ def scale_(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
 
 
 #: Functions by which a tensor's values become Python's or NumPy's without an operation.
-SILENT_READS = frozenset(("tolist", "numpy", "__array__", "__dlpack__"))
+SILENT_READS = frozenset(("tolist", "numpy", "__array__", "__dlpack__", "__repr__", "__reduce_ex__", "tensor_split"))
+
+
+def silently_read(func: Any, args: Sequence[Any]) -> int | None:
+    """Which argument of a call of a function of tensors is read so, if it is a tensor; ``None``: none is."""
+    name = getattr(func, "__name__", "")
+    place = 1 if name == "tensor_split" else 0
+    is_read = name in SILENT_READS and len(args) > place and isinstance(args[place], Tensor)
+    return place if is_read else None
 
 
 def graph_nodes(tensor: Tensor) -> Iterator[Any]:

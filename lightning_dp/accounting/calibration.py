@@ -141,7 +141,8 @@ def calibrate_schedule(
     scale = _smallest_power(lambda scale: rough_epsilon(event(scale), delta, adjacency) <= epsilon, 1.0, 2.0**20)
     if accountant == "pld":
         scale = _smallest_from(scale, on_grid(COARSE), epsilon, delta, step=1.3)
-    return scaled(_smallest_from(scale, on_grid(FINE), epsilon, delta, step=1.3 if accountant == "rdp" else 1.01))
+    scale = _smallest_from(scale, on_grid(FINE), epsilon, delta, step=1.3 if accountant == "rdp" else 1.01)
+    return scaled(float(scale))
 
 
 def _smallest_from(start: float, cost: Callable[[float], float], epsilon: float, delta: float, step: float) -> float:
@@ -162,7 +163,7 @@ def _smallest_from(start: float, cost: Callable[[float], float], epsilon: float,
     low, low_cost = high, high_cost
     while low_cost <= epsilon:
         high, high_cost = low, low_cost
-        if high < 2**-20 or high_cost >= 0.999 * epsilon:
+        if high < 2**-20:
             return high
         low /= step
         low_cost = cost(low)

@@ -26,8 +26,8 @@ from lightning_dp.training.report import Plan, Report, layer_groups
 from lightning_dp.training.spent import share_spending
 from lightning_dp.training.strategy import PrivateMixin
 
-#: Steps that are timed, after the first, in which the training is examined; in one more, tensors are counted.
-_STEPS = 4
+#: Steps that are timed, after the first, in which the training is examined; and further ones, to count tensors in.
+_STEPS, _COUNTED = 4, 3
 
 
 def check(
@@ -85,12 +85,12 @@ def check_with(privacy: DifferentialPrivacy, module: pl.LightningModule, data: A
             costs.close()
         report.layers = layer_groups(shadow, privacy.engine)  # as `repair` has left them
         _describe(report, run, privacy)
-        report.step_seconds, report.step_bytes = costs.seconds(), costs.bytes
+        report.step_seconds, report.step_bytes = costs.seconds(), costs.bytes()
         if report.ok:
             plain = _Costs()
             with contextlib.suppress(_Enough), contextlib.closing(plain):
                 _trainer_like(planned, [plain], folder).fit(_copy_of(module), **_data(data))
-            report.plain_step_seconds, report.plain_step_bytes = plain.seconds(), plain.bytes
+            report.plain_step_seconds, report.plain_step_bytes = plain.seconds(), plain.bytes()
     return report
 
 
@@ -99,17 +99,13 @@ class _Enough(BaseException):
 
 
 class _Costs(Callback):
-    """Takes the time of some steps, counts the tensors that a further one makes, and ends the fit.
-
-    Attributes:
-        bytes: The most that were alive at once in that step; ``None``: there were not as many steps.
-    """
+    """Takes the time of some steps, counts the tensors that further ones make, and ends the fit."""
 
     def __init__(self) -> None:
         self._seconds: list[float] = []
+        self._peaks: list[int] = []
         self._begun = 0.0
         self._made: MadeTensors | None = None
-        self.bytes: int | None = None
 
     def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
         if len(self._seconds) > _STEPS:
@@ -118,8 +114,11 @@ class _Costs(Callback):
 
     def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         if self._made is not None:
-            self.bytes = self._made.peak
-            raise _Enough
+            self._peaks.append(self._made.peak)
+            self.close()
+            if len(self._peaks) == _COUNTED:
+                raise _Enough
+            return
         self._seconds.append(time.perf_counter() - self._begun)
 
     def close(self) -> None:
@@ -128,14 +127,21 @@ class _Costs(Callback):
             self._made.__exit__(None, None, None)
             self._made = None
 
+    def bytes(self) -> int | None:
+        """The median, over some steps, of the most that were alive at once; ``None``: there were not as many steps."""
+        return int(statistics.median(self._peaks)) if self._peaks else None
+
     def seconds(self) -> float | None:
         """The median of all steps but the first; ``None``: there was no other."""
         return statistics.median(self._seconds[1:]) if len(self._seconds) > 1 else None
 
 
 def _copy_of(module: pl.LightningModule) -> pl.LightningModule:
+    """A copy that is trained without callbacks of its own, which would write checkpoints."""
     with lightning_api.detached(module):
-        return copy.deepcopy(module)
+        found = copy.deepcopy(module)
+    found.configure_callbacks = list  # type: ignore[method-assign]
+    return found
 
 
 def _data(data: Any) -> dict[str, Any]:

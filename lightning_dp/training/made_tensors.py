@@ -1,4 +1,4 @@
-"""How much memory the tensors take that some code makes, counted rather than sampled: the same on every run."""
+"""How much memory the tensors take that some code makes, counted rather than sampled."""
 
 from __future__ import annotations
 

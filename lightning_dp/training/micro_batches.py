@@ -13,6 +13,7 @@ from lightning_dp.gradients.forms import form_changed_in
 from lightning_dp.mechanism.sampling import Draw
 from lightning_dp.mechanism.step import PrivateStep
 from lightning_dp.training import lightning_api
+from lightning_dp.training.independence.joined import check_joined
 from lightning_dp.training.independence.losses import PerRecordMeans
 from lightning_dp.training.independence.subject import loss_of, reduced
 from lightning_dp.training.independence.watch import Watch
@@ -124,6 +125,8 @@ class MicroBatches:
                 self._running = micro_batch, Draw(draw.records[part], stop - start)
             lightning_api.weigh_logs_by(trainer, micro_batch)
             size = (stop - start) * copies
+            if joined := self._strategy.examiner.understanding.joined:
+                check_joined(joined, micro_batch, self._strategy.examiner.batch_layout(), size)
             with step.engine.forward(size), self.watch(size):
                 output = self._strategy.user_training_step(micro_batch, *args, **kwargs)
             loss = reduced(loss_of(output), self._strategy.options.loss_reduction)

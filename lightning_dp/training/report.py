@@ -78,7 +78,7 @@ class Report:
         step_seconds, plain_step_seconds: Medians over a few steps, with and without privacy; of this machine, and of
             batches of the data, so not private.
         step_bytes, plain_step_bytes: The most bytes that tensors which a step makes had at once, with and without
-            privacy: beside weights, optimizer and batch.
+            privacy: beside weights, optimizer and batch. With privacy, samples differ in size, and from run to run.
     """
 
     layers: list[LayerGroup]

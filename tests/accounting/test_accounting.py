@@ -549,3 +549,15 @@ def test_noise_found_by_few_orders_is_enough_and_compares_plans(epsilon_: float,
     tight = [calibrate_noise(**target, **plan) for plan in plans]
     assert all(1.0 <= a / b < 1.25 for a, b in zip(rough, tight, strict=True))
     assert rough[1] / rough[0] == pytest.approx(tight[1] / tight[0], rel=0.05)
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_what_is_left_of_a_budget_that_is_nearly_spent_takes_no_more_noise_than_it_must(accountant: Any) -> None:
+    spent = PrivacyLedger()
+    spent.record(calibration.subsampled_gaussian(1.0, 0.02), 500)
+    target = 1.0005 * spent.epsilon(1e-5, accountant)
+    options: dict[str, Any] = {"delta": 1e-5, "accountant": accountant}
+    z = calibrate_noise(epsilon=target, sampling_rate=0.02, steps=300, spent=spent, **options)
+    ledger = spent.copy()
+    ledger.record(calibration.subsampled_gaussian(z / 1.4, 0.02), 300)
+    assert ledger.epsilon(**options) > target

@@ -199,6 +199,55 @@ def test_a_collate_function_that_mixes_texts_is_refused(collate: Callable[[list[
         train(Bags(), data(collate))
 
 
+def test_columns_of_one_memory_are_no_public_numbers() -> None:
+    """No text has the word that is looked for: only who follows every number sees that a text could."""
+
+    class Looks(Bags):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            labels, text, kinds, offsets = batch
+            sign = torch.where((text == WORDS).any(), -1.0, 1.0)
+            return F.cross_entropy(self.fc(self.embedding(kinds, offsets) * sign), labels)
+
+    def collate(items: list[Any]) -> Any:
+        labels, text, offsets = joined(items)
+        text, kinds = torch.stack([text, text.flip(0) * 0 + text]).unbind(0)
+        return labels, text, kinds, offsets
+
+    with pytest.raises(UnsupportedModelError, match="depends on several records"):
+        train(Looks(), data(collate))
+
+
+def test_a_column_that_is_longer_in_one_record_is_refused_when_it_comes() -> None:
+    class Two(Bags):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            labels, text, tags, offsets = batch
+            return F.cross_entropy(self.fc(self.embedding(text, offsets) + self.embedding(tags, offsets)), labels)
+
+    def collate(items: list[Any]) -> Any:
+        labels, text, offsets = joined([(text, label) for (text, _), label in items])
+        return labels, text, torch.cat([tags for (_, tags), _ in items]), offsets
+
+    generator = torch.Generator().manual_seed(0)
+    words = [torch.randint(WORDS, (5 + i % 5,), generator=generator) for i in range(300)]
+    records = [((text, text), i % CLASSES) for i, text in enumerate(words)]
+    loader = DataLoader(records, batch_size=300, collate_fn=collate)  # type: ignore[arg-type]
+    assert train(Two(), loader).findings.verdict == "proven"
+    records[201] = (words[201], torch.cat([words[201], words[201][:2]])), 0
+    with pytest.raises(UnsupportedModelError, match="are not as long as one another"):
+        train(Two(), loader)
+
+
+def test_a_label_that_could_be_an_offset_is_a_label() -> None:
+    lengths = [2, *([1] * 19)]
+    records = [(torch.tensor([1, 2][:n]), 0 if n == 2 else 2) for n in lengths]
+    assert train(Bags(), data(records=records), max_physical_batch_size=1).findings.verdict == "proven"
+
+
+def test_words_may_be_changed_one_by_one() -> None:
+    kind = type("Capped", (_Used,), {"use": staticmethod(lambda self, text, offsets: (text.clamp(max=5), offsets))})
+    assert train(kind(), data()).findings.verdict == "proven"
+
+
 def test_texts_padded_to_one_length_train_as_well() -> None:
     class Padded(Bags):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 import lightning_dp
@@ -94,6 +95,16 @@ def test_nothing_is_trained_charged_or_left_behind(tmp_path: Path, monkeypatch: 
     run = trainer(max_steps=2, strategy=PrivateStrategy(1.0, 1.0))
     fit(run, module, data)
     assert run.strategy.ledger.steps == 2  # type: ignore[attr-defined]
+
+
+def test_callbacks_of_the_module_write_nothing(tmp_path: Path) -> None:
+    class Keeps(Net):
+        def configure_callbacks(self) -> Any:
+            return [ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1)]
+
+    module = Keeps()
+    assert lightning_dp.check(module, loader(), epsilon=None, noise=1.0).ok
+    assert not list(tmp_path.iterdir()) and len(module.configure_callbacks()) == 1
 
 
 def test_what_a_module_has_spent_is_counted() -> None:

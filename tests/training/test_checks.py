@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import opacus.layers
@@ -598,3 +599,40 @@ def test_rules_that_keep_their_bounds_pass(rule: Any) -> None:
     strategy = PrivateStrategy(rule, GaussianNoise(1.0))
     fit(trainer(strategy=strategy), Net(), loader())
     assert len(strategy.ledger) == 5
+
+
+def _by_splitting(x: Tensor) -> int:
+    flag = torch.where((x > 1e6).any(), 5, 9).view(1)
+    return len(torch.tensor_split(torch.zeros(9), flag)[0]) - 8
+
+
+def _by_its_name(x: Tensor) -> int:
+    return -1 if "True" in repr((x > 1e6).any()) else 1
+
+
+@pytest.mark.parametrize("read", [_by_splitting, _by_its_name])
+def test_numbers_that_no_operation_reads_are_noticed(read: Callable[[Tensor], int]) -> None:
+    class Reads(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return F.cross_entropy(self.net(batch[0]) * read(batch[0]), batch[1])
+
+    strategy = PrivateStrategy(FlatClipping(1.0), GaussianNoise(1.0))
+    try:
+        fit(trainer(strategy=strategy, max_steps=1), Reads(), loader())
+    except UnsupportedModelError:
+        return
+    assert strategy.findings is not None and strategy.findings.verdict != "proven" and strategy.findings.decisions
+
+
+def test_a_number_of_the_batch_that_shares_memory_with_its_rows_leaves_them_records() -> None:
+    class Looks(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            x, targets, _ = batch
+            return F.cross_entropy(self.net(x) * torch.where((x > 1e6).any(), -1.0, 1.0), targets)
+
+    def collate(items: list[Any]) -> Any:
+        x, targets = torch.utils.data.default_collate(items)
+        memory = torch.cat([x.flatten(), x.mean().view(1)])
+        return memory[:-1].view_as(x), targets, memory[-1:]
+
+    refused(Looks(), "any over several records", loader(collate_fn=collate))

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.gradients.forms import CallForms
 from lightning_dp.gradients.source import is_own_work
-from lightning_dp.torch_api import READ_NUMBER, SILENT_READS, TorchDispatchMode
+from lightning_dp.torch_api import READ_NUMBER, TorchDispatchMode, silently_read
 from lightning_dp.training.independence.passes import Seen, first_difference, run_pass
 from lightning_dp.training.independence.subject import Subject
 from lightning_dp.training.independence.tracer import Read
@@ -75,8 +75,9 @@ class _Arrays(TorchFunctionMode):
         self._answers = answers
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in SILENT_READS and args:
-            args = (self._answers.read(args[0]), *args[1:])
+        place = silently_read(func, args)
+        if place is not None:
+            args = (*args[:place], self._answers.read(args[place]), *args[place + 1 :])
         return func(*args, **(kwargs or {}))
 
 

@@ -24,7 +24,7 @@ from lightning_dp.training.batches import (
 )
 from lightning_dp.training.independence import owners
 from lightning_dp.training.independence.findings import Findings
-from lightning_dp.training.independence.joined import find_joined
+from lightning_dp.training.independence.joined import find_joined, outer_leaves
 from lightning_dp.training.independence.owners import State
 from lightning_dp.training.independence.subject import Subject
 from lightning_dp.training.independence.tracer import RowTracer
@@ -79,7 +79,7 @@ class BatchOwners:
                 same = place >= len(elsewhere) or same_values(leaf, elsewhere[place][0])
                 if not same and isinstance(leaf, Tensor):
                     why = OF_COLLATION
-                    self._tracer.set(leaf, State(owners.constant(owners.MIXED, leaf.dim()), why=why))
+                    self._tracer.write(leaf, State(owners.constant(owners.MIXED, leaf.dim()), why=why))
                 elif not same:
                     self._found.decisions["collate_fn"] = f"a {type(leaf).__name__} that depends on the whole batch"
                 continue
@@ -111,7 +111,8 @@ class BatchOwners:
 
     def _own_joined(self, batch: Any, layout: Layout) -> set[int]:
         """Tells the tracer of leaves that join records, and of those that say where each begins: their places."""
-        leaves = [leaf for leaf, _, _ in leaves_with_layout(batch, layout)]
+        outer = outer_leaves(batch, layout)
+        leaves = [leaf for _, leaf in outer]
         done: set[int] = set()
         for number, joined in enumerate(find_joined(self._subject, layout), start=1):
             bounds = joined.bounds(leaves, self._records)
@@ -120,10 +121,12 @@ class BatchOwners:
             owner = torch.arange(self._records, dtype=owners.DTYPE).repeat_interleave(torch.tensor(bounds).diff())
             for place in joined.entries:
                 leaf = leaves[place]
-                self._tracer.set(leaf, State(owner.view([-1] + [1] * (leaf.dim() - 1)), ragged=True, joined=number))
+                along = owner.view([-1] + [1] * (leaf.dim() - 1))
+                self._tracer.write(leaf, State(along, ragged=True, joined=number))
             for place in joined.beginnings:
-                self._tracer.set(leaves[place], State(owners.constant(owners.MIXED, 1), why=OF_LENGTHS, joined=number))
-            done |= joined.entries | joined.beginnings
+                counted = State(owners.constant(owners.MIXED, 1), why=OF_LENGTHS, joined=-number)
+                self._tracer.write(leaves[place], counted)
+            done |= {outer[place][0] for place in joined.entries | joined.beginnings}
         return done
 
     def _of_others(self) -> Any:

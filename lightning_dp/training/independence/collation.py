@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_dp.errors import PrivacyConfigurationError
 from lightning_dp.training.batches import Concatenated, Layout, Rows, find_layout, leaves_with_layout, parts_of
-from lightning_dp.training.independence.joined import Joined, find_joined
+from lightning_dp.training.independence.joined import Joined, find_joined, outer_leaves
 from lightning_dp.training.independence.shadow import AlignedRandomness, random_state_kept
 from lightning_dp.training.independence.subject import Subject
 
@@ -101,16 +101,17 @@ def _lengths(batch: Any) -> set[int]:
 def _rows_of(batch: Any, layout: Layout, rows: int, own: slice, joined: Sequence[Joined] = ()) -> list[Any]:
     found: list[Any] = []
     leaves = list(leaves_with_layout(batch, layout))
+    outer = outer_leaves(batch, layout)
     elsewhere: set[int] = set()
     for group in joined:
-        bounds = group.bounds([leaf for leaf, _, _ in leaves], rows)
-        elsewhere |= group.entries | group.beginnings
+        bounds = group.bounds([leaf for _, leaf in outer], rows)
+        elsewhere |= {outer[place][0] for place in group.entries | group.beginnings}
         if bounds is None:
             found.append(None)
             continue
         start, stop, _ = own.indices(rows)
         found.append(torch.tensor(bounds[start : stop + 1]).diff())
-        found += [leaves[place][0][bounds[start] : bounds[stop]] for place in sorted(group.entries)]
+        found += [outer[place][1][bounds[start] : bounds[stop]] for place in sorted(group.entries)]
     for place, (leaf, where, example) in enumerate(leaves):
         if place in elsewhere:
             continue

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.training.batches import Concatenated, Layout, Rows, leaves_with_layout
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Joined:
-    """Some leaves of a batch, by their places among all.
+    """Some leaves of a batch, by their places among `outer_leaves`.
 
     Attributes:
         entries: Tensors in which the records' entries follow one another.
@@ -58,25 +59,60 @@ def find_joined(subject: Subject, layout: Layout) -> list[Joined]:
     count = len(subject.records)
     if known or subject.copies > 1 or count < 2 or not any(map(_may_join, _leaf_layouts(layout))):
         return known
-    batches = [subject.transfer(subject.collated(subject.records[: n + 1])) for n in range(count)]
-    leaves = [[leaf for leaf, _, _ in leaves_with_layout(batch, layout)] for batch in batches]
-    *some, whole = leaves
-    if any(len(found) != len(whole) for found in some):
+
+    def leaves(records: list[list[Any]]) -> list[Any]:
+        return [leaf for _, leaf in outer_leaves(subject.transfer(subject.collated(records)), layout)]
+
+    growing = [leaves(subject.records[: n + 1]) for n in range(count)]
+    alone = [leaves([record]) for record in subject.records]
+    whole = growing[-1]
+    if any(len(found) != len(whole) for found in (*growing, *alone)):
         return known
     counted: dict[tuple[int, ...], set[int]] = {}
     for place, entries in enumerate(whole):
-        parts = [found[place] for found in leaves]
-        if all(isinstance(p, Tensor) and p.dim() for p in parts) and all(
-            torch.equal(p, entries[: len(p)]) for p in parts
-        ):
+        parts = [found[place] for found in growing]
+        if all(_begins(part, entries) for part in parts):
             bounds = (0, *map(len, parts))
             if list(bounds) != list(range(count + 1)):
                 counted.setdefault(bounds, set()).add(place)
     for bounds, entries_at in counted.items():
-        beginnings = {place for place, leaf in enumerate(whole) if _says(leaf, bounds)} - entries_at
+        # A record by itself begins at 0: a label that happens to be such a number does not.
+        singly = [(0, end - start) for start, end in pairwise(bounds)]
+        beginnings = {
+            place
+            for place, leaf in enumerate(whole)
+            if _says(leaf, bounds) and all(_says(a[place], b) for a, b in zip(alone, singly, strict=True))
+        } - entries_at
         if beginnings:
             known.append(Joined(frozenset(entries_at), frozenset(beginnings)))
     return known
+
+
+def check_joined(known: list[Joined], batch: Any, layout: Layout, records: int) -> None:
+    """Holds a batch to what was found on others: tensors whose records begin where the same offsets say.
+
+    Raises:
+        UnsupportedModelError: They do not, in this batch.
+    """
+    leaves = [leaf for _, leaf in outer_leaves(batch, layout)]
+    for joined in known:
+        if joined.bounds(leaves, records) is None:
+            raise UnsupportedModelError(
+                "In this batch, tensors that join the records' entries are not as long as one another, or their "
+                "offsets differ, and were so where they were examined: which entries are a record's cannot be told. "
+                "Let collate_fn join columns of equal lengths, or give each column offsets of its own."
+            )
+
+
+def outer_leaves(batch: Any, layout: Layout) -> list[tuple[int, Any]]:
+    """Leaves of a batch that are not in a list with one entry per example, each with its place among all."""
+    leaves = enumerate(leaves_with_layout(batch, layout))
+    return [(place, leaf) for place, (leaf, _, example) in leaves if example is None]
+
+
+def _begins(part: Any, whole: Any) -> bool:
+    both = isinstance(part, Tensor) and isinstance(whole, Tensor)
+    return both and part.dim() > 0 and part.dim() == whole.dim() and torch.equal(part, whole[: len(part)])
 
 
 def _may_join(where: Layout) -> bool:

@@ -209,10 +209,9 @@ class LayerCalls:
         given = bag_arguments(layer, args, kwargs)
         if given.get("offsets") is None:
             return None
-        states = [self._tracer.state(given[name]) for name in ("input", "offsets")]
-        joined = {0 if state is None else state.joined for state in states}
+        input, offsets = (self._tracer.state(given[name]) for name in ("input", "offsets"))
         shape = (self._rows, 1)
-        if len(joined) == 1 and joined != {0}:
+        if input is not None and offsets is not None and input.joined == -offsets.joined > 0:
             return State(owners.rows(self._rows, 2, self._records)), shape
         return self._tracer.mixed(2, OTHER_OFFSETS), shape
 

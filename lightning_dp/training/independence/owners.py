@@ -32,7 +32,8 @@ class State:
         reordered: Its rows are in an order that records decide.
         why: Where numbers of several records met, and how, when some entry is `MIXED`; of a `SUM`, it may be empty.
         terms: ``(B,)``: how many terms of every record a `SUM` has been given.
-        joined: A number of `Joined` leaves, where it is one of them, as a collate function made it; 0: it is none.
+        joined: A number of `Joined` leaves, where it is their entries, one after another; less than 0: where each
+            record's begin, as a collate function counted it; 0: neither.
     """
 
     owner: Tensor

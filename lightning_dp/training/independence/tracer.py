@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_dp.errors import UnsupportedModelError
 from lightning_dp.gradients.source import here, is_own_work
-from lightning_dp.torch_api import SILENT_READS, TorchDispatchMode, modes_disabled, storage_id, tree_leaves
+from lightning_dp.torch_api import TorchDispatchMode, modes_disabled, silently_read, storage_id, tree_leaves
 from lightning_dp.training.independence import operations
 from lightning_dp.training.independence.owners import MIXED, PUBLIC, RANDOM, State, compress, constant, reduce
 
@@ -283,9 +284,12 @@ class Reads(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "register_hook" and len(args) > 1:
             self._tracer.check_hook(args[0], args[1])
-        if name in SILENT_READS and args:
-            self._tracer.read(args[0])
-            if self._tracer.state(args[0]) is not None:
+        if name == "tensor_split" and tensors_in(kwargs):
+            raise UnsupportedModelError(f"Give tensor_split its indices by position, at {here()}: (x, indices).")
+        place = silently_read(func, args)
+        if place is not None:
+            self._tracer.read(args[place])
+            if self._tracer.state(args[place]) is not None:
                 self._tracer.decide(f"{name}()")
         return func(*args, **(kwargs or {}))
 

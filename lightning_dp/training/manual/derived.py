@@ -131,7 +131,7 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        silent = args[:1] if name in SILENT_READS else (args[1:], kwargs) if name == "tensor_split" else ()
+        silent = (args[1:], kwargs) if name == "tensor_split" else args[:1] if name in SILENT_READS else ()
         if any(map(self._derived.holds, tree_leaves(silent))) and not is_own_work():
             raise read_error()  # no operation shows it
         if name == "item" and self._derived.holds(args[0]) and args[0].numel() == 1 and not _is_check():

@@ -84,9 +84,24 @@ def pointwise(call: Call) -> list[State]:
             met = met or call.tracer.mixed(0, f"numbers of several records meet in {call.name}").why
             state = replace(state, terms=torch.stack(terms).sum(0), why=met)
         results.append(placed_alike(call, operands, output, state))
-    if call.name in _COPIES and len(tensors) == 1:
-        results = [replace(state, joined=call.state(tensors[0]).joined) for state in results]
-    return results
+    return [
+        replace(state, joined=_joined(call, tensors, output))
+        for state, output in zip(results, call.outputs, strict=True)
+    ]
+
+
+def _joined(call: Call, tensors: list[Tensor], output: Tensor) -> int:
+    """Entries of records one after another stay so where each is changed by itself; numbers that were counted stay what
+    they are where they are copied."""
+    known = [(call.state(t).joined, t) for t in tensors if call.tracer.state(t) is not None]
+    numbers = {number for number, _ in known}
+    if len(numbers) != 1 or any(t.shape != output.shape for _, t in known):
+        return 0
+    [number] = numbers
+    if any(t.numel() > 1 for t in tensors if call.tracer.state(t) is None):
+        return 0
+    is_copy = call.name in _COPIES and all(t.dtype == output.dtype for _, t in known)
+    return number if number > 0 or is_copy else 0
 
 
 def terms_of(call: Call, state: State) -> Tensor:

@@ -80,8 +80,8 @@ def embedding_bag(call: Call) -> list[State]:
     table, index, offsets = call.args[:3]
     weights = call.argument("per_sample_weights")
     output = call.outputs[0]
-    joined = {call.state(given).joined for given in (offsets, index, weights) if given is not None}
-    counted = len(joined) == 1 and joined != {0}
+    joined = {call.state(given).joined for given in (index, weights) if given is not None}
+    counted = call.state(offsets).joined < 0 and joined == {-call.state(offsets).joined}
     if not call.state(table).is_public or not (call.state(offsets).is_public or counted):
         return call.mixed("bags that begin where records decide")
     along = call.owner(index).flatten()
