@@ -25,11 +25,11 @@ _POINTWISE = frozenset(
 )
 
 
-#: Elementwise operations that are linear, or scale by their second operand.
 #: What they return has the same numbers in the same places: it is still what a collate function made.
 _COPIES = frozenset(names_in("_to_copy clone"))
 
 
+#: Elementwise operations that are linear, or scale by their second operand.
 _LINEAR = frozenset(names_in("add sub rsub copy _to_copy clone neg _unsafe_view positive detach alias lift_fresh_copy"))
 
 
