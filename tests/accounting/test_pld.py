@@ -6,7 +6,7 @@ from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
 from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
 
 from lightning_dp import epsilon
-from lightning_dp.accounting.pld import EXACT, FAST, GaussianLosses, composed_losses
+from lightning_dp.accounting.pld import EXACT, FAST, GaussianLosses, LossDistribution, composed_losses, log_moments
 
 
 @pytest.mark.parametrize("multiplier", [0.15, 0.3, 0.55, 1.0, 5.0, 50.0])
@@ -42,3 +42,10 @@ def test_both_arithmetics_agree(multiplier: float, rate: float, steps: int, delt
     ]
     assert fast.epsilon(delta) == pytest.approx(exact.epsilon(delta), rel=1e-5)
     assert exact.infinity < fast.infinity / 100
+
+
+def test_infinite_losses_of_several_steps_add_up() -> None:
+    step = LossDistribution(0.1, 0, np.array([0.5, 0.49]), 0.01)
+    composed = step.composed(3, log_moments(step))
+    assert composed.infinity == pytest.approx(1 - 0.99**3, abs=1e-9)
+    assert composed.delta(100.0) == pytest.approx(1 - 0.99**3, abs=1e-9)

@@ -860,3 +860,19 @@ def test_inputs_are_changed_in_place_where_autograd_keeps_them_and_nowhere_else(
         input.data.zero_()
         output.sum().backward()
         assert not module.layer.weight.grad.any()
+
+
+@pytest.mark.parametrize("name", ["fully connected", "convolutions", "sequence"])
+def test_a_forward_without_gradients_computes_what_one_with_them_computes(name: str) -> None:
+    make, shape = MODELS[name]
+    model, inputs = make(), 10 * torch.randn(4, *shape)
+    step = private_step(BackpropClipping(0.01, 30.0), model)
+    step.begin(0.0, 0.5, 1.0)
+    with step.engine.forward(4), torch.no_grad():
+        without = model(inputs)
+    step = private_step(BackpropClipping(0.01, 30.0), model)
+    step.begin(0.0, 0.5, 1.0)
+    with step.engine.forward(4):
+        output = model(inputs)
+    assert_close(without, output.detach())
+    assert (without - model(inputs)).abs().max() > 1e-3, "inputs are clipped"
