@@ -21,7 +21,7 @@ from tests.conftest import fit, trainer
 from tests.training.architectures import ARCHITECTURES, METHODS, Training, records
 
 #: Run with every change; all others with the slow tests.
-QUICK = ("T5", "Swin", "DoRA", "OFT")
+QUICK = ("T5", "DeBERTa-v2", "Swin", "DoRA", "OFT")
 MODELS = {**ARCHITECTURES, **METHODS}
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"
 

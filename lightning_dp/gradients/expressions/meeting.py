@@ -56,8 +56,12 @@ def _with_copies(func: Any, operands: Operands, copies: Copies) -> Any:
     try:
         return _one_by_one(func, operands, copies, by_row=[])
     except UnsupportedModelError:
-        has_rows = [i for i in places if leaves[i].dim() and 1 < len(leaves[i]) == copies.batch_size]
-        if not has_rows or writes(func) or operands.arrangement != ROWS:
+        if writes(func) or operands.arrangement not in (ROWS, FLAT):
+            raise
+        # The function pairs rows with rows (DeBERTa's positions, repeated for every example's heads).
+        counts = {len(leaves[i]) for i in operands.rows}
+        has_rows = [i for i in places if leaves[i].dim() and len(leaves[i]) > 1 and {len(leaves[i])} == counts]
+        if not has_rows:
             raise
         return _one_by_one(func, operands, copies, by_row=has_rows)
 
@@ -76,13 +80,13 @@ def _one_by_one(func: Any, operands: Operands, copies: Copies, by_row: Sequence[
     """The function of one example at a time, by `torch.vmap`.
 
     Args:
-        by_row: Which of the leaves are expressions with one row per example themselves.
+        by_row: Which of the leaves are expressions with as many rows as the tensors that have the examples.
     """
-    leaves, arrangement = operands.leaves, operands.arrangement
+    leaves, arrangement, size = operands.leaves, operands.arrangement, copies.batch_size
     split = [*operands.rows, *operands.places]
-    apart = [take_apart(leaves[i], arrangement, copies.batch_size) for i in operands.rows]
+    apart = [take_apart(leaves[i], arrangement, size) for i in operands.rows]
     apart += [
-        (copies.of(leaves[i], by_row=True).unsqueeze(1) if i in by_row else copies.of(leaves[i]), 0)
+        (copies.of(leaves[i], by_row=True).unflatten(0, (size, -1)) if i in by_row else copies.of(leaves[i]), 0)
         for i in operands.places
     ]
     tensors, dims = zip(*apart, strict=True)
