@@ -122,7 +122,7 @@ def test_two_bags_with_offsets_of_their_own() -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             (labels, title, of_title), (_, body, of_body) = batch
             if self.swapped:
-                of_title, of_body = of_body, of_title
+                of_body = of_title
             return F.cross_entropy(self.fc(self.embedding(title, of_title) + self.embedding(body, of_body)), labels)
 
     def collate(items: list[Any]) -> Any:
@@ -130,7 +130,7 @@ def test_two_bags_with_offsets_of_their_own() -> None:
         return joined(items), joined(longer)
 
     assert train(Two(swapped=False), data(collate)).findings.verdict == "proven"
-    with pytest.raises((UnsupportedModelError, RuntimeError, PrivacyConfigurationError)):
+    with pytest.raises(UnsupportedModelError, match="not those which collate_fn counted"):
         train(Two(swapped=True), data(collate))
 
 
@@ -258,3 +258,23 @@ def test_texts_padded_to_one_length_train_as_well() -> None:
         return padded, torch.tensor([label for _, label in items])
 
     assert train(Padded(padding_idx=WORDS - 1), data(collate)).findings.verdict == "proven"
+
+
+def test_weights_that_differ_from_place_to_place_are_not_taken_for_proven() -> None:
+    class ByPlace(Bags):
+        def __init__(self) -> None:
+            super().__init__(mode="sum")
+            self.embedding.requires_grad_(False)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            text, labels = batch
+            weights = torch.linspace(1, 2, text.numel()).view(text.shape)
+            return F.cross_entropy(self.fc(self.embedding(text, per_sample_weights=weights)), labels)
+
+    records = [(text.repeat(4)[:4], label) for text, label in texts()]
+    try:
+        found = train(ByPlace(), DataLoader(records, batch_size=8)).findings  # type: ignore[arg-type]
+    except UnsupportedModelError as error:
+        assert "places" in str(error)
+    else:
+        assert found.verdict != "proven"

@@ -409,19 +409,6 @@ def test_losses_of_one_forward_are_each_optimizers_own(draws: list[list[int]]) -
             torch.testing.assert_close(found, p - sum_ / 8, rtol=2e-5, atol=1e-6)
 
 
-def test_a_third_pass_through_a_forward_that_was_not_kept_is_refused() -> None:
-    class Thrice(Gan):
-        def step_discriminator(self, opt: Any, x: Tensor) -> None:
-            loss = self.real_loss(x)
-            opt.zero_grad()
-            for _ in range(2):
-                self.manual_backward(loss)
-            opt.step()
-
-    with pytest.raises(RuntimeError):
-        fit(Thrice())
-
-
 class Twice(Gan):
     """Two steps of the discriminator on a batch, of a loss without gradient."""
 

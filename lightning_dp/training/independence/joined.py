@@ -63,8 +63,11 @@ def find_joined(subject: Subject, layout: Layout) -> list[Joined]:
     def leaves(records: list[list[Any]]) -> list[Any]:
         return [leaf for _, leaf in outer_leaves(subject.transfer(subject.collated(records)), layout)]
 
-    growing = [leaves(subject.records[: n + 1]) for n in range(count)]
-    alone = [leaves([record]) for record in subject.records]
+    try:
+        growing = [leaves(subject.records[: n + 1]) for n in range(count)]
+        alone = [leaves([record]) for record in subject.records]
+    except Exception:  # the user's code may take no batch of one: what is not found is refused where it matters
+        return known
     whole = growing[-1]
     if any(len(found) != len(whole) for found in (*growing, *alone)):
         return known

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -87,11 +88,16 @@ def embedding_bag(call: Call) -> list[State]:
     along = call.owner(index).flatten()
     if weights is not None and not counted:
         along = join(along, call.owner(weights).flatten())
-    ends = [*offsets.tolist()[1:], len(along)]
+    bounds = [*offsets.tolist(), len(along)][: len(output) + 1]
+    if not counted:  # public numbers must do the same with every record
+        uneven = len({end - start for start, end in pairwise(bounds)}) > 1
+        weighted = weights is not None and call.state(weights).is_public
+        if uneven or (weighted and not owners.is_same_everywhere(weights.flatten(), along.shape, along)):
+            call.tracer.doubt_place(call.name)
     bags = [
         owners.reduce(along[start:end], [0], linear=False, keepdim=True) if end > start else constant(PUBLIC, 1)
-        for start, end in zip(offsets.tolist(), ends, strict=True)
-    ][: len(output)]
+        for start, end in pairwise(bounds)
+    ]
     owner = torch.cat(bags) if bags else constant(PUBLIC, 1)
     if counted:
         own = torch.arange(len(output), dtype=owner.dtype)
